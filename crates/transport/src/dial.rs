@@ -1,0 +1,216 @@
+//! Making connections: QUIC first, TCP beside it when QUIC takes long, because some networks drop UDP.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use http::uri::Authority;
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio_util::task::TaskTracker;
+
+use crate::{Limits, QuicKeys, TransportError, Worker, channel::Connection, h3, http2, quic};
+
+/// Whom to call.
+#[derive(Clone, Debug)]
+pub struct Target {
+    name: Arc<str>,
+    authority: Authority,
+    tls: Option<PeerTls>,
+}
+
+/// TLS towards a peer, made by the caller. ALPN is set here.
+#[derive(Clone, Debug)]
+pub struct PeerTls(pub Box<rustls::ClientConfig>);
+
+impl Target {
+    /// A node: h3 over QUIC, h2 over TLS where UDP is blocked. `name` is for messages, `authority` is `host:port`.
+    #[must_use]
+    pub fn peer(name: &str, authority: Authority, tls: PeerTls) -> Self {
+        Self { name: name.into(), authority, tls: Some(tls) }
+    }
+
+    /// A server that speaks HTTP/2 without TLS (h2c).
+    #[must_use]
+    pub fn plaintext(name: &str, authority: Authority) -> Self {
+        Self { name: name.into(), authority, tls: None }
+    }
+
+    /// The name, for messages.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// `host:port`.
+    #[must_use]
+    pub fn authority(&self) -> &Authority {
+        &self.authority
+    }
+
+    /// Whether it can be reached over QUIC.
+    pub(crate) fn speaks_quic(&self) -> bool {
+        self.tls.is_some()
+    }
+
+    /// The scheme its requests name.
+    pub(crate) fn scheme(&self) -> &'static str {
+        if self.tls.is_some() { "https" } else { "http" }
+    }
+}
+
+/// Makes the connections of one worker.
+#[derive(Debug)]
+pub struct Dialer {
+    endpoint: quinn::Endpoint,
+    limits: Arc<Limits>,
+    tasks: TaskTracker,
+}
+
+impl Dialer {
+    /// A dialer with a UDP port of its own.
+    ///
+    /// # Errors
+    /// When no UDP socket can be bound.
+    pub fn new(worker: &Worker, keys: &QuicKeys, limits: Limits) -> io::Result<Self> {
+        Ok(Self {
+            endpoint: quic::dialing_endpoint(keys, worker.index)?,
+            limits: Arc::new(limits),
+            tasks: worker.tasks.clone(),
+        })
+    }
+
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    pub(crate) fn tasks(&self) -> &TaskTracker {
+        &self.tasks
+    }
+
+    /// Connects by whatever works first.
+    pub(crate) async fn dial(&self, target: &Target) -> Result<Connection, TransportError> {
+        let race = async {
+            if target.tls.is_none() {
+                return self.dial_tcp(target).await;
+            }
+            let quic = self.dial_quic(target);
+            tokio::pin!(quic);
+            let early = tokio::time::timeout(self.limits.tcp_race_after, &mut quic).await;
+            let failed = match early {
+                Ok(Ok(connection)) => return Ok(connection),
+                Ok(Err(error)) => Some(error),
+                Err(_) => None,
+            };
+            let tcp = self.dial_tcp(target);
+            if let Some(error) = failed {
+                // Over TCP the same cause may show again; QUIC's word is the better one.
+                return tcp.await.map_err(|_| error);
+            }
+            tokio::pin!(tcp);
+            tokio::select! {
+                Ok(connection) = &mut quic => Ok(connection),
+                connection = &mut tcp => match connection {
+                    Ok(connection) => Ok(connection),
+                    Err(error) => quic.await.map_err(|_| error),
+                },
+                else => Err(failure(target, "neither QUIC nor TCP answered")),
+            }
+        };
+        tokio::time::timeout(self.limits.dial_timeout, race).await.unwrap_or_else(|_| {
+            Err(failure(target, format!("no answer within {:?}", self.limits.dial_timeout)))
+        })
+    }
+
+    /// Connects over QUIC.
+    pub(crate) async fn dial_quic(&self, target: &Target) -> Result<Connection, TransportError> {
+        let Some(PeerTls(tls)) = &target.tls else {
+            return Err(failure(target, "it is not reached over QUIC"));
+        };
+        let config = quic::client_config(*tls.clone(), &self.limits)
+            .map_err(|error| failure(target, error))?;
+        let host = host(&target.authority);
+        let mut last = failure(target, "its name has no address");
+        for address in resolve(target).await? {
+            let connecting = self
+                .endpoint
+                .connect_with(config.clone(), address, host)
+                .map_err(|error| failure(target, error));
+            let connected = match connecting {
+                Ok(connecting) => tokio::time::timeout(self.limits.dial_timeout, connecting).await,
+                Err(error) => {
+                    last = error;
+                    continue;
+                }
+            };
+            match connected {
+                Ok(Ok(connection)) => {
+                    let (limits, tasks) = (self.limits.clone(), self.tasks.clone());
+                    return Ok(Connection::H3(h3::client::Client::new(connection, limits, tasks)));
+                }
+                Ok(Err(error)) => last = failure(target, format!("QUIC: {error}")),
+                Err(_) => last = failure(target, "QUIC: no answer"),
+            }
+        }
+        Err(last)
+    }
+
+    async fn dial_tcp(&self, target: &Target) -> Result<Connection, TransportError> {
+        let mut last = failure(target, "its name has no address");
+        for address in resolve(target).await? {
+            match self.dial_address(target, address).await {
+                Ok(connection) => return Ok(connection),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    async fn dial_address(
+        &self,
+        target: &Target,
+        address: SocketAddr,
+    ) -> Result<Connection, TransportError> {
+        let stream = TcpStream::connect(address)
+            .await
+            .map_err(|error| failure(target, format!("TCP: {error}")))?;
+        stream.set_nodelay(true).map_err(|error| failure(target, error))?;
+        let Some(PeerTls(tls)) = &target.tls else {
+            let client =
+                http2::Client::handshake(stream, "http", &self.limits, &self.tasks).await?;
+            return Ok(Connection::H2(client));
+        };
+        let mut tls = *tls.clone();
+        tls.alpn_protocols = vec![b"h2".to_vec()];
+        let name = ServerName::try_from(host(&target.authority).to_owned())
+            .map_err(|error| failure(target, error))?;
+        let stream = tokio_rustls::TlsConnector::from(Arc::new(tls))
+            .connect(name, stream)
+            .await
+            .map_err(|error| failure(target, format!("TLS: {error}")))?;
+        let client = http2::Client::handshake(stream, "https", &self.limits, &self.tasks).await?;
+        Ok(Connection::H2(client))
+    }
+}
+
+fn failure(target: &Target, reason: impl std::fmt::Display) -> TransportError {
+    TransportError::Dial {
+        target: format!("{} at {}", target.name, target.authority),
+        reason: reason.to_string(),
+    }
+}
+
+/// The host of an authority as TLS and resolvers want it: an IPv6 address without its brackets.
+fn host(authority: &Authority) -> &str {
+    authority.host().trim_start_matches('[').trim_end_matches(']')
+}
+
+/// A name is looked up at every dial: the system's resolver caches, and an address may move.
+async fn resolve(target: &Target) -> Result<Vec<SocketAddr>, TransportError> {
+    const LOOKUP_TIMEOUT: Duration = Duration::from_secs(3);
+    let port = target.authority.port_u16().ok_or_else(|| failure(target, "it has no port"))?;
+    let lookup = tokio::net::lookup_host((host(&target.authority), port));
+    match tokio::time::timeout(LOOKUP_TIMEOUT, lookup).await {
+        Ok(Ok(addresses)) => Ok(addresses.collect()),
+        Ok(Err(error)) => Err(failure(target, format!("its name cannot be resolved: {error}"))),
+        Err(_) => Err(failure(target, "its name was not resolved in time")),
+    }
+}

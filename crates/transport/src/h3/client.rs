@@ -1,0 +1,158 @@
+//! The calling end of an HTTP/3 connection.
+
+use std::sync::Arc;
+
+use http::{Request, Response};
+use tokio_util::task::TaskTracker;
+use tonic::{Status, body::Body};
+
+use super::{
+    Code,
+    connection::{Connection, InFlight, Side},
+    frame::Frame,
+    headers,
+    stream::{AbortOnDrop, Cut, Incoming, Receiver, Sender},
+};
+use crate::{Limits, TransportError};
+
+/// One connection to a server, cloneable.
+#[derive(Clone, Debug)]
+pub(crate) struct Client {
+    connection: Arc<Connection>,
+    tasks: TaskTracker,
+}
+
+impl Client {
+    /// Speaks HTTP/3 on `quic`; upkeep and uploads run as `tasks`.
+    pub(crate) fn new(quic: quinn::Connection, limits: Arc<Limits>, tasks: TaskTracker) -> Self {
+        let connection = Connection::new(quic, limits, Side::Client);
+        let upkeep = connection.clone();
+        tasks.spawn(async move { upkeep.run().await });
+        Self { connection, tasks }
+    }
+
+    /// Whether new calls may be made on it.
+    pub(crate) fn is_usable(&self) -> bool {
+        self.connection.quic.close_reason().is_none() && !self.connection.is_going_away()
+    }
+
+    /// Calls in progress.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.connection.in_flight()
+    }
+
+    /// Closes the connection; calls in progress fail.
+    pub(crate) fn close(&self) {
+        self.connection.quic.close(Code::NO_ERROR.into(), b"no longer needed");
+    }
+
+    /// Takes a stream for a call. `None`: the server grants none within the limit of waiting.
+    pub(crate) async fn open(&self) -> Result<Option<Stream>, TransportError> {
+        let in_flight = self.connection.begin();
+        let opened = self.connection.quic.open_bi();
+        let (send, recv) =
+            match tokio::time::timeout(self.connection.limits.stream_wait, opened).await {
+                Ok(Ok(halves)) => halves,
+                Ok(Err(error)) => return Err(TransportError::from_connection(&error)),
+                Err(_) => return Ok(None),
+            };
+        Ok(Some(Stream {
+            sender: Sender::new(send, self.connection.clone(), Code::REQUEST_CANCELLED),
+            receiver: Receiver::new(recv, self.connection.clone(), Code::REQUEST_CANCELLED),
+            in_flight,
+            client: self.clone(),
+        }))
+    }
+}
+
+/// A stream nothing was sent on yet.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    sender: Sender,
+    receiver: Receiver,
+    in_flight: InFlight,
+    client: Client,
+}
+
+impl Stream {
+    /// Makes the call. Dropping the future, or the body of the response, cancels it at the server.
+    pub(crate) async fn call(
+        self,
+        request: Request<Body>,
+    ) -> Result<Response<Body>, TransportError> {
+        let Self { mut sender, mut receiver, in_flight, client } = self;
+        let (head, body) = request.into_parts();
+        let limit = client.connection.peer_section_limit();
+        let section =
+            headers::encode_request(&head, limit).map_err(|_| TransportError::HeadersTooLong {
+                limit_bytes: limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(0),
+            })?;
+        let mut upload = Some(Box::pin(async move {
+            let outcome = sender.send(headers::frame(&section), body).await;
+            if let Err(Cut::Body(_) | Cut::TooLong) = &outcome {
+                sender.reset(Code::REQUEST_CANCELLED);
+            }
+            outcome
+        }));
+
+        let response = loop {
+            let uploading = async {
+                match upload.as_mut() {
+                    Some(upload) => upload.await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                outcome = uploading => {
+                    upload = None;
+                    upload_error(outcome)?;
+                }
+                head = read_head(&mut receiver) => {
+                    let head = head?;
+                    if !head.status().is_informational() {
+                        break head;
+                    }
+                }
+            }
+        };
+
+        let content_length =
+            headers::content_length(response.headers()).map_err(|e| receiver.section_error(e))?;
+        // The rest of the upload goes on beside the reply, and ends with it.
+        let upload = upload.map(|upload| {
+            AbortOnDrop(client.tasks.spawn(async move { drop(upload.await) }).abort_handle())
+        });
+        let body =
+            Incoming::new(receiver, content_length, Code::REQUEST_CANCELLED, in_flight, upload);
+        Ok(response.map(|()| Body::new(body)))
+    }
+}
+
+/// What the end of an upload means for the call. A server that wants no more (STOP_SENDING) may still answer, and a lost
+/// connection is told better by the reading half.
+fn upload_error(outcome: Result<(), Cut>) -> Result<(), TransportError> {
+    match outcome {
+        Ok(()) | Err(Cut::Stopped | Cut::Lost) => Ok(()),
+        Err(Cut::TooLong) => Err(TransportError::Malformed("request trailers are too long")),
+        Err(Cut::Body(status)) => Err(broken_request(&status)),
+    }
+}
+
+fn broken_request(status: &Status) -> TransportError {
+    TransportError::of(status).cloned().unwrap_or_else(TransportError::cancelled)
+}
+
+async fn read_head(receiver: &mut Receiver) -> Result<Response<()>, TransportError> {
+    match receiver.frame().await? {
+        Some(Frame::Headers(section)) => {
+            headers::decode_response(&section, receiver.section_limit())
+                .map_err(|error| receiver.section_error(error))
+        }
+        Some(Frame::HeadersTooLong) => {
+            Err(TransportError::HeadersTooLong { limit_bytes: receiver.section_limit() })
+        }
+        Some(_) => Err(receiver.out_of_order()),
+        None => Err(TransportError::Malformed("a stream that ended without a response")),
+    }
+}

@@ -1,0 +1,184 @@
+//! The serving end of an HTTP/3 connection.
+
+use std::{convert::Infallible, sync::Arc};
+
+use http::{Request, Response, StatusCode};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tower::{Service, ServiceExt as _};
+
+use super::{
+    Code,
+    connection::{Connection, Side},
+    frame::Frame,
+    headers,
+    stream::{Cut, Incoming, Receiver, Sender},
+};
+use crate::{CallInfo, Limits, TransportError};
+
+/// Serves one connection until it ends, or until `drain` and then the last call in progress.
+pub(crate) async fn serve<S>(
+    quic: quinn::Connection,
+    limits: Arc<Limits>,
+    info: CallInfo,
+    service: S,
+    drain: CancellationToken,
+) where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+    S: Clone + Send + 'static,
+    S::Future: Send,
+{
+    let connection = Connection::new(quic.clone(), limits.clone(), Side::Server);
+    let mut calls = JoinSet::new();
+    let mut granted = limits.first_streams();
+    let mut next_stream = 0u64;
+    let upkeep = connection.run();
+    tokio::pin!(upkeep);
+    let mut draining = false;
+    loop {
+        tokio::select! {
+            () = &mut upkeep => return,
+            stream = quic.accept_bi() => {
+                let Ok((send, recv)) = stream else { return };
+                let sender = Sender::new(send, connection.clone(), Code::INTERNAL_ERROR);
+                if draining {
+                    // §5.2: not begun, so the client may try it elsewhere.
+                    drop(Receiver::new(recv, connection.clone(), Code::REQUEST_REJECTED));
+                    sender.reset(Code::REQUEST_REJECTED);
+                    continue;
+                }
+                next_stream = u64::from(recv.id()) + 4;
+                sender.set_urgency(3);
+                let call = serve_call(connection.clone(), sender, recv, info.clone(), service.clone());
+                calls.spawn(call);
+                if calls.len() * 4 > granted as usize * 3 && granted < limits.streams {
+                    granted = granted.saturating_mul(2).min(limits.streams);
+                    quic.set_max_concurrent_bi_streams(granted.into());
+                }
+            }
+            Some(ended) = calls.join_next() => {
+                if let Err(error) = ended && error.is_panic() {
+                    tracing::error!(%error, "a handler panicked; its call was reset");
+                }
+            }
+            () = drain.cancelled(), if !draining => {
+                draining = true;
+                connection.send_goaway(next_stream).await;
+            }
+        }
+        if draining && calls.is_empty() {
+            connection.linger().await;
+            quic.close(Code::NO_ERROR.into(), b"drained");
+            return;
+        }
+    }
+}
+
+/// Serves one request stream.
+async fn serve_call<S>(
+    connection: Arc<Connection>,
+    mut sender: Sender,
+    recv: quinn::RecvStream,
+    info: CallInfo,
+    service: S,
+) where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+{
+    let in_flight = connection.begin();
+    let mut receiver = Receiver::new(recv, connection.clone(), Code::NO_ERROR);
+    let deadline = connection.limits.handshake_timeout;
+    let head = match tokio::time::timeout(deadline, read_head(&mut receiver)).await {
+        Ok(Ok(head)) => head,
+        Ok(Err(TransportError::HeadersTooLong { .. })) => {
+            return refuse(&connection, sender, StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE).await;
+        }
+        Ok(Err(TransportError::Malformed(reason))) => {
+            tracing::debug!(reason, remote = %info.remote, "malformed request");
+            receiver.stop(Code::MESSAGE_ERROR);
+            return sender.reset(Code::MESSAGE_ERROR);
+        }
+        Ok(Err(_)) => return sender.reset(Code::REQUEST_CANCELLED),
+        Err(_) => {
+            receiver.stop(Code::REQUEST_INCOMPLETE);
+            return sender.reset(Code::REQUEST_INCOMPLETE);
+        }
+    };
+    let Ok(content_length) = headers::content_length(head.headers()) else {
+        receiver.stop(Code::MESSAGE_ERROR);
+        return sender.reset(Code::MESSAGE_ERROR);
+    };
+    if let Some(urgency) = urgency(head.headers()) {
+        sender.set_urgency(urgency);
+    }
+    let body = Incoming::new(receiver, content_length, Code::NO_ERROR, in_flight, None);
+    let mut request = head.map(|()| Body::new(body));
+    request.extensions_mut().insert(info);
+
+    let stopped = sender.stopped();
+    tokio::pin!(stopped);
+    let response = tokio::select! {
+        response = service.oneshot(request) => {
+            let Ok(response) = response;
+            response
+        }
+        // The caller went away: dropping the handler is the cancellation.
+        () = &mut stopped => return sender.reset(Code::REQUEST_CANCELLED),
+    };
+    let outcome = tokio::select! {
+        outcome = respond(&connection, &mut sender, response) => outcome,
+        () = &mut stopped => return sender.reset(Code::REQUEST_CANCELLED),
+    };
+    match outcome {
+        Ok(()) => {}
+        Err(Cut::Stopped | Cut::Lost) => sender.reset(Code::REQUEST_CANCELLED),
+        Err(Cut::Body(status)) => {
+            tracing::debug!(%status, "a reply broke off; the stream is reset");
+            sender.reset(Code::INTERNAL_ERROR);
+        }
+        Err(Cut::TooLong) => {
+            tracing::debug!("the reply's header section is longer than the client accepts");
+            sender.reset(Code::INTERNAL_ERROR);
+        }
+    }
+}
+
+async fn read_head(receiver: &mut Receiver) -> Result<Request<()>, TransportError> {
+    match receiver.frame().await? {
+        Some(Frame::Headers(section)) => {
+            headers::decode_request(&section, receiver.section_limit())
+                .map_err(|error| receiver.section_error(error))
+        }
+        Some(Frame::HeadersTooLong) => {
+            Err(TransportError::HeadersTooLong { limit_bytes: receiver.section_limit() })
+        }
+        Some(_) => Err(receiver.out_of_order()),
+        None => Err(TransportError::Malformed("a stream without a request")),
+    }
+}
+
+async fn respond(
+    connection: &Connection,
+    sender: &mut Sender,
+    response: Response<Body>,
+) -> Result<(), Cut> {
+    let (head, body) = response.into_parts();
+    let section = headers::encode_response(&head, connection.peer_section_limit())
+        .map_err(|_| Cut::TooLong)?;
+    sender.send(headers::frame(&section), body).await
+}
+
+async fn refuse(connection: &Connection, mut sender: Sender, status: StatusCode) {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = status;
+    if respond(connection, &mut sender, response).await.is_err() {
+        sender.reset(Code::REQUEST_REJECTED);
+    }
+}
+
+/// RFC 9218 §4.1: the urgency in a `priority` field, 0 (most urgent) to 7.
+fn urgency(headers: &http::HeaderMap) -> Option<u8> {
+    let text = headers.get("priority")?.to_str().ok()?;
+    let value = text.split(',').find_map(|member| member.trim().strip_prefix("u="))?;
+    value.parse().ok().filter(|urgency| *urgency <= 7)
+}

@@ -1,0 +1,305 @@
+//! HTTP/2 by hyper, served and called directly: with TLS between nodes and for clients, without it to engines.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::{Frame, SizeHint};
+use hyper::client::conn::http2::SendRequest;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::oneshot,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::{Status, body::Body};
+use tower::{Service, ServiceExt as _};
+
+use crate::{CallInfo, Limits, TransportError};
+
+/// An idle outgoing connection is looked at this often.
+const IDLE_CHECK: Duration = Duration::from_secs(1);
+
+/// Runs what hyper spawns as tasks somebody awaits.
+#[derive(Clone, Debug)]
+struct Tracked(TaskTracker);
+
+impl<F> hyper::rt::Executor<F> for Tracked
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, task: F) {
+        self.0.spawn(task);
+    }
+}
+
+/// Serves one connection until it ends, or until `drain` or its age and then the last call in progress.
+pub(crate) async fn serve<I, S>(
+    io: I,
+    limits: &Limits,
+    age: Duration,
+    info: CallInfo,
+    service: S,
+    drain: CancellationToken,
+    tasks: TaskTracker,
+) where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+    S: Clone + Send + 'static,
+    S::Future: Send + 'static,
+{
+    let handler = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
+        let mut request = request.map(|body| Body::new(Incoming::new(body, ())));
+        request.extensions_mut().insert(info.clone());
+        service.clone().oneshot(request)
+    });
+    let mut builder = hyper::server::conn::http2::Builder::new(Tracked(tasks));
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(limits.h2_streams)
+        .max_pending_accept_reset_streams(limits.h2_pending_resets)
+        .initial_stream_window_size(limits.stream_window_bytes)
+        .initial_connection_window_size(limits.connection_window_bytes)
+        .max_send_buf_size(limits.stream_window_bytes as usize)
+        .max_header_list_size(limits.header_section_bytes)
+        .keep_alive_interval(limits.idle_timeout / 2)
+        .keep_alive_timeout(limits.idle_timeout / 2);
+    let connection = builder.serve_connection(TokioIo::new(io), handler);
+    tokio::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = drain_or_age(&drain, age) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "an HTTP/2 connection broke off");
+    }
+}
+
+async fn drain_or_age(drain: &CancellationToken, age: Duration) {
+    // The only outcome of either is to drain.
+    drop(tokio::time::timeout(age, drain.cancelled()).await);
+}
+
+/// One HTTP/2 connection to a server, cloneable.
+#[derive(Clone, Debug)]
+pub(crate) struct Client {
+    sender: SendRequest<Upload>,
+    in_flight: Arc<AtomicUsize>,
+    streams: Arc<AtomicUsize>,
+    closed: CancellationToken,
+    scheme: &'static str,
+}
+
+impl Client {
+    /// Speaks HTTP/2 on `io`; the connection runs as one of `tasks` and closes itself when idle.
+    pub(crate) async fn handshake<I>(
+        io: I,
+        scheme: &'static str,
+        limits: &Limits,
+        tasks: &TaskTracker,
+    ) -> Result<Self, TransportError>
+    where
+        I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let mut builder = hyper::client::conn::http2::Builder::new(Tracked(tasks.clone()));
+        builder
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(limits.stream_window_bytes)
+            .initial_connection_window_size(limits.connection_window_bytes)
+            .max_send_buf_size(limits.stream_window_bytes as usize)
+            .max_header_list_size(limits.header_section_bytes)
+            .keep_alive_interval(Duration::from_secs(5).min(limits.idle_timeout / 2))
+            .keep_alive_timeout(limits.idle_timeout / 2);
+        let (sender, mut connection) = builder
+            .handshake(TokioIo::new(io))
+            .await
+            .map_err(|error| TransportError::from_hyper(&error))?;
+        let client = Self {
+            sender,
+            in_flight: Arc::default(),
+            streams: Arc::new(AtomicUsize::new(connection.current_max_send_streams())),
+            closed: CancellationToken::new(),
+            scheme,
+        };
+        let (in_flight, streams) = (client.in_flight.clone(), client.streams.clone());
+        let closed = client.closed.clone();
+        let idle_timeout = limits.idle_timeout;
+        tasks.spawn(async move {
+            let run = std::future::poll_fn(|cx| {
+                let ended = Pin::new(&mut connection).poll(cx);
+                streams.store(connection.current_max_send_streams(), Ordering::Relaxed);
+                ended
+            });
+            tokio::select! {
+                ended = run => {
+                    if let Err(error) = ended {
+                        tracing::debug!(%error, "an HTTP/2 connection broke off");
+                    }
+                }
+                () = idle(&in_flight, idle_timeout) => {}
+                () = closed.cancelled() => {}
+            }
+            closed.cancel();
+        });
+        Ok(client)
+    }
+
+    /// Whether new calls may be made on it.
+    pub(crate) fn is_usable(&self) -> bool {
+        !self.closed.is_cancelled() && !self.sender.is_closed()
+    }
+
+    /// Calls in progress.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Calls the server lets us have open at once.
+    pub(crate) fn streams(&self) -> usize {
+        self.streams.load(Ordering::Relaxed)
+    }
+
+    /// Closes the connection; calls in progress fail.
+    pub(crate) fn close(&self) {
+        self.closed.cancel();
+    }
+
+    /// Makes the call. Dropping the future, or the body of the response, cancels it at the server.
+    pub(crate) async fn call(&self, request: Request<Body>) -> Result<Response<Body>, CallError> {
+        let in_flight = Counted::new(&self.in_flight);
+        let (mut head, body) = request.into_parts();
+        head.version = http::Version::HTTP_2;
+        let mut uri = std::mem::take(&mut head.uri).into_parts();
+        uri.scheme = self.scheme.parse().ok();
+        head.uri = http::Uri::from_parts(uri).map_err(|_| {
+            CallError::Failed(TransportError::Malformed("a request without authority or path"))
+        })?;
+        // While this side of the channel lives, somebody wants the reply.
+        let (wanted, unwanted) = oneshot::channel();
+        let request = Request::from_parts(head, Upload { body, unwanted: Some(unwanted) });
+        let response =
+            self.sender.clone().try_send_request(request).await.map_err(|mut error| {
+                let cause = TransportError::from_hyper(error.error());
+                match error.take_message() {
+                    Some(request) => CallError::Unsent(Box::new(request.map(|upload| upload.body))),
+                    None => CallError::Failed(cause),
+                }
+            })?;
+        Ok(response.map(|body| Body::new(Incoming::new(body, (in_flight, wanted)))))
+    }
+}
+
+/// Why a call came to nothing.
+#[derive(Debug)]
+pub(crate) enum CallError {
+    /// The connection closed before anything was sent: the request comes back, to be sent elsewhere.
+    Unsent(Box<Request<Body>>),
+    Failed(TransportError),
+}
+
+/// Resolves when nothing was in flight for `timeout`.
+async fn idle(in_flight: &AtomicUsize, timeout: Duration) {
+    let mut idle_for = Duration::ZERO;
+    while idle_for < timeout {
+        tokio::time::sleep(IDLE_CHECK.min(timeout)).await;
+        let is_idle = in_flight.load(Ordering::Relaxed) == 0;
+        idle_for = if is_idle { idle_for + IDLE_CHECK } else { Duration::ZERO };
+    }
+}
+
+#[derive(Debug)]
+struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A request body that breaks off with CANCEL when nobody wants the reply any more. hyper keeps sending a body whose
+/// response was dropped, and the server would never learn of the cancellation.
+#[derive(Debug)]
+struct Upload {
+    body: Body,
+    unwanted: Option<oneshot::Receiver<Infallible>>,
+}
+
+impl http_body::Body for Upload {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if let Some(unwanted) = &mut self.unwanted
+            && Pin::new(unwanted).poll(cx).is_ready()
+        {
+            self.unwanted = None;
+            return Poll::Ready(Some(Err(TransportError::cancelled().into())));
+        }
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A body from hyper, its errors in our words; `held` lives as long as it does.
+#[derive(Debug)]
+struct Incoming<H> {
+    body: hyper::body::Incoming,
+    _held: H,
+}
+
+impl<H> Incoming<H> {
+    fn new(body: hyper::body::Incoming, held: H) -> Self {
+        Self { body, _held: held }
+    }
+}
+
+impl<H: Unpin> http_body::Body for Incoming<H> {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.body)
+            .poll_frame(cx)
+            .map_err(|error| TransportError::from_hyper(&error).into())
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

@@ -1,0 +1,231 @@
+//! The outgoing connections of one worker: one per target, another when it fills, the idle ones closed first.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use http::{Request, Response};
+use parking_lot::Mutex;
+use tonic::body::Body;
+
+use crate::{
+    Channel, Dialer, Target, TransportError,
+    channel::{Connection, Place},
+    http2::CallError,
+};
+
+/// Connections one target may have.
+const PER_TARGET: usize = 16;
+/// How often a call is handed to a connection that closes just then.
+const UNSENT_ATTEMPTS: usize = 3;
+/// A connection takes no further call beyond this share of its streams while another may be opened.
+const FULL_PERCENT: usize = 80;
+/// A target reached over TCP is tried over QUIC again after this, doubling up to the maximum.
+const PROBE_FIRST: Duration = Duration::from_secs(1);
+const PROBE_MAX: Duration = Duration::from_secs(64);
+
+/// Connections to targets, shared by the channels of one worker. Cloneable.
+#[derive(Clone, Debug)]
+pub struct Pool(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    dialer: Dialer,
+    entries: Mutex<HashMap<Arc<str>, Arc<Entry>>>,
+    /// Counts uses, so that the least recently used entry is known without reading a clock.
+    uses: AtomicU64,
+}
+
+/// What the pool knows of one target.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    target: Target,
+    connections: Mutex<Vec<Connection>>,
+    last_use: AtomicU64,
+    /// Held while dialling, so that many calls wait for one dial.
+    dialling: tokio::sync::Mutex<()>,
+    failure: Mutex<Option<(Instant, TransportError)>>,
+    probe: Mutex<Probe>,
+}
+
+#[derive(Debug)]
+struct Probe {
+    next: Option<Instant>,
+    wait: Duration,
+}
+
+impl Entry {
+    pub(crate) fn target(&self) -> &Target {
+        &self.target
+    }
+}
+
+impl Pool {
+    /// An empty pool.
+    #[must_use]
+    pub fn new(dialer: Dialer) -> Self {
+        let inner = Inner { dialer, entries: Mutex::default(), uses: AtomicU64::new(0) };
+        Self(Arc::new(inner))
+    }
+
+    /// A channel to `target`; channels to a target of the same name share connections.
+    #[must_use]
+    pub fn channel(&self, target: Target) -> Channel {
+        let mut entries = self.0.entries.lock();
+        let entry = entries.entry(target.name().into()).or_insert_with(|| {
+            Arc::new(Entry {
+                target,
+                connections: Mutex::default(),
+                last_use: AtomicU64::new(0),
+                dialling: tokio::sync::Mutex::new(()),
+                failure: Mutex::new(None),
+                probe: Mutex::new(Probe { next: None, wait: PROBE_FIRST }),
+            })
+        });
+        Channel::new(self.clone(), entry.clone())
+    }
+
+    /// Closes every connection; calls in progress fail.
+    pub fn close(&self) {
+        for entry in self.0.entries.lock().values() {
+            for connection in entry.connections.lock().drain(..) {
+                connection.close();
+            }
+        }
+    }
+
+    pub(crate) async fn call(
+        &self,
+        entry: &Arc<Entry>,
+        mut request: Request<Body>,
+    ) -> Result<Response<Body>, TransportError> {
+        entry.last_use.store(self.0.uses.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
+        for _ in 0..UNSENT_ATTEMPTS {
+            match self.place(entry).await?.call(request).await {
+                Ok(response) => return Ok(response),
+                Err(CallError::Failed(error)) => return Err(error),
+                Err(CallError::Unsent(unsent)) => request = *unsent,
+            }
+        }
+        Err(TransportError::Full { target: entry.target.name().into() })
+    }
+
+    /// A place for a call on an open connection, or on a new one.
+    async fn place(&self, entry: &Arc<Entry>) -> Result<Place, TransportError> {
+        let asked = base::clock::now();
+        // Each round ends with a place, an error, or one connection more.
+        for _ in 0..=PER_TARGET {
+            let Some(connection) = self.choose(entry) else {
+                self.dial(entry, asked).await?;
+                continue;
+            };
+            if !connection.is_quic() && entry.target.speaks_quic() {
+                self.probe_quic(entry, asked);
+            }
+            match connection.place().await {
+                Ok(Some(place)) => return Ok(place),
+                Ok(None) if entry.connections.lock().len() < PER_TARGET => {
+                    self.dial(entry, base::clock::now()).await?;
+                }
+                Ok(None) => break,
+                // It broke between the choice and the call: nothing was sent.
+                Err(_) => connection.close(),
+            }
+        }
+        Err(TransportError::Full { target: entry.target.name().into() })
+    }
+
+    /// The least loaded usable connection with room, QUIC before TCP; forgets those that are gone.
+    fn choose(&self, entry: &Entry) -> Option<Connection> {
+        let limits = self.0.dialer.limits();
+        let mut connections = entry.connections.lock();
+        connections.retain(|connection| {
+            let usable = connection.is_usable();
+            if !usable && connection.in_flight() == 0 {
+                connection.close();
+            }
+            usable
+        });
+        let least = connections.iter().min_by_key(|c| (!c.is_quic(), c.in_flight()))?;
+        let full = least.in_flight() * 100 >= least.streams(limits) * FULL_PERCENT;
+        (!full || connections.len() >= PER_TARGET).then(|| least.clone())
+    }
+
+    /// Opens one connection more. Calls that asked before a dial failed share its failure instead of repeating it.
+    async fn dial(&self, entry: &Arc<Entry>, asked: Instant) -> Result<(), TransportError> {
+        let before = entry.connections.lock().len();
+        let _dialling = entry.dialling.lock().await;
+        if entry.connections.lock().len() > before {
+            return Ok(());
+        }
+        if let Some((when, error)) = &*entry.failure.lock()
+            && *when >= asked
+        {
+            return Err(error.clone());
+        }
+        self.make_room(entry)?;
+        match self.0.dialer.dial(&entry.target).await {
+            Ok(connection) => {
+                if !connection.is_quic() && entry.target.speaks_quic() {
+                    tracing::info!(target = entry.target.name(), "QUIC did not answer; using TCP");
+                }
+                entry.connections.lock().push(connection);
+                Ok(())
+            }
+            Err(error) => {
+                *entry.failure.lock() = Some((base::clock::now(), error.clone()));
+                Err(error)
+            }
+        }
+    }
+
+    /// Keeps the pool within its bound by closing the least recently used target without calls.
+    fn make_room(&self, for_entry: &Arc<Entry>) -> Result<(), TransportError> {
+        let entries = self.0.entries.lock();
+        let open: usize = entries.values().map(|entry| entry.connections.lock().len()).sum();
+        if open < self.0.dialer.limits().pool_connections {
+            return Ok(());
+        }
+        let idle = entries
+            .values()
+            .filter(|entry| {
+                let connections = entry.connections.lock();
+                !connections.is_empty() && connections.iter().all(|c| c.in_flight() == 0)
+            })
+            .min_by_key(|entry| entry.last_use.load(Ordering::Relaxed));
+        let Some(idle) = idle else {
+            return Err(TransportError::Full { target: for_entry.target.name().into() });
+        };
+        for connection in idle.connections.lock().drain(..) {
+            connection.close();
+        }
+        Ok(())
+    }
+
+    /// Tries QUIC again beside a TCP connection, with growing waits; once it works, new calls take it.
+    fn probe_quic(&self, entry: &Arc<Entry>, now: Instant) {
+        {
+            let mut probe = entry.probe.lock();
+            let next = *probe.next.get_or_insert(now + PROBE_FIRST);
+            if now < next {
+                return;
+            }
+            probe.next = Some(now + probe.wait);
+            probe.wait = (probe.wait * 2).min(PROBE_MAX);
+        }
+        let (pool, entry) = (self.clone(), entry.clone());
+        let tasks = self.0.dialer.tasks().clone();
+        tasks.spawn(async move {
+            if let Ok(connection) = pool.0.dialer.dial_quic(&entry.target).await {
+                tracing::info!(target = entry.target.name(), "QUIC works again");
+                *entry.probe.lock() = Probe { next: None, wait: PROBE_FIRST };
+                entry.connections.lock().push(connection);
+            }
+        });
+    }
+}

@@ -1,0 +1,99 @@
+//! Workers: single-threaded runtimes that share nothing but ports.
+//!
+//! One thread per worker, each with its own tokio runtime, measured at half the CPU per call of one multi-threaded
+//! runtime. What a worker starts, it owns: [`Worker::tasks`] is awaited before its thread ends.
+
+use std::{io, thread};
+
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// What the code running on a worker knows of it. Cloneable; it stays on its thread.
+#[derive(Clone, Debug)]
+pub struct Worker {
+    /// 0, 1, 2, …: also the first byte of every QUIC connection identifier of this worker.
+    pub index: u8,
+    /// How many workers the node has.
+    pub count: u8,
+    /// Every task of this worker.
+    pub tasks: TaskTracker,
+    /// Cancelled when the node begins to drain: take nothing new, finish what is there.
+    pub drain: CancellationToken,
+    /// Cancelled when time is up: what is still running is dropped.
+    pub stop: CancellationToken,
+}
+
+/// The running workers of a node.
+#[derive(Debug)]
+pub struct Workers {
+    threads: Vec<thread::JoinHandle<()>>,
+    drain: CancellationToken,
+    stop: CancellationToken,
+}
+
+impl Workers {
+    /// Starts `count` workers; each runs `main` and then every task it spawned.
+    ///
+    /// # Errors
+    /// When the kernel refuses a thread or the resources of a runtime.
+    pub fn start<F, M>(count: u8, main: M) -> io::Result<Self>
+    where
+        M: Fn(Worker) -> F + Clone + Send + 'static,
+        F: Future<Output = ()>,
+    {
+        let (drain, stop) = (CancellationToken::new(), CancellationToken::new());
+        let mut threads = Vec::with_capacity(count.into());
+        for index in 0..count {
+            let worker = Worker {
+                index,
+                count,
+                tasks: TaskTracker::new(),
+                drain: drain.clone(),
+                stop: stop.clone(),
+            };
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let main = main.clone();
+            let body = move || {
+                let tasks = worker.tasks.clone();
+                let stop = worker.stop.clone();
+                runtime.block_on(async move {
+                    main(worker).await;
+                    tasks.close();
+                    tokio::select! {
+                        () = tasks.wait() => {}
+                        () = stop.cancelled() => {}
+                    }
+                });
+                // Dropping the runtime drops what is left, whose guards reset their streams.
+            };
+            threads.push(thread::Builder::new().name(format!("worker-{index}")).spawn(body)?);
+        }
+        Ok(Self { threads, drain, stop })
+    }
+
+    /// Asks every worker to take nothing new and finish what is there.
+    pub fn drain(&self) {
+        self.drain.cancel();
+    }
+
+    /// Ends what is left, and waits for the threads.
+    pub fn stop(self) {
+        self.drain.cancel();
+        self.stop.cancel();
+        self.join();
+    }
+
+    /// Waits for the threads; call [`Workers::drain`] first. Blocks.
+    pub fn join(self) {
+        for thread in self.threads {
+            if thread.join().is_err() {
+                tracing::error!("a worker panicked");
+            }
+        }
+    }
+
+    /// A handle that ends what is left, from elsewhere.
+    #[must_use]
+    pub fn stopper(&self) -> CancellationToken {
+        self.stop.clone()
+    }
+}
