@@ -74,7 +74,7 @@ impl Dialer {
         Ok(Self {
             endpoint: quic::dialing_endpoint(keys, worker.index)?,
             limits: Arc::new(limits),
-            tasks: worker.tasks.clone(),
+            tasks: worker.outgoing.clone(),
         })
     }
 

@@ -1,11 +1,13 @@
 //! Workers: single-threaded runtimes that share nothing but ports.
 //!
 //! One thread per worker, each with its own tokio runtime, measured at half the CPU per call of one multi-threaded
-//! runtime. What a worker starts, it owns: [`Worker::tasks`] is awaited before its thread ends.
+//! runtime. What a worker starts, it owns: [`Worker::finish`] waits for it before the thread ends.
 
 use std::{io, thread};
 
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::Pool;
 
 /// What the code running on a worker knows of it. Cloneable; it stays on its thread.
 #[derive(Clone, Debug)]
@@ -14,12 +16,25 @@ pub struct Worker {
     pub index: u8,
     /// How many workers the node has.
     pub count: u8,
-    /// Every task of this worker.
+    /// The tasks that serve: connections that came in and their calls.
     pub tasks: TaskTracker,
+    /// The tasks of connections this worker made.
+    pub outgoing: TaskTracker,
     /// Cancelled when the node begins to drain: take nothing new, finish what is there.
     pub drain: CancellationToken,
     /// Cancelled when time is up: what is still running is dropped.
     pub stop: CancellationToken,
+}
+
+impl Worker {
+    /// Waits for the calls that came in, then closes the connections in `pool` and waits for those.
+    pub async fn finish(&self, pool: &Pool) {
+        self.tasks.close();
+        self.tasks.wait().await;
+        pool.close();
+        self.outgoing.close();
+        self.outgoing.wait().await;
+    }
 }
 
 /// The running workers of a node.
@@ -31,7 +46,8 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Starts `count` workers; each runs `main` and then every task it spawned.
+    /// Starts `count` workers; each runs `main`, which ends after [`Worker::drain`] and when its tasks are done, or is
+    /// dropped at [`Worker::stop`].
     ///
     /// # Errors
     /// When the kernel refuses a thread or the resources of a runtime.
@@ -47,19 +63,17 @@ impl Workers {
                 index,
                 count,
                 tasks: TaskTracker::new(),
+                outgoing: TaskTracker::new(),
                 drain: drain.clone(),
                 stop: stop.clone(),
             };
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let main = main.clone();
             let body = move || {
-                let tasks = worker.tasks.clone();
                 let stop = worker.stop.clone();
                 runtime.block_on(async move {
-                    main(worker).await;
-                    tasks.close();
                     tokio::select! {
-                        () = tasks.wait() => {}
+                        () = main(worker) => {}
                         () = stop.cancelled() => {}
                     }
                 });

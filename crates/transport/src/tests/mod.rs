@@ -296,7 +296,7 @@ async fn an_idle_connection_is_closed_and_the_next_call_opens_another() {
         collect(reply.into_body()).await.unwrap();
         // Every connection is a task of the client; without one only the test's own remain.
         let closed = async {
-            while !world.client.tasks.is_empty() {
+            while !world.client.outgoing.is_empty() {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
@@ -457,7 +457,9 @@ fn workers_share_a_port() {
                 handler,
                 1,
             );
-            server.serve(worker, port).await.unwrap();
+            server.serve(worker.clone(), port).await.unwrap();
+            worker.tasks.close();
+            worker.tasks.wait().await;
         }
     })
     .unwrap();
@@ -483,7 +485,6 @@ fn workers_share_a_port() {
         for channel in open {
             drop(channel);
         }
-        client.tasks.close();
     });
     drop(runtime);
     workers.drain();

@@ -84,6 +84,7 @@ pub(super) fn worker() -> Worker {
         index: 0,
         count: 1,
         tasks: TaskTracker::new(),
+        outgoing: TaskTracker::new(),
         drain: CancellationToken::new(),
         stop: CancellationToken::new(),
     }

@@ -1,0 +1,191 @@
+//! What can be wrong with an identity, and what to do about it.
+
+use std::{io, path::PathBuf};
+
+use base::TrustDomain;
+
+use crate::SpiffeId;
+
+/// Why an identity cannot be used, made or believed. No message and no `Debug` output contains key material.
+///
+/// Errors that name a file are the operator's to mend, and a retry alone does not help; nothing has changed but what
+/// [`IdentityError::File`] says was being written. Errors that name a peer end that handshake only.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// A text is not the id of a mesh member; the fault is with whoever wrote it.
+    #[error(
+        "`{text}` is not a mesh id: {reason}; \
+         write spiffe://<trust domain>/<node|authority|client|operator>/<region>/<name>"
+    )]
+    NotAnId {
+        /// The text, shortened.
+        text: String,
+        /// Which part is wrong.
+        reason: String,
+    },
+
+    /// The file system refused; a retry can help when the cause has gone.
+    #[error("cannot {action} {path}: {source}")]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// On which file or directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file that must exist does not.
+    #[error("{path} does not exist: {remedy}")]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// Where it would come from.
+        remedy: &'static str,
+    },
+    /// A file holds no certificate.
+    #[error(
+        "{path} holds no readable PEM certificate: \
+         put `-----BEGIN CERTIFICATE-----` blocks there, a node's own certificate first"
+    )]
+    NoCertificate {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file holds something in a certificate's place that is none.
+    #[error("{path} holds a damaged certificate ({reason}): issue it anew")]
+    DamagedCertificate {
+        /// The file.
+        path: PathBuf,
+        /// What the parser said.
+        reason: String,
+    },
+    /// A file holds no private key.
+    #[error(
+        "{path} holds no readable PEM private key: \
+         put an unencrypted PKCS#8, PKCS#1 or SEC1 key there"
+    )]
+    NoKey {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A private key can be read by other users of the machine.
+    #[error(
+        "other users can read the private key {path} (mode {mode:03o}): run `chmod 600 {path}`"
+    )]
+    ExposedKey {
+        /// The file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// A certificate and a key do not belong together.
+    #[error("{key} is not the private key of {cert}: copy both from the same place")]
+    KeyMismatch {
+        /// The certificate's file.
+        cert: PathBuf,
+        /// The key's file.
+        key: PathBuf,
+    },
+    /// A certificate is of the future.
+    #[error("{path} is valid only from {from}: check this machine's clock")]
+    NotYetValid {
+        /// The certificate's file.
+        path: PathBuf,
+        /// The first moment of its life.
+        from: String,
+    },
+    /// A certificate is of the past.
+    #[error(
+        "{path} expired on {until}: issue it anew (if `isobar ca dev` made it, delete it and run that again), \
+         or check this machine's clock"
+    )]
+    Expired {
+        /// The certificate's file.
+        path: PathBuf,
+        /// The last moment of its life.
+        until: String,
+    },
+    /// The mesh would not believe this certificate.
+    #[error("{ca} does not vouch for {cert} ({source}): use certificates of one CA")]
+    Untrusted {
+        /// The certificate's file.
+        cert: PathBuf,
+        /// The file of the trust roots.
+        ca: PathBuf,
+        /// Which check failed.
+        source: webpki::Error,
+    },
+    /// A certificate is good but is not a node's.
+    #[error("{path} is not the certificate of a node: {source}")]
+    NotANodeCertificate {
+        /// The certificate's file.
+        path: PathBuf,
+        /// What it lacks.
+        source: Box<Self>,
+    },
+
+    /// A directory belongs to another mesh.
+    #[error(
+        "the development CA in {dir} is for the trust domain `{found}`, not `{wanted}`: \
+         set mesh.trust_domain to `{found}`, or choose another directory"
+    )]
+    OtherTrustDomain {
+        /// The directory of the CA.
+        dir: PathBuf,
+        /// The trust domain its certificate speaks for.
+        found: TrustDomain,
+        /// The trust domain that was asked for.
+        wanted: TrustDomain,
+    },
+    /// A directory holds a CA, but not one made here.
+    #[error(
+        "{path} is not the certificate of a development CA ({reason}): choose another directory"
+    )]
+    NotADevCa {
+        /// The CA's certificate.
+        path: PathBuf,
+        /// What it lacks.
+        reason: String,
+    },
+    /// A certificate could not be made.
+    #[error("cannot make a certificate: {0}")]
+    Issue(#[from] rcgen::Error),
+
+    /// A peer showed no certificate.
+    #[error("the peer presented no certificate")]
+    NoPeerCertificate,
+    /// A peer's certificate cannot be parsed.
+    #[error("the certificate cannot be parsed: {0}")]
+    Unreadable(String),
+    /// A certificate does not carry exactly one URI (X.509-SVID standard §2).
+    #[error(
+        "the certificate carries {found} URI names; a member of the mesh has exactly one, its SPIFFE id"
+    )]
+    UriNames {
+        /// How many it carries.
+        found: usize,
+    },
+    /// A member of the mesh that is not a node.
+    #[error("{0} is not a node; only certificates with the role `node` are peers")]
+    NotANode(SpiffeId),
+    /// A node of another mesh.
+    #[error("{found} is not of the trust domain `{ours}`")]
+    ForeignPeer {
+        /// Who it is.
+        found: SpiffeId,
+        /// Our trust domain.
+        ours: TrustDomain,
+    },
+    /// A node of our mesh, but not the one that was called.
+    #[error("called {expected}, and {found} answered: check the address of the peer")]
+    WrongPeer {
+        /// Who was called.
+        expected: SpiffeId,
+        /// Who answered.
+        found: SpiffeId,
+    },
+
+    /// The TLS library refused a certificate, a key or a setting.
+    #[error("TLS: {0}")]
+    Tls(#[from] rustls::Error),
+}

@@ -1,0 +1,134 @@
+//! PEM files on disk: read with errors an operator can act on, written so that nobody ever sees half of one.
+//!
+//! A file appears under its name in one step, complete and with its final permissions. Two files cannot appear in one
+//! step, so nothing here needs them to: see [`crate::DevCa`].
+
+use std::{
+    fs::{self, DirBuilder, File, Permissions},
+    io::{self, ErrorKind, Read, Write},
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    path::Path,
+};
+
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use tempfile::{NamedTempFile, PersistError};
+
+use crate::IdentityError;
+
+/// Permissions of a private key.
+pub(crate) const SECRET: u32 = 0o600;
+/// Permissions of a certificate, before the umask.
+pub(crate) const PUBLIC: u32 = 0o644;
+
+const READABLE_BY_OTHERS: u32 = 0o077;
+
+/// Every certificate of a file, at least one.
+pub(crate) fn read_certificates(
+    path: &Path,
+    remedy: &'static str,
+) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
+    let pem = read(open(path, remedy)?, path)?;
+    match CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>() {
+        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
+        _ => Err(IdentityError::NoCertificate { path: path.into() }),
+    }
+}
+
+/// The private key of a file that only its owner can read.
+pub(crate) fn read_secret_key(
+    path: &Path,
+    remedy: &'static str,
+) -> Result<PrivateKeyDer<'static>, IdentityError> {
+    let file = open(path, remedy)?;
+    let mode = file.metadata().map_err(failed("read", path))?.permissions().mode() & 0o777;
+    if mode & READABLE_BY_OTHERS != 0 {
+        return Err(IdentityError::ExposedKey { path: path.into(), mode });
+    }
+    parse_key(file, path)
+}
+
+/// The private key of a file, whatever its permissions.
+pub(crate) fn read_key(
+    path: &Path,
+    remedy: &'static str,
+) -> Result<PrivateKeyDer<'static>, IdentityError> {
+    parse_key(open(path, remedy)?, path)
+}
+
+/// Whether there is such a file; a file that cannot be looked at is an error.
+pub(crate) fn exists(path: &Path) -> Result<bool, IdentityError> {
+    path.try_exists().map_err(failed("look at", path))
+}
+
+/// Puts `contents` under the name `path` unless that name is taken: of several writers exactly one succeeds, and all
+/// of them find its file afterwards.
+pub(crate) fn write_unless_there(
+    path: &Path,
+    mode: u32,
+    contents: &str,
+) -> Result<(), IdentityError> {
+    match write_aside(path, mode, contents)?.persist_noclobber(path) {
+        Ok(_) => Ok(()),
+        Err(PersistError { error, .. }) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+        Err(PersistError { error, .. }) => Err(failed("create", path)(error)),
+    }
+}
+
+/// Puts `contents` under the name `path`, in the place of what was there.
+pub(crate) fn replace(path: &Path, mode: u32, contents: &str) -> Result<(), IdentityError> {
+    let written = write_aside(path, mode, contents)?.persist(path);
+    written.map(drop).map_err(|e| failed("replace", path)(e.error))
+}
+
+/// Makes a public file say `contents`, touching it only when it says something else.
+pub(crate) fn write_if_different(path: &Path, contents: &str) -> Result<(), IdentityError> {
+    match fs::read(path) {
+        Ok(found) if found == contents.as_bytes() => Ok(()),
+        _ => replace(path, PUBLIC, contents),
+    }
+}
+
+/// Creates a directory and its parents.
+pub(crate) fn create_directory(path: &Path) -> Result<(), IdentityError> {
+    fs::create_dir_all(path).map_err(failed("create", path))
+}
+
+/// Creates a directory and its parents, for the owner alone.
+pub(crate) fn create_secret_directory(path: &Path) -> Result<(), IdentityError> {
+    let created = DirBuilder::new().recursive(true).mode(0o700).create(path);
+    created.map_err(failed("create", path))
+}
+
+fn write_aside(path: &Path, mode: u32, contents: &str) -> Result<NamedTempFile, IdentityError> {
+    let directory = path.parent().unwrap_or(path);
+    let mut file = tempfile::Builder::new()
+        .prefix(".new-")
+        .permissions(Permissions::from_mode(mode))
+        .tempfile_in(directory)
+        .map_err(failed("create a file in", directory))?;
+    file.write_all(contents.as_bytes()).map_err(failed("write", path))?;
+    Ok(file)
+}
+
+fn open(path: &Path, remedy: &'static str) -> Result<File, IdentityError> {
+    File::open(path).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => IdentityError::Missing { path: path.into(), remedy },
+        _ => failed("read", path)(error),
+    })
+}
+
+fn read(mut file: File, path: &Path) -> Result<Vec<u8>, IdentityError> {
+    let mut contents = Vec::new();
+    file.read_to_end(&mut contents).map_err(failed("read", path))?;
+    Ok(contents)
+}
+
+/// What the parser says is not passed on: it quotes the file.
+fn parse_key(file: File, path: &Path) -> Result<PrivateKeyDer<'static>, IdentityError> {
+    let pem = read(file, path)?;
+    PrivateKeyDer::from_pem_slice(&pem).map_err(|_| IdentityError::NoKey { path: path.into() })
+}
+
+fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> IdentityError {
+    move |source| IdentityError::File { action, path: path.into(), source }
+}

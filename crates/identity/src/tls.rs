@@ -1,0 +1,598 @@
+//! TLS as this mesh speaks it: 1.3 only, one crypto provider, named here and never taken from the process.
+//!
+//! Between peers both sides show a certificate, and the SPIFFE id in it is the whole identity: a host name, an address
+//! or SNI proves nothing, so none is checked or sent. A peer connection never resumes an earlier one and never sends
+//! early data: both would skip the checks below. The port for clients is ordinary TLS with a name in a certificate.
+
+use std::{fmt, path::Path, sync::Arc};
+
+use base::{NodeName, RegionName, TrustDomain};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error as TlsError,
+    OtherError, RootCertStore, ServerConfig, SignatureScheme, SupportedProtocolVersion,
+    client::{
+        Resumption,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
+    crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime},
+    server::{
+        NoServerSessionStorage,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+    version::TLS13,
+};
+
+use crate::{
+    IdentityError, NodeIdentity, Role, SpiffeId,
+    certificate::{Side, peer_id, verify_chain},
+    files,
+    node::{Paths, check_key},
+};
+
+const VERSIONS: &[&SupportedProtocolVersion] = &[&TLS13];
+const SERVER_CERT_REMEDY: &str = "check `cert` and `key` in [tls]";
+
+/// The node one means to reach.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ExpectedPeer {
+    /// Where it is.
+    pub region: RegionName,
+    /// Which one it is.
+    pub name: NodeName,
+}
+
+impl NodeIdentity {
+    /// For the port of peers: lets in whoever proves to be a node of our mesh, in any region.
+    ///
+    /// # Errors
+    /// The TLS library refuses our key or certificate.
+    pub fn peer_server_config(&self, alpn: &[&[u8]]) -> Result<ServerConfig, IdentityError> {
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(VERSIONS)?
+            .with_client_cert_verifier(Arc::new(PeerVerifier::new(self, None)))
+            .with_single_cert(self.chain.clone(), self.key.clone_key())?;
+        config.alpn_protocols = owned(alpn);
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        Ok(config)
+    }
+
+    /// For a connection to one peer: shows our certificate and goes on only if `expect` answers. The server name given
+    /// to the connection plays no part.
+    ///
+    /// # Errors
+    /// The TLS library refuses our key or certificate.
+    pub fn peer_client_config(
+        &self,
+        alpn: &[&[u8]],
+        expect: ExpectedPeer,
+    ) -> Result<ClientConfig, IdentityError> {
+        let mut config = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(VERSIONS)?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(PeerVerifier::new(self, Some(expect))))
+            .with_client_auth_cert(self.chain.clone(), self.key.clone_key())?;
+        config.alpn_protocols = owned(alpn);
+        config.resumption = Resumption::disabled();
+        config.enable_sni = false;
+        Ok(config)
+    }
+}
+
+/// For the port of clients: shows a certificate, asks for none. Sessions may be resumed, early data is off.
+///
+/// # Errors
+/// The key is not that of the first certificate, or the TLS library cannot use it.
+pub fn client_server_config(
+    certificates: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    alpn: &[&[u8]],
+) -> Result<ServerConfig, IdentityError> {
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(VERSIONS)?
+        .with_no_client_auth()
+        .with_single_cert(certificates, key)?;
+    config.alpn_protocols = owned(alpn);
+    config.ticketer = aws_lc_rs::Ticketer::new()?;
+    Ok(config)
+}
+
+/// Reads the certificate for a public name, with its intermediates, and its key. The key's permissions are left to
+/// whoever deploys it: secrets mounted into a container are readable by all in it.
+///
+/// # Errors
+/// A file is missing, unreadable or holds something else, or the two do not belong together.
+pub fn load_server_cert(
+    cert: &Path,
+    key: &Path,
+) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), IdentityError> {
+    let chain = files::read_certificates(cert, SERVER_CERT_REMEDY)?;
+    let secret = files::read_key(key, SERVER_CERT_REMEDY)?;
+    check_key(Paths { ca: cert, cert, key }, &chain, &secret)?;
+    Ok((chain, secret))
+}
+
+pub(crate) fn provider() -> Arc<CryptoProvider> {
+    Arc::new(aws_lc_rs::default_provider())
+}
+
+fn owned(alpn: &[&[u8]]) -> Vec<Vec<u8>> {
+    alpn.iter().map(|protocol| protocol.to_vec()).collect()
+}
+
+/// Decides whether a certificate is a peer's.
+#[derive(Debug)]
+struct PeerVerifier {
+    roots: RootCertStore,
+    subjects: Vec<DistinguishedName>,
+    trust_domain: TrustDomain,
+    /// `None`: any node of the mesh.
+    expected: Option<SpiffeId>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl PeerVerifier {
+    fn new(ours: &NodeIdentity, expect: Option<ExpectedPeer>) -> Self {
+        let trust_domain = ours.id.trust_domain.clone();
+        Self {
+            roots: ours.roots.clone(),
+            subjects: ours.roots.subjects(),
+            expected: expect.map(|ExpectedPeer { region, name }| SpiffeId {
+                trust_domain: trust_domain.clone(),
+                role: Role::Node,
+                region,
+                name,
+            }),
+            trust_domain,
+            provider: provider(),
+        }
+    }
+
+    fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        side: Side,
+        now: UnixTime,
+    ) -> Result<(), TlsError> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_chain(leaf, intermediates, &self.roots, algorithms, side, now)
+            .map_err(chain_error)?;
+        self.verify_id(leaf).map_err(|e| refusal(Arc::new(Refusal(e))))
+    }
+
+    fn verify_id(&self, leaf: &CertificateDer<'_>) -> Result<(), IdentityError> {
+        let found = peer_id(std::slice::from_ref(leaf))?;
+        if found.trust_domain != self.trust_domain {
+            return Err(IdentityError::ForeignPeer { found, ours: self.trust_domain.clone() });
+        }
+        if found.role != Role::Node {
+            return Err(IdentityError::NotANode(found));
+        }
+        match &self.expected {
+            Some(expected) if *expected != found => {
+                Err(IdentityError::WrongPeer { expected: expected.clone(), found })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn verify_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, leaf, signed, algorithms)
+    }
+
+    fn schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for PeerVerifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &self.subjects
+    }
+
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, TlsError> {
+        self.verify(leaf, intermediates, Side::Client, now)?;
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        Err(too_old())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        self.verify_signature(message, leaf, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.schemes()
+    }
+}
+
+impl ServerCertVerifier for PeerVerifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, TlsError> {
+        self.verify(leaf, intermediates, Side::Server, now)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        Err(too_old())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        self.verify_signature(message, leaf, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.schemes()
+    }
+}
+
+/// The version is not offered, so this is never reached; it fails closed all the same.
+fn too_old() -> TlsError {
+    TlsError::General("peers speak TLS 1.3 only".into())
+}
+
+/// What `webpki` found, in the words that give the peer the right TLS alert.
+fn chain_error(error: webpki::Error) -> TlsError {
+    use webpki::Error as Chain;
+    TlsError::InvalidCertificate(match error {
+        Chain::CertExpired { time, not_after } => {
+            CertificateError::ExpiredContext { time, not_after }
+        }
+        Chain::CertNotValidYet { time, not_before } => {
+            CertificateError::NotValidYetContext { time, not_before }
+        }
+        Chain::UnknownIssuer => CertificateError::UnknownIssuer,
+        Chain::InvalidSignatureForPublicKey => CertificateError::BadSignature,
+        Chain::BadDer | Chain::BadDerTime | Chain::TrailingData(_) => CertificateError::BadEncoding,
+        Chain::RequiredEkuNotFoundContext(_) => CertificateError::InvalidPurpose,
+        other => return refusal(Arc::new(other)),
+    })
+}
+
+fn refusal(error: Arc<dyn std::error::Error + Send + Sync>) -> TlsError {
+    CertificateError::Other(OtherError(error)).into()
+}
+
+/// `rustls` prints the cause of a refused certificate with `Debug`; this makes that the sentence for people.
+struct Refusal(IdentityError);
+
+impl fmt::Debug for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl std::error::Error for Refusal {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt, time::Duration};
+
+    use base::clock;
+    use rcgen::{CertificateParams, KeyPair, SanType};
+    use rustls::{
+        ClientConnection, ConnectionCommon, HandshakeKind, NamedGroup, ProtocolVersion,
+        ServerConnection, SideData,
+    };
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::DevCa;
+
+    const ALPN: &[&[u8]] = &[b"h3"];
+    const DAY: Duration = Duration::from_secs(86_400);
+
+    /// A mesh in a directory of its own.
+    struct Mesh {
+        dir: TempDir,
+        ca: DevCa,
+    }
+
+    impl Mesh {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let domain = "mesh.test".parse().unwrap();
+            let ca = DevCa::open_or_create(dir.path(), &domain, clock::wall()).unwrap();
+            Self { dir, ca }
+        }
+
+        fn node(&self, name: &str) -> NodeIdentity {
+            self.ca
+                .node(&"eu".parse().unwrap(), &name.parse().unwrap(), &[], clock::wall())
+                .unwrap()
+        }
+
+        /// Node x with another certificate of the same CA; what no honest issuer would hand out, too.
+        fn impostor(&self, id: &str) -> NodeIdentity {
+            let mut identity = self.node("x");
+            let id = id.parse().unwrap();
+            let certificate = self.ca.issue(&id, &identity.key, &[], clock::wall()).unwrap();
+            identity.chain = vec![certificate.into()];
+            identity
+        }
+    }
+
+    /// Node b by its own account only.
+    fn self_signed(mesh: &Mesh) -> NodeIdentity {
+        let mut params = CertificateParams::new([]).unwrap();
+        let id = "spiffe://mesh.test/node/eu/b";
+        params.subject_alt_names.push(SanType::URI(id.try_into().unwrap()));
+        let mut identity = mesh.node("b");
+        let key = KeyPair::try_from(&identity.key).unwrap();
+        identity.chain = vec![params.self_signed(&key).unwrap().into()];
+        identity
+    }
+
+    /// A stranger that would talk to the nodes of `mesh`.
+    fn believing(mesh: &Mesh, mut stranger: NodeIdentity) -> NodeIdentity {
+        stranger.roots = mesh.node("x").roots;
+        stranger
+    }
+
+    fn peer(name: &str) -> ExpectedPeer {
+        ExpectedPeer { region: "eu".parse().unwrap(), name: name.parse().unwrap() }
+    }
+
+    fn shake(client: ClientConfig, server: ServerConfig) -> Result<Pair, TlsError> {
+        let name = "not.the.name".try_into().unwrap();
+        let mut client = ClientConnection::new(Arc::new(client), name).unwrap();
+        let mut server = ServerConnection::new(Arc::new(server)).unwrap();
+        exchange(&mut client, &mut server)?;
+        Ok(Pair { client, server })
+    }
+
+    /// Carries bytes both ways until nobody has any; the first error of either side ends it.
+    fn exchange(
+        client: &mut ClientConnection,
+        server: &mut ServerConnection,
+    ) -> Result<(), TlsError> {
+        while client.wants_write() || server.wants_write() {
+            carry(client, server)?;
+            carry(server, client)?;
+        }
+        assert!(!client.is_handshaking() && !server.is_handshaking());
+        Ok(())
+    }
+
+    fn carry<A: SideData, B: SideData>(
+        from: &mut ConnectionCommon<A>,
+        to: &mut ConnectionCommon<B>,
+    ) -> Result<(), TlsError> {
+        let mut bytes = Vec::new();
+        while from.wants_write() {
+            from.write_tls(&mut bytes).unwrap();
+        }
+        let mut rest = bytes.as_slice();
+        while !rest.is_empty() {
+            to.read_tls(&mut rest).unwrap();
+            to.process_new_packets()?;
+        }
+        Ok(())
+    }
+
+    #[derive(Debug)]
+    struct Pair {
+        client: ClientConnection,
+        server: ServerConnection,
+    }
+
+    /// `a` calls the node `expect` and `b` answers.
+    fn call(a: &NodeIdentity, expect: &str, b: &NodeIdentity) -> Result<Pair, TlsError> {
+        let client = a.peer_client_config(ALPN, peer(expect)).unwrap();
+        shake(client, b.peer_server_config(ALPN).unwrap())
+    }
+
+    #[test]
+    fn two_nodes_of_a_mesh_know_each_other() {
+        let mesh = Mesh::new();
+        let Pair { client, server } = call(&mesh.node("a"), "b", &mesh.node("b")).unwrap();
+        assert_eq!(client.protocol_version(), Some(ProtocolVersion::TLSv1_3));
+        assert_eq!(client.alpn_protocol(), Some(&b"h3"[..]));
+        assert_eq!(server.server_name(), None);
+        let answered = peer_id(client.peer_certificates().unwrap()).unwrap();
+        assert_eq!(answered.to_string(), "spiffe://mesh.test/node/eu/b");
+        let called = peer_id(server.peer_certificates().unwrap()).unwrap();
+        assert_eq!(called.to_string(), "spiffe://mesh.test/node/eu/a");
+    }
+
+    #[test]
+    fn the_key_exchange_is_post_quantum() {
+        let mesh = Mesh::new();
+        let Pair { client, server } = call(&mesh.node("a"), "b", &mesh.node("b")).unwrap();
+        for group in
+            [client.negotiated_key_exchange_group(), server.negotiated_key_exchange_group()]
+        {
+            assert_eq!(group.unwrap().name(), NamedGroup::X25519MLKEM768);
+        }
+        assert_eq!(client.handshake_kind(), Some(HandshakeKind::Full), "without a retry");
+    }
+
+    #[test]
+    fn peers_never_resume() {
+        let mesh = Mesh::new();
+        let client = mesh.node("a").peer_client_config(ALPN, peer("b")).unwrap();
+        let server = mesh.node("b").peer_server_config(ALPN).unwrap();
+        for _ in 0..2 {
+            let Pair { client, server } = shake(client.clone(), server.clone()).unwrap();
+            assert_eq!(client.handshake_kind(), Some(HandshakeKind::Full));
+            assert_eq!(client.tls13_tickets_received(), 0);
+            assert_eq!(server.handshake_kind(), Some(HandshakeKind::Full));
+        }
+    }
+
+    #[test]
+    fn a_server_that_is_not_the_called_node_is_refused() {
+        let mesh = Mesh::new();
+        let a = mesh.node("a");
+        for (server, says) in [
+            (
+                mesh.node("c"),
+                "called spiffe://mesh.test/node/eu/b, and spiffe://mesh.test/node/eu/c",
+            ),
+            (
+                mesh.impostor("spiffe://mesh.test/node/us/b"),
+                "spiffe://mesh.test/node/us/b answered",
+            ),
+            (mesh.impostor("spiffe://mesh.test/client/eu/b"), "is not a node"),
+            (mesh.impostor("spiffe://other.test/node/eu/b"), "not of the trust domain `mesh.test`"),
+            (Mesh::new().node("b"), "UnknownIssuer"),
+            (self_signed(&mesh), "UnknownIssuer"),
+        ] {
+            let error = call(&a, "b", &server).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_client_that_is_not_a_node_is_refused() {
+        let mesh = Mesh::new();
+        let b = mesh.node("b");
+        for (client, says) in [
+            (mesh.impostor("spiffe://mesh.test/client/eu/a"), "is not a node"),
+            (mesh.impostor("spiffe://mesh.test/operator/eu/a"), "is not a node"),
+            (mesh.impostor("spiffe://other.test/node/eu/a"), "not of the trust domain `mesh.test`"),
+            (believing(&mesh, Mesh::new().node("a")), "UnknownIssuer"),
+            (self_signed(&mesh), "UnknownIssuer"),
+        ] {
+            let error = call(&client, "b", &b).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_client_without_a_certificate_is_refused() {
+        let mesh = Mesh::new();
+        let verifier = PeerVerifier::new(&mesh.node("a"), Some(peer("b")));
+        let mut client = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(VERSIONS)
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier))
+            .with_no_client_auth();
+        client.alpn_protocols = owned(ALPN);
+        let server = mesh.node("b").peer_server_config(ALPN).unwrap();
+        assert_eq!(shake(client, server).unwrap_err(), TlsError::NoCertificatesPresented);
+    }
+
+    #[test]
+    fn a_certificate_outside_its_time_is_refused() {
+        let mesh = Mesh::new();
+        let b = mesh.node("b");
+        let now = clock::wall();
+        for (made, says) in [(now - 400 * DAY, "expired"), (now + 2 * DAY, "not valid yet")] {
+            let mut a = mesh.node("a");
+            a.chain = vec![mesh.ca.issue(&a.id, &a.key, &[], made).unwrap().into()];
+            for (client, server, name) in [(&a, &b, "b"), (&b, &a, "a")] {
+                let error = call(client, name, server).unwrap_err().to_string();
+                assert!(error.contains(says), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_certificate_with_two_uris_or_none_is_nobodys() {
+        for uris in [&[][..], &["spiffe://mesh.test/node/eu/a", "spiffe://mesh.test/node/eu/b"]] {
+            let mut params = CertificateParams::new([]).unwrap();
+            params.subject_alt_names =
+                uris.iter().map(|uri| SanType::URI((*uri).try_into().unwrap())).collect();
+            let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap().into();
+            let error = peer_id(&[certificate]).unwrap_err().to_string();
+            assert!(error.contains(&format!("carries {} URI names", uris.len())), "{error}");
+        }
+        assert!(matches!(peer_id(&[]), Err(IdentityError::NoPeerCertificate)));
+    }
+
+    #[test]
+    fn clients_are_served_without_a_certificate_and_may_resume() {
+        let mesh = Mesh::new();
+        let identity = mesh.node("b");
+        let (chain, key) = identity.server_cert();
+        let server = client_server_config(chain, key, &[b"h2", b"h3"]).unwrap();
+        let mut client = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(VERSIONS)
+            .unwrap()
+            .with_root_certificates(identity.roots.clone())
+            .with_no_client_auth();
+        client.alpn_protocols = vec![b"h2".to_vec()];
+        let (client, server) = (Arc::new(client), Arc::new(server));
+        for kind in [HandshakeKind::Full, HandshakeKind::Resumed] {
+            let mut from =
+                ClientConnection::new(client.clone(), "localhost".try_into().unwrap()).unwrap();
+            let mut to = ServerConnection::new(server.clone()).unwrap();
+            exchange(&mut from, &mut to).unwrap();
+            assert_eq!(from.handshake_kind(), Some(kind));
+            assert_eq!(from.alpn_protocol(), Some(&b"h2"[..]));
+        }
+    }
+
+    #[test]
+    fn a_server_certificate_loads_with_its_own_key_only() {
+        let mesh = Mesh::new();
+        mesh.node("a");
+        mesh.node("b");
+        let path = |file: &str| mesh.dir.path().join("nodes/eu").join(file);
+        fs::set_permissions(path("a/key.pem"), PermissionsExt::from_mode(0o644)).unwrap();
+        let (chain, _) = load_server_cert(&path("a/cert.pem"), &path("a/key.pem")).unwrap();
+        assert_eq!(chain.len(), 1);
+        for (cert, key, says) in [
+            ("a/cert.pem", "b/key.pem", "is not the private key of"),
+            ("a/none.pem", "a/key.pem", "[tls]"),
+            ("a/cert.pem", "a/cert.pem", "no readable PEM private key"),
+            ("a/key.pem", "a/key.pem", "no readable PEM certificate"),
+        ] {
+            let error = load_server_cert(&path(cert), &path(key)).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+    }
+}
