@@ -1,1 +1,65 @@
-fn main() {}
+//! The `isobar` command. `main` alone turns errors into exit codes: 0 done, 1 the thing asked for failed, 2 usage or
+//! configuration.
+
+mod ca;
+mod node;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// A QUIC-native RPC service-mesh node for inference fleets.
+#[derive(Debug, Parser)]
+#[command(name = "isobar", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a node
+    Node(node::Options),
+    /// Make and use certificate authorities
+    Ca(ca::Options),
+    /// Print the JSON schema of the configuration file
+    Schema,
+}
+
+/// Why a command did not do what it was asked.
+#[derive(Debug)]
+enum Failure {
+    /// The thing asked for failed.
+    Failed(anyhow::Error),
+    /// Usage or configuration: the user can mend it.
+    Usage(anyhow::Error),
+}
+
+impl Failure {
+    fn usage(error: impl Into<anyhow::Error>) -> Self {
+        Self::Usage(error.into())
+    }
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+fn main() -> ExitCode {
+    // clap prints its own errors and exits with 2.
+    let outcome = match Cli::parse().command {
+        Command::Node(options) => node::run(&options),
+        Command::Ca(options) => ca::run(&options),
+        Command::Schema => output::json(&::node::config::json_schema()).map_err(Failure::from),
+    };
+    let (error, code) = match outcome {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(Failure::Failed(error)) => (error, 1),
+        Err(Failure::Usage(error)) => (error, 2),
+    };
+    output::error(&error);
+    ExitCode::from(code)
+}

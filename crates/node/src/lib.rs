@@ -1,1 +1,18 @@
-//! placeholder
+//! A node: configuration in, a running mesh node out.
+//!
+//! The whole path of a call is two files: [`ingress`](self) for calls from clients and `egress` for calls from peers, each
+//! a list of layers in order. Everything else here serves one of those layers, or puts the parts together.
+
+mod admin;
+pub mod config;
+mod egress;
+mod engines;
+mod hop;
+mod ingress;
+mod metrics;
+mod model;
+mod node;
+mod peers;
+mod refusal;
+
+pub use node::{Addresses, ClientCertificate, Node, NodeError};

@@ -86,13 +86,16 @@ where
     H: OnEnd + 'static,
 {
     let (mut head, body) = reply.into_parts();
-    if let Some(code) = status_code(&head.headers)
-        && body.is_end_stream()
-    {
-        on_end.ended(code);
-        return Response::from_parts(head, body);
-    }
     let grpc = is_grpc(&head.headers);
+    if let Some(code) = status_code(&head.headers)
+        && (grpc || body.is_end_stream())
+    {
+        // Trailers-Only: the head is the end. Passing on a body that has yet to say so would make the last hop send an
+        // empty DATA frame, which gRPC clients refuse.
+        on_end.ended(code);
+        head.headers.remove(header::CONTENT_LENGTH);
+        return Response::from_parts(head, Body::empty());
+    }
     if !grpc && head.status != StatusCode::OK {
         // gRPC over HTTP/2, "HTTP to gRPC status code mapping": callers map the HTTP status themselves.
         on_end.ended(code_of_http(head.status));
@@ -105,7 +108,6 @@ where
     let body = Ending {
         body,
         expiry: deadline.map(|d| Box::pin(tokio::time::sleep_until(d.instant().into()))),
-        status_in_head: status_code(&head.headers),
         grpc,
         from,
         on_end: Some(on_end),
@@ -128,7 +130,6 @@ fn code_of_http(status: StatusCode) -> Code {
 struct Ending<H: OnEnd> {
     body: Body,
     expiry: Option<Pin<Box<tokio::time::Sleep>>>,
-    status_in_head: Option<Code>,
     grpc: bool,
     from: &'static str,
     on_end: Option<H>,
@@ -178,7 +179,7 @@ impl<H: OnEnd> http_body::Body for Ending<H> {
         match std::task::ready!(Pin::new(&mut self.body).poll_frame(cx)) {
             Some(Ok(frame)) => {
                 if let Some(trailers) = frame.trailers_ref() {
-                    let code = status_code(trailers).or(self.status_in_head);
+                    let code = status_code(trailers);
                     if code.is_none() && self.grpc {
                         let status = missing_status(self.from);
                         return Poll::Ready(Some(self.break_off(status)));
@@ -188,16 +189,14 @@ impl<H: OnEnd> http_body::Body for Ending<H> {
                 Poll::Ready(Some(Ok(frame)))
             }
             Some(Err(status)) => Poll::Ready(Some(self.break_off(status))),
-            None => match self.status_in_head {
-                None if self.grpc => {
-                    let status = missing_status(self.from);
-                    Poll::Ready(Some(self.break_off(status)))
-                }
-                code => {
-                    self.end(code.unwrap_or(Code::Ok));
-                    Poll::Ready(None)
-                }
-            },
+            None if self.grpc => {
+                let status = missing_status(self.from);
+                Poll::Ready(Some(self.break_off(status)))
+            }
+            None => {
+                self.end(Code::Ok);
+                Poll::Ready(None)
+            }
         }
     }
 

@@ -152,7 +152,7 @@ impl Pool {
             usable
         });
         let least = connections.iter().min_by_key(|c| (!c.is_quic(), c.in_flight()))?;
-        let full = least.in_flight() * 100 >= least.streams(limits) * FULL_PERCENT;
+        let full = least.in_flight() >= least.streams(limits).saturating_mul(FULL_PERCENT) / 100;
         (!full || connections.len() >= PER_TARGET).then(|| least.clone())
     }
 

@@ -1,0 +1,250 @@
+//! `isobar node`: runs a node until it is told to stop.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context as _;
+use base::clock;
+use clap::Args;
+use identity::{DevCa, NodeIdentity};
+use node::{Addresses, ClientCertificate, Node, config::Config};
+use serde_json::json;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use crate::{Failure, output};
+
+/// What environment variables that set keys of the configuration begin with.
+const ENVIRONMENT: &str = "ISOBAR_";
+/// The variable that says what is logged; it is not a key of the configuration.
+const LOG: &str = "ISOBAR_LOG";
+
+/// Options of `isobar node`.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Configuration file; `conf.d/*.toml` beside it is merged
+    #[arg(short, long, value_name = "FILE")]
+    config: PathBuf,
+    /// Take the node's identity from a development CA, made when it does not exist
+    #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = ".isobar")]
+    dev_ca: Option<PathBuf>,
+    /// Check the configuration and the certificates, start nothing
+    #[arg(long)]
+    check: bool,
+    /// Print results as JSON objects, one a line, and log as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Where the identity of a node lies when no development CA is given.
+struct IdentityPaths {
+    ca: PathBuf,
+    cert: PathBuf,
+    key: PathBuf,
+}
+
+pub(crate) fn run(options: &Options) -> Result<(), Failure> {
+    log(options.json)?;
+    let config = Config::load(&options.config, &environment()).map_err(Failure::usage)?;
+    let (identity, ca) = identity(options, &config)?;
+    let certificate = certificate(options, &config, &identity)?;
+    if options.check {
+        return checked(options, &config);
+    }
+    // The control side: one thread, apart from the workers, so that a busy data plane never delays it.
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot make a runtime")?
+        .block_on(serve(options, &config, &identity, certificate, &ca))
+}
+
+/// Logs to standard error, what `ISOBAR_LOG` asks for: `info` by default.
+fn log(as_json: bool) -> Result<(), Failure> {
+    let filter = EnvFilter::builder()
+        .with_default_directive(tracing::Level::INFO.into())
+        .with_env_var(LOG)
+        .from_env()
+        .context("ISOBAR_LOG is not a list of directives such as info,transport=debug")
+        .map_err(Failure::Usage)?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if as_json {
+        builder.json().init()
+    } else {
+        builder.init()
+    }
+    Ok(())
+}
+
+/// The environment variables that set keys of the configuration.
+fn environment() -> Vec<(String, String)> {
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
+        .filter(|(name, _)| name.starts_with(ENVIRONMENT) && name != LOG)
+        .map(|(name, value)| (name, value.to_string_lossy().into_owned()))
+        .collect()
+}
+
+/// The identity of the node, and where the certificate of its authority lies.
+fn identity(options: &Options, config: &Config) -> Result<(NodeIdentity, PathBuf), Failure> {
+    let (identity, ca) = if let Some(dir) = &options.dev_ca {
+        let now = clock::wall();
+        let authority =
+            DevCa::open_or_create(dir, &config.mesh.trust_domain, now).map_err(Failure::usage)?;
+        let (region, name) = (&config.node.region, &config.node.name);
+        let identity =
+            authority.node(region, name, &listened(config), now).map_err(Failure::usage)?;
+        (identity, authority.ca_path())
+    } else {
+        let dir = config.node.state_dir.join("identity");
+        let paths = IdentityPaths {
+            ca: dir.join("ca.pem"),
+            cert: dir.join("cert.pem"),
+            key: dir.join("key.pem"),
+        };
+        let identity = NodeIdentity::load(&paths.ca, &paths.cert, &paths.key)
+            .context("this node has no identity; for development start it with --dev-ca")
+            .map_err(Failure::Usage)?;
+        (identity, paths.ca)
+    };
+    matches_config(&identity, config)?;
+    let ca = ca.canonicalize().with_context(|| format!("cannot find {}", ca.display()))?;
+    Ok((identity, ca))
+}
+
+/// A node may only speak under the name its certificate gives it.
+fn matches_config(identity: &NodeIdentity, config: &Config) -> Result<(), Failure> {
+    let id = identity.id();
+    let configured = (&config.node.name, &config.node.region, &config.mesh.trust_domain);
+    if (&id.name, &id.region, &id.trust_domain) != configured {
+        return Err(Failure::Usage(anyhow::anyhow!(
+            "the certificate is for {id}, and the configuration says node {} in region {} of {}: \
+             set node.name, node.region and mesh.trust_domain to what the certificate says, or get another",
+            configured.0,
+            configured.1,
+            configured.2,
+        )));
+    }
+    Ok(())
+}
+
+/// The particular addresses the node listens on: a development certificate covers them too.
+fn listened(config: &Config) -> Vec<IpAddr> {
+    let addresses = [config.listen.clients.ip(), config.listen.peers.ip()];
+    addresses.into_iter().filter(|address| !address.is_unspecified()).collect()
+}
+
+/// The certificate for clients: from `[tls]`, or the node's own where a development CA vouches for localhost.
+fn certificate(
+    options: &Options,
+    config: &Config,
+    identity: &NodeIdentity,
+) -> Result<ClientCertificate, Failure> {
+    let (chain, key) = match (&config.tls.cert, &config.tls.key) {
+        (Some(cert), Some(key)) => identity::load_server_cert(cert, key).map_err(Failure::usage)?,
+        _ if options.dev_ca.is_some() => identity.server_cert(),
+        _ => {
+            return Err(Failure::Usage(anyhow::anyhow!(
+                "{}: clients need a certificate: set tls.cert and tls.key, or start with --dev-ca",
+                options.config.display()
+            )));
+        }
+    };
+    Ok(ClientCertificate { chain, key })
+}
+
+fn checked(options: &Options, config: &Config) -> Result<(), Failure> {
+    let (peers, engines) = (config.mesh.peers.len(), config.engines.len());
+    let (name, region) = (&config.node.name, &config.node.region);
+    if options.json {
+        let node = (name.as_str(), region.as_str());
+        let found = json!({ "ok": true, "node": node.0, "region": node.1, "peers": peers, "engines": engines });
+        output::json_line(&found)?;
+    } else {
+        let file = options.config.display();
+        output::text(&format!(
+            "{file} is good: node {name} (region {region}), {engines} engines, {peers} peers"
+        ))?;
+    }
+    Ok(())
+}
+
+async fn serve(
+    options: &Options,
+    config: &Config,
+    identity: &NodeIdentity,
+    certificate: ClientCertificate,
+    ca: &Path,
+) -> Result<(), Failure> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let node = Node::start(config, identity, certificate).await?;
+    let ready = if options.json {
+        output::json_line(&ready_json(config, node.addresses(), ca))
+    } else {
+        output::text(&ready_text(config, node.addresses(), ca))
+    };
+    ready.context("cannot say that the node is ready")?;
+    asked_to_stop(&mut terminate, &mut interrupt).await;
+    tracing::info!("draining: no new calls; a second signal ends at once");
+    node.drain(asked_to_stop(&mut terminate, &mut interrupt)).await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+async fn asked_to_stop(terminate: &mut Signal, interrupt: &mut Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+fn ready_json(config: &Config, addresses: Addresses, ca: &Path) -> serde_json::Value {
+    json!({
+        "node": config.node.name.as_str(),
+        "region": config.node.region.as_str(),
+        "trust_domain": config.mesh.trust_domain.as_str(),
+        "listen": {
+            "clients": addresses.clients,
+            "peers": addresses.peers,
+            "plaintext": addresses.plaintext,
+            "metrics": addresses.metrics,
+        },
+        "ca": ca,
+    })
+}
+
+fn ready_text(config: &Config, addresses: Addresses, ca: &Path) -> String {
+    let (name, region, mesh) = (&config.node.name, &config.node.region, &config.mesh.trust_domain);
+    let mut lines = vec![
+        format!("isobar node {name} (region {region}) of {mesh} is ready"),
+        format!("  clients    {}   h2 and h3 over TLS", addresses.clients),
+        format!("  peers      {}   h3 and h2, mutual TLS", addresses.peers),
+    ];
+    if let Some(plaintext) = addresses.plaintext {
+        lines.push(format!("  plaintext  {plaintext}   h2c"));
+    }
+    lines.push(format!("  metrics    {}   /metrics /livez /readyz", addresses.metrics));
+    lines.push(format!("  ca         {}", ca.display()));
+    if config.tls.cert.is_none() {
+        lines.push("  try it from Python (pip install 'tritonclient[grpc]'):".to_owned());
+        lines.push(format!(
+            "    python3 -c 'import tritonclient.grpc as t; print(t.InferenceServerClient(\"{}\", ssl=True, \
+             root_certificates=\"{}\").is_server_ready())'",
+            reachable(addresses.clients),
+            ca.display()
+        ));
+    }
+    lines.join("\n")
+}
+
+/// An address a client on this machine can dial and a development certificate covers.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    if address.ip().is_unspecified() {
+        SocketAddr::new(Ipv4Addr::LOCALHOST.into(), address.port())
+    } else {
+        address
+    }
+}

@@ -1,0 +1,28 @@
+//! Results go to standard output, everything else to standard error.
+
+use std::io::{self, Write as _};
+
+use serde_json::Value;
+
+/// Prints a result for people and flushes it: another program may wait for it.
+pub(crate) fn text(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{text}")?;
+    out.flush()
+}
+
+/// Prints a result as exactly one JSON object, over several lines.
+pub(crate) fn json(value: &Value) -> io::Result<()> {
+    text(&serde_json::to_string_pretty(value)?)
+}
+
+/// Prints a result as exactly one JSON object, on one line.
+pub(crate) fn json_line(value: &Value) -> io::Result<()> {
+    text(&value.to_string())
+}
+
+/// Prints an error and its causes.
+pub(crate) fn error(error: &anyhow::Error) {
+    // Without standard error there is nobody left to tell.
+    drop(writeln!(io::stderr().lock(), "error: {error:#}"));
+}

@@ -1,0 +1,211 @@
+//! The configuration file of a node: its keys, their defaults, and what each may hold.
+//!
+//! The comment of a field is what `isobar schema` prints and what an error shows as allowed, so that the three never
+//! differ. Every key has a default except what names an engine or a peer.
+
+mod load;
+mod values;
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    num::NonZeroU32,
+    path::PathBuf,
+    time::Duration,
+};
+
+use base::{EngineName, ModelName, NodeName, RegionName, TrustDomain, ZoneName};
+use inference::Protocol;
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+pub use load::{ConfigError, Fault, Place};
+pub use values::{EngineUrl, HostPort, Latitude, Longitude, Timeout, ValueError};
+
+/// The trust domain of a mesh that has not been given one.
+pub const DEFAULT_TRUST_DOMAIN: &str = "mesh.internal";
+/// Engines, and listed peers, one node may have.
+const ENTRIES_MAX: usize = 1024;
+
+/// The configuration of `isobar node`.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(title = "isobar node configuration")]
+pub struct Config {
+    /// This node: who and where it is.
+    pub node: NodeConfig,
+    /// The addresses it listens on.
+    #[serde(default)]
+    pub listen: ListenConfig,
+    /// The certificate for clients.
+    #[serde(default)]
+    pub tls: TlsConfig,
+    /// The mesh it belongs to.
+    #[serde(default)]
+    pub mesh: MeshConfig,
+    /// The engines (GPU servers) behind this node, one table each, at most 1,024.
+    #[serde(default, rename = "engine")]
+    pub engines: Vec<EngineConfig>,
+}
+
+/// Who and where a node is.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NodeConfig {
+    /// Name of the node, unique in the mesh: 1 to 63 characters of a-z, 0-9 and `-`. Default: the host name up to its
+    /// first dot, in lower case.
+    #[schemars(extend("x-isobar-default" = "the host name"))]
+    pub name: NodeName,
+    /// Region of the node: 1 to 63 characters of a-z, 0-9 and `-`. Nodes of a region are a few milliseconds apart.
+    /// Default "default".
+    #[serde(default = "default_region")]
+    pub region: RegionName,
+    /// Zone inside the region, what fails together: 1 to 63 characters of a-z, 0-9 and `-`. Default: none.
+    #[serde(default)]
+    pub zone: Option<ZoneName>,
+    /// Where on earth the node is, a table { lat = 50.1, lon = 8.7 }. Default: unknown.
+    #[serde(default)]
+    pub position: Option<Position>,
+    /// Directory of what the node keeps, relative to the working directory; its identity is in `identity/` there.
+    /// Default ".isobar".
+    #[serde(default = "default_state_dir")]
+    pub state_dir: PathBuf,
+    /// How long calls in progress may go on after the node was told to stop: a duration such as "120s", "2m" or "1500ms",
+    /// up to 24 hours. Default "120s".
+    #[serde(default = "default_drain_timeout")]
+    pub drain_timeout: Timeout,
+}
+
+/// A place on earth.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Position {
+    /// Latitude in degrees north, -90 to 90.
+    pub lat: Latitude,
+    /// Longitude in degrees east, -180 to 180.
+    pub lon: Longitude,
+}
+
+/// The addresses a node listens on.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ListenConfig {
+    /// For clients, h2 over TCP and h3 over UDP: an address and port such as "0.0.0.0:8443" or "[::]:8443"; port 0 takes
+    /// any. Default "0.0.0.0:8443".
+    pub clients: SocketAddr,
+    /// For other nodes, h3 over UDP and h2 over TCP with mutual TLS: an address and port such as "0.0.0.0:8444"; port 0
+    /// takes any. Default "0.0.0.0:8444".
+    pub peers: SocketAddr,
+    /// For clients without TLS (h2c): an address and port such as "127.0.0.1:8080"; port 0 takes any. Anybody who reaches
+    /// it may call. Default: off.
+    pub plaintext: Option<SocketAddr>,
+    /// For /metrics, /livez and /readyz over plain HTTP: an address and port such as "127.0.0.1:9464"; port 0 takes any.
+    /// Default "127.0.0.1:9464".
+    pub metrics: SocketAddr,
+}
+
+/// The certificate for clients.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct TlsConfig {
+    /// File of the certificate for `listen.clients` and what leads to its root, PEM, leaf first; goes with `tls.key`.
+    /// Default: the node's own certificate with a development CA, otherwise none, which is an error.
+    pub cert: Option<PathBuf>,
+    /// File of the private key of `tls.cert`, PEM. Default: as `tls.cert`.
+    pub key: Option<PathBuf>,
+}
+
+/// The mesh a node belongs to.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct MeshConfig {
+    /// Trust domain of the mesh's certificates: 1 to 255 characters of a-z, 0-9, `-`, `_` and `.`. Default
+    /// "mesh.internal".
+    pub trust_domain: TrustDomain,
+    /// Peers this node forwards to, one table each, at most 1,024.
+    #[serde(rename = "peer")]
+    pub peers: Vec<PeerConfig>,
+}
+
+/// A listed peer.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PeerConfig {
+    /// Name of the peer, as its certificate says it: 1 to 63 characters of a-z, 0-9 and `-`. Required.
+    pub name: NodeName,
+    /// Region of the peer, as its certificate says it: 1 to 63 characters of a-z, 0-9 and `-`. Required.
+    pub region: RegionName,
+    /// Where its `listen.peers` is reached: host and port such as "gpu-1.example:8444" or "[2001:db8::1]:8444". Required.
+    pub peers: HostPort,
+    /// Where its gossip port is reached: host and port such as "gpu-1.example:8445". Kept for membership; nothing
+    /// dials it yet. Default: none.
+    #[serde(default)]
+    pub gossip: Option<HostPort>,
+}
+
+/// An engine: one GPU server behind a node.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct EngineConfig {
+    /// Name of the engine, unique at this node: 1 to 63 characters of a-z, 0-9 and `-`. Required.
+    pub name: EngineName,
+    /// Where the engine is reached over gRPC without TLS (h2c): "http://host:port". Required.
+    pub url: EngineUrl,
+    /// What the engine speaks: "kserve-v2" or "grpc" (any gRPC service, never looked into). Default "kserve-v2".
+    #[serde(default)]
+    pub protocol: Protocol,
+    /// Models the engine serves, a list of names as it spells them; other models are not sent to it. Default: empty, any
+    /// model is sent and the engine's own error says what it lacks.
+    #[serde(default)]
+    pub models: Vec<ModelName>,
+    /// How many calls the engine runs at once, a whole number from 1; further ones go elsewhere or are refused. Default:
+    /// as many as come.
+    #[serde(default)]
+    pub slots: Option<NonZeroU32>,
+}
+
+#[expect(clippy::expect_used, reason = "a literal, and a test reads it")]
+fn default_region() -> RegionName {
+    "default".parse().expect("a region name")
+}
+
+fn default_state_dir() -> PathBuf {
+    ".isobar".into()
+}
+
+fn default_drain_timeout() -> Timeout {
+    Timeout::from(Duration::from_secs(120))
+}
+
+impl Default for ListenConfig {
+    fn default() -> Self {
+        Self {
+            clients: (Ipv4Addr::UNSPECIFIED, 8443).into(),
+            peers: (Ipv4Addr::UNSPECIFIED, 8444).into(),
+            plaintext: None,
+            metrics: (Ipv4Addr::LOCALHOST, 9464).into(),
+        }
+    }
+}
+
+impl Default for MeshConfig {
+    #[expect(clippy::expect_used, reason = "a literal, and a test reads it")]
+    fn default() -> Self {
+        Self { trust_domain: DEFAULT_TRUST_DOMAIN.parse().expect("a trust domain"), peers: vec![] }
+    }
+}
+
+/// The JSON schema of the configuration file.
+#[must_use]
+pub fn json_schema() -> serde_json::Value {
+    let mut schema = schemars::schema_for!(Config).to_value();
+    // `node.name` comes from the host where it is missing, so neither it nor its table is required in the file.
+    for pointer in ["/required", "/$defs/NodeConfig/required"] {
+        if let Some(required) = schema.pointer_mut(pointer).and_then(|r| r.as_array_mut()) {
+            required.retain(|key| key != "node" && key != "name");
+        }
+    }
+    schema
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,609 @@
+//! From files and the environment to a [`Config`], or to everything that is wrong with them.
+//!
+//! The file's own text knows the lines, the schema knows the keys and what they may hold, serde knows the types. A fault
+//! names all of it: file, line, key, what is wrong, what is allowed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt, fs, io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value as Schema;
+use toml::{
+    Table, Value,
+    de::{DeTable, DeValue},
+};
+
+use super::{Config, ENTRIES_MAX, json_schema};
+
+/// Longest file we read. A real one has a few kilobytes.
+const FILE_MAX_BYTES: u64 = 1 << 20;
+/// Faults listed at most; mending these comes first anyway.
+const FAULTS_MAX: usize = 50;
+/// What environment variables that set keys begin with, and what stands between the parts of a key.
+const ENVIRONMENT: &str = "ISOBAR_";
+const SEPARATOR: &str = "__";
+
+/// Everything that is wrong with a configuration. The operator can mend it; nothing was started.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub struct ConfigError {
+    /// What is wrong, in the order of the files. Never empty.
+    pub faults: Vec<Fault>,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, fault) in self.faults.iter().take(FAULTS_MAX).enumerate() {
+            if index > 0 {
+                f.write_str("\n       ")?;
+            }
+            fault.fmt(f)?;
+        }
+        match self.faults.len().saturating_sub(FAULTS_MAX) {
+            0 => Ok(()),
+            more => write!(f, "\n       and {more} more"),
+        }
+    }
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Where it stands.
+    pub place: Place,
+    /// The key, such as `engine[0].slots`; empty when the fault is about a whole file.
+    pub key: String,
+    /// What is wrong.
+    pub problem: String,
+    /// What the key may hold, from its documentation.
+    pub allowed: Option<String>,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.place)?;
+        if !self.key.is_empty() {
+            write!(f, "{}: ", self.key)?;
+        }
+        f.write_str(&self.problem)?;
+        match &self.allowed {
+            Some(allowed) => write!(f, " (allowed: {allowed})"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Where a value came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A line of a file, counted from 1; 0 for the whole file.
+    File(PathBuf, usize),
+    /// An environment variable.
+    Environment(String),
+    /// The name of the machine.
+    Host,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path, 0) => write!(f, "{}", path.display()),
+            Self::File(path, line) => write!(f, "{}:{line}", path.display()),
+            Self::Environment(name) => write!(f, "environment variable {name}"),
+            Self::Host => f.write_str("the host name"),
+        }
+    }
+}
+
+impl Config {
+    /// Reads `path`, then `conf.d/*.toml` beside it in the order of their names, then `environment` (pairs of name and
+    /// value that begin with `ISOBAR_`). Tables merge, arrays of tables grow, and a key may be set once in the files;
+    /// the environment overrides them.
+    ///
+    /// # Errors
+    /// [`ConfigError`] with everything that is wrong.
+    pub fn load(path: &Path, environment: &[(String, String)]) -> Result<Self, ConfigError> {
+        let mut loader = Loader::new(path);
+        for file in files(path)? {
+            loader.file(&file);
+        }
+        for (name, value) in environment {
+            loader.variable(name, value);
+        }
+        loader.host_name();
+        loader.finish()
+    }
+}
+
+/// The main file and the parts beside it.
+fn files(path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+    let mut files = vec![path.to_owned()];
+    let parts = path.parent().unwrap_or(Path::new("")).join("conf.d");
+    match fs::read_dir(&parts) {
+        Ok(entries) => {
+            let mut found: Vec<_> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
+            found.retain(|file| file.extension().is_some_and(|extension| extension == "toml"));
+            found.sort();
+            files.append(&mut found);
+            Ok(files)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(files),
+        Err(error) => Err(one(Place::File(parts, 0), &format!("cannot be listed: {error}"))),
+    }
+}
+
+fn one(place: Place, problem: &str) -> ConfigError {
+    let fault = Fault { place, key: String::new(), problem: problem.to_owned(), allowed: None };
+    ConfigError { faults: vec![fault] }
+}
+
+/// Collects values, where each came from, and what is wrong.
+struct Loader {
+    main: PathBuf,
+    schema: Schema,
+    table: Table,
+    places: BTreeMap<String, Place>,
+    faults: Vec<Fault>,
+}
+
+impl Loader {
+    fn new(main: &Path) -> Self {
+        Self {
+            main: main.to_owned(),
+            schema: json_schema(),
+            table: Table::new(),
+            places: BTreeMap::new(),
+            faults: Vec::new(),
+        }
+    }
+
+    fn fault(&mut self, place: Place, key: &str, problem: impl Into<String>) {
+        let allowed = lookup(&self.schema, key).and_then(description);
+        self.faults.push(Fault { place, key: key.to_owned(), problem: problem.into(), allowed });
+    }
+
+    fn file(&mut self, path: &Path) {
+        let text = match read(path) {
+            Ok(text) => text,
+            Err(problem) => return self.fault(Place::File(path.to_owned(), 0), "", problem),
+        };
+        let lines = Lines::new(path, &text);
+        match DeTable::parse(&text) {
+            Ok(table) => {
+                let table = table.into_inner();
+                let schema = self.schema.clone();
+                let mut merged = std::mem::take(&mut self.table);
+                self.merge(&table, &schema, "", &lines, &mut merged);
+                self.table = merged;
+            }
+            Err(error) => {
+                let place = lines.place(error.span().map_or(0, |span| span.start));
+                self.fault(place, "", format!("not TOML: {}", error.message()));
+            }
+        }
+    }
+
+    /// Merges a table of a file into what is known, looking up every key in the schema.
+    fn merge(
+        &mut self,
+        from: &DeTable<'_>,
+        schema: &Schema,
+        prefix: &str,
+        lines: &Lines<'_>,
+        into: &mut Table,
+    ) {
+        let mut entries: Vec<_> = from.iter().collect();
+        entries.sort_by_key(|(key, _)| key.span().start);
+        for (name, value) in entries {
+            let place = lines.place(name.span().start);
+            let name: &str = name.get_ref();
+            let key = join(prefix, name);
+            let Some(child) = property(&self.schema, schema, name) else {
+                let problem = unknown(&self.schema, schema, name);
+                self.faults.push(Fault { place, key, problem, allowed: None });
+                continue;
+            };
+            match value.get_ref() {
+                DeValue::Table(table) => {
+                    self.places.entry(key.clone()).or_insert(place);
+                    let known = into.entry(name).or_insert_with(|| Table::new().into());
+                    if let Value::Table(known) = known {
+                        self.merge(table, &child, &key, lines, known);
+                    }
+                }
+                DeValue::Array(items)
+                    if !items.is_empty() && items.iter().all(|i| i.get_ref().is_table()) =>
+                {
+                    let known = into.entry(name).or_insert_with(|| Value::Array(vec![]));
+                    let Value::Array(known) = known else { continue };
+                    let item_schema = items_of(&self.schema, &child);
+                    for item in items {
+                        let DeValue::Table(table) = item.get_ref() else { continue };
+                        let key = format!("{key}[{}]", known.len());
+                        self.places.insert(key.clone(), lines.place(item.span().start));
+                        let mut entry = Table::new();
+                        self.merge(table, &item_schema, &key, lines, &mut entry);
+                        known.push(entry.into());
+                    }
+                }
+                scalar => {
+                    if let Some(before) = self.places.get(&key).filter(|_| into.contains_key(name))
+                    {
+                        let problem =
+                            format!("it is set already, in {before}: keep one of the two");
+                        self.faults.push(Fault { place, key, problem, allowed: None });
+                        continue;
+                    }
+                    self.places.insert(key, place);
+                    into.insert(name.to_owned(), plain(scalar));
+                }
+            }
+        }
+    }
+
+    /// Sets a key from the environment: `ISOBAR_LISTEN__CLIENTS` is `listen.clients`.
+    fn variable(&mut self, name: &str, value: &str) {
+        let place = Place::Environment(name.to_owned());
+        let path = name.strip_prefix(ENVIRONMENT).unwrap_or(name).to_lowercase();
+        let parts: Vec<_> = path.split(SEPARATOR).collect();
+        let mut schema = self.schema.clone();
+        for part in &parts {
+            let Some(child) = property(&self.schema, &schema, part) else {
+                let problem = unknown(&self.schema, &schema, part);
+                self.faults.push(Fault { place, key: parts.join("."), problem, allowed: None });
+                return;
+            };
+            schema = child;
+        }
+        let Some((last, tables)) = parts.split_last() else { return };
+        let mut table = &mut self.table;
+        for part in tables {
+            let child = table.entry(*part).or_insert_with(|| Table::new().into());
+            let Value::Table(child) = child else { return };
+            table = child;
+        }
+        table.insert((*last).to_owned(), typed(&self.schema, &schema, value));
+        self.places.insert(parts.join("."), place);
+    }
+
+    /// A node without a name is called as its host is.
+    fn host_name(&mut self) {
+        let node = self.table.entry("node").or_insert_with(|| Table::new().into());
+        let Value::Table(node) = node else { return };
+        if node.contains_key("name") {
+            return;
+        }
+        let name = rustix::system::uname();
+        let host = name.nodename().to_string_lossy().to_lowercase();
+        let label = host.split('.').next().unwrap_or_default().replace('_', "-");
+        node.insert("name".to_owned(), label.into());
+        self.places.insert("node.name".to_owned(), Place::Host);
+    }
+
+    /// Reads what was merged. A value of the wrong type or content is noted, taken out, and the rest is read again, so
+    /// that one run names every fault.
+    fn finish(mut self) -> Result<Config, ConfigError> {
+        let mut removed = BTreeSet::new();
+        let config = loop {
+            let read = serde_path_to_error::deserialize(Value::Table(self.table.clone()));
+            match read {
+                Ok(config) => break Some(config),
+                Err(error) => {
+                    let key = error.path().to_string();
+                    let key = if key == "." { String::new() } else { key };
+                    let error = error.into_inner();
+                    if missing_field(&error)
+                        .is_some_and(|field| removed.contains(&join(&key, field)))
+                    {
+                        // It is missing because it was faulty, and that has been said.
+                        break None;
+                    }
+                    let place = self.place_of(&key);
+                    let problem = self.problem(&key, &error);
+                    self.fault(place, &key, problem);
+                    if !remove(&mut self.table, &key) || self.faults.len() >= FAULTS_MAX {
+                        break None;
+                    }
+                    removed.insert(key);
+                }
+            }
+        };
+        if let Some(config) = &config {
+            self.check(config);
+        }
+        match config {
+            Some(config) if self.faults.is_empty() => Ok(config),
+            _ => Err(ConfigError { faults: self.faults }),
+        }
+    }
+
+    /// What serde says, in words an operator uses.
+    fn problem(&self, key: &str, error: &toml::de::Error) -> String {
+        let message = error.message();
+        if let Some(field) = missing_field(error) {
+            let about = lookup(&self.schema, &join(key, field)).and_then(description);
+            return format!("{field} is missing: {}", about.unwrap_or_default());
+        }
+        let shown = find(&self.table, key).map(|value| {
+            let text = value.to_string();
+            if text.chars().count() > 60 {
+                text.chars().take(60).collect::<String>() + "…"
+            } else {
+                text
+            }
+        });
+        match shown {
+            Some(shown) => format!("{shown} will not do: {message}"),
+            None => message.to_owned(),
+        }
+    }
+
+    /// Where a key was set, or the table it would stand in.
+    fn place_of(&self, key: &str) -> Place {
+        let mut key = key;
+        loop {
+            if let Some(place) = self.places.get(key) {
+                return place.clone();
+            }
+            match key.rfind(['.', '[']) {
+                Some(end) => key = &key[..end],
+                None => return Place::File(self.main.clone(), 0),
+            }
+        }
+    }
+
+    /// What no single key shows.
+    fn check(&mut self, config: &Config) {
+        let mut names = BTreeSet::new();
+        for (index, engine) in config.engines.iter().enumerate() {
+            if !names.insert(&engine.name) {
+                self.conflict(
+                    &format!("engine[{index}].name"),
+                    format!("two engines are called {}", engine.name),
+                );
+            }
+        }
+        let mut names = BTreeSet::new();
+        for (index, peer) in config.mesh.peers.iter().enumerate() {
+            let key = format!("mesh.peer[{index}].name");
+            if peer.name == config.node.name {
+                self.conflict(&key, format!("{} is this node itself", peer.name));
+            } else if !names.insert(&peer.name) {
+                self.conflict(&key, format!("two peers are called {}", peer.name));
+            }
+        }
+        for (key, count) in
+            [("engine", config.engines.len()), ("mesh.peer", config.mesh.peers.len())]
+        {
+            if count > ENTRIES_MAX {
+                self.conflict(key, format!("{count} are more than {ENTRIES_MAX}"));
+            }
+        }
+        match (&config.tls.cert, &config.tls.key) {
+            (Some(_), None) => self.conflict("tls.cert", "it needs tls.key beside it".into()),
+            (None, Some(_)) => self.conflict("tls.key", "it needs tls.cert beside it".into()),
+            _ => {}
+        }
+        let listen = &config.listen;
+        let mut ports: Vec<(&str, SocketAddr)> = Vec::new();
+        let all = [
+            ("listen.clients", Some(listen.clients)),
+            ("listen.peers", Some(listen.peers)),
+            ("listen.plaintext", listen.plaintext),
+            ("listen.metrics", Some(listen.metrics)),
+        ];
+        for (key, address) in all {
+            let Some(address) = address else { continue };
+            if let Some((other, _)) = ports.iter().find(|(_, taken)| overlap(*taken, address)) {
+                self.conflict(key, format!("{address} is taken by {other} already"));
+            }
+            ports.push((key, address));
+        }
+    }
+
+    fn conflict(&mut self, key: &str, problem: String) {
+        let place = self.place_of(key);
+        self.faults.push(Fault { place, key: key.to_owned(), problem, allowed: None });
+    }
+}
+
+/// The key serde misses, if that is what it says.
+fn missing_field(error: &toml::de::Error) -> Option<&str> {
+    error.message().strip_prefix("missing field ").map(|field| field.trim_matches('`'))
+}
+
+/// Whether two listeners want the same port. Port 0 never does.
+fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
+    let same_host = a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified();
+    a.port() == b.port() && a.port() != 0 && same_host
+}
+
+fn read(path: &Path) -> Result<String, String> {
+    let remedy = "give the path of a TOML file";
+    let metadata =
+        fs::metadata(path).map_err(|error| format!("cannot be read: {error}: {remedy}"))?;
+    if !metadata.is_file() {
+        return Err(format!("is not a file: {remedy}"));
+    }
+    if metadata.len() > FILE_MAX_BYTES {
+        return Err(format!("is longer than {FILE_MAX_BYTES} bytes: {remedy}"));
+    }
+    let bytes = fs::read(path).map_err(|error| format!("cannot be read: {error}: {remedy}"))?;
+    String::from_utf8(bytes).map_err(|error| {
+        format!("is not UTF-8 from byte {} on: {remedy}", error.utf8_error().valid_up_to())
+    })
+}
+
+/// Byte offsets of a file as lines.
+struct Lines<'a> {
+    path: &'a Path,
+    starts: Vec<usize>,
+}
+
+impl<'a> Lines<'a> {
+    fn new(path: &'a Path, text: &str) -> Self {
+        let starts = text.match_indices('\n').map(|(at, _)| at + 1);
+        Self { path, starts: starts.collect() }
+    }
+
+    fn place(&self, offset: usize) -> Place {
+        let line = 1 + self.starts.partition_point(|start| *start <= offset);
+        Place::File(self.path.to_owned(), line)
+    }
+}
+
+fn join(prefix: &str, name: &str) -> String {
+    if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") }
+}
+
+/// A value without its spans.
+fn plain(value: &DeValue<'_>) -> Value {
+    match value {
+        DeValue::String(text) => Value::String(text.to_string()),
+        // A number TOML can spell and we cannot hold stays a text, which the key then refuses.
+        DeValue::Integer(number) => i64::from_str_radix(number.as_str(), number.radix())
+            .map_or_else(|_| Value::String(number.as_str().to_owned()), Value::Integer),
+        DeValue::Float(number) => number
+            .as_str()
+            .parse()
+            .map_or_else(|_| Value::String(number.as_str().to_owned()), Value::Float),
+        DeValue::Boolean(flag) => Value::Boolean(*flag),
+        DeValue::Datetime(when) => Value::Datetime(*when),
+        DeValue::Array(items) => Value::Array(items.iter().map(|i| plain(i.get_ref())).collect()),
+        DeValue::Table(table) => Value::Table(
+            table.iter().map(|(k, v)| (k.get_ref().to_string(), plain(v.get_ref()))).collect(),
+        ),
+    }
+}
+
+/// The value of an environment variable: a text where the key wants one, otherwise TOML.
+fn typed(root: &Schema, schema: &Schema, value: &str) -> Value {
+    let wants_text =
+        alternatives(root, schema).any(|s| has_type(s, "string") || s.get("enum").is_some());
+    if !wants_text
+        && let Ok(mut table) = format!("value = {value}").parse::<Table>()
+        && let Some(value) = table.remove("value")
+        && table.is_empty()
+    {
+        return value;
+    }
+    Value::String(value.to_owned())
+}
+
+fn has_type(schema: &Schema, wanted: &str) -> bool {
+    match schema.get("type") {
+        Some(Schema::String(one)) => one == wanted,
+        Some(Schema::Array(several)) => several.iter().any(|one| one == wanted),
+        _ => false,
+    }
+}
+
+/// A schema and what it refers to or offers: `$ref`, `anyOf`, `oneOf`.
+fn alternatives<'a>(root: &'a Schema, schema: &'a Schema) -> impl Iterator<Item = &'a Schema> {
+    let follow = move |schema: &'a Schema| match schema.get("$ref").and_then(Schema::as_str) {
+        Some(reference) => root.pointer(reference.trim_start_matches('#')).unwrap_or(schema),
+        None => schema,
+    };
+    let offered = ["anyOf", "oneOf"]
+        .into_iter()
+        .filter_map(|word| schema.get(word).and_then(Schema::as_array))
+        .flatten();
+    std::iter::once(schema).chain(offered).map(follow)
+}
+
+/// The schema of a key of a table. The description of the key itself wins over that of its type.
+fn property(root: &Schema, table: &Schema, name: &str) -> Option<Schema> {
+    alternatives(root, table).find_map(|schema| schema.get("properties")?.get(name)).cloned()
+}
+
+fn items_of(root: &Schema, array: &Schema) -> Schema {
+    alternatives(root, array).find_map(|schema| schema.get("items")).cloned().unwrap_or_default()
+}
+
+/// The schema of a key such as `engine[0].slots`.
+fn lookup(root: &Schema, key: &str) -> Option<Schema> {
+    let mut schema = root.clone();
+    for part in key.split('.').filter(|part| !part.is_empty()) {
+        let (name, indices) =
+            part.split_once('[').map_or((part, 0), |(n, rest)| (n, 1 + rest.matches('[').count()));
+        schema = property(root, &schema, name)?;
+        for _ in 0..indices {
+            // What an item of a plain list may be is said at the list.
+            let items = items_of(root, &schema);
+            if alternatives(root, &items).any(|s| s.get("properties").is_some()) {
+                schema = items;
+            }
+        }
+    }
+    Some(schema)
+}
+
+fn description(schema: Schema) -> Option<String> {
+    let text = schema.get("description")?.as_str()?;
+    Some(text.split_whitespace().collect::<Vec<_>>().join(" ").trim_end_matches('.').to_owned())
+}
+
+/// An unknown key: the nearest known one, and all there are.
+fn unknown(root: &Schema, table: &Schema, name: &str) -> String {
+    let known: Vec<&str> = alternatives(root, table)
+        .filter_map(|schema| schema.get("properties")?.as_object())
+        .flat_map(|properties| properties.keys().map(String::as_str))
+        .collect();
+    let nearest = known
+        .iter()
+        .map(|known| (strsim::jaro_winkler(name, known), known))
+        .max_by(|a, b| a.0.total_cmp(&b.0));
+    match nearest {
+        Some((_, nearest)) => format!(
+            "there is no such key: did you mean {nearest}? Known here: {}",
+            known.join(", ")
+        ),
+        None => "there is no such key, and none may stand here".to_owned(),
+    }
+}
+
+/// The parts of a key such as `engine[0].slots`: `engine`, `0`, `slots`.
+fn parts(key: &str) -> impl Iterator<Item = &str> {
+    key.split(['.', '[']).map(|part| part.trim_end_matches(']')).filter(|part| !part.is_empty())
+}
+
+fn find<'a>(table: &'a Table, key: &str) -> Option<&'a Value> {
+    let mut parts = parts(key);
+    let mut value = table.get(parts.next()?)?;
+    for part in parts {
+        value = match value {
+            Value::Table(table) => table.get(part)?,
+            Value::Array(items) => items.get(part.parse::<usize>().ok()?)?,
+            _ => return None,
+        };
+    }
+    Some(value)
+}
+
+/// Takes a faulty value out; a list or a table entry it was part of goes with it. `false`: it was not found.
+fn remove(table: &mut Table, key: &str) -> bool {
+    // A faulty item of a plain list takes the list; a faulty entry of an array of tables would shift the others'
+    // numbers, so only its key goes, and an entry that lacks a required key ends the reading.
+    let (parent, last) = match key.rfind('.') {
+        Some(dot) => (&key[..dot], &key[dot + 1..]),
+        None => ("", key),
+    };
+    let last = last.split('[').next().unwrap_or(last);
+    if parent.is_empty() {
+        return table.remove(last).is_some();
+    }
+    let mut parts = parts(parent);
+    let Some(mut value) = parts.next().and_then(|first| table.get_mut(first)) else { return false };
+    for part in parts {
+        let next = match value {
+            Value::Table(table) => table.get_mut(part),
+            Value::Array(items) => part.parse::<usize>().ok().and_then(|i| items.get_mut(i)),
+            _ => None,
+        };
+        let Some(next) = next else { return false };
+        value = next;
+    }
+    value.as_table_mut().is_some_and(|table| table.remove(last).is_some())
+}

@@ -1,0 +1,267 @@
+//! Values with a meaning: parsed once, never checked again.
+
+use std::{borrow::Cow, fmt, str::FromStr, time::Duration};
+
+use http::uri::{Authority, Uri};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, de};
+
+/// The longest duration a key may ask for.
+const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// Why a text is not the value a key wants. The fault is in the configuration.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ValueError(Cow<'static, str>);
+
+impl ValueError {
+    fn new(why: &'static str) -> Self {
+        Self(why.into())
+    }
+}
+
+/// A host, by name or address, and a port.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct HostPort(Authority);
+
+impl HostPort {
+    /// As part of a URI.
+    #[must_use]
+    pub fn authority(&self) -> Authority {
+        self.0.clone()
+    }
+}
+
+impl FromStr for HostPort {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        let authority: Authority =
+            text.parse().map_err(|_| ValueError::new("it is not a host and a port"))?;
+        if authority.as_str().contains('@') {
+            return Err(ValueError::new("it names a user"));
+        }
+        if authority.host().is_empty() {
+            return Err(ValueError::new("it has no host"));
+        }
+        // `host:` parses as an authority without a port.
+        match authority.port_u16() {
+            Some(1..) => Ok(Self(authority)),
+            Some(0) => Err(ValueError::new("port 0 cannot be dialled")),
+            None => Err(ValueError::new("it has no port")),
+        }
+    }
+}
+
+/// Where an engine is reached: `http://host:port`.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct EngineUrl(HostPort);
+
+impl EngineUrl {
+    /// Host and port.
+    #[must_use]
+    pub fn authority(&self) -> Authority {
+        self.0.authority()
+    }
+}
+
+impl FromStr for EngineUrl {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        let uri: Uri = text.parse().map_err(|_| ValueError::new("it is not a URL"))?;
+        match uri.scheme_str() {
+            Some("http") => {}
+            Some("https") => {
+                return Err(ValueError::new(
+                    "engines are reached without TLS (h2c), not over https",
+                ));
+            }
+            _ => return Err(ValueError::new("it does not begin with http://")),
+        }
+        if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
+            return Err(ValueError::new("it has a path, and gRPC brings its own"));
+        }
+        let authority = uri.authority().map_or("", Authority::as_str);
+        authority.parse().map(Self)
+    }
+}
+
+/// A duration of more than nothing.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Timeout(Duration);
+
+impl From<Duration> for Timeout {
+    fn from(duration: Duration) -> Self {
+        Self(duration)
+    }
+}
+
+impl From<Timeout> for Duration {
+    fn from(timeout: Timeout) -> Self {
+        timeout.0
+    }
+}
+
+impl FromStr for Timeout {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        let duration = humantime::parse_duration(text)
+            .map_err(|error| ValueError(format!("it is not a duration: {error}").into()))?;
+        if duration.is_zero() || duration > TIMEOUT_MAX {
+            return Err(ValueError::new("it is not between a moment and 24 hours"));
+        }
+        Ok(Self(duration))
+    }
+}
+
+macro_rules! text_value {
+    ($($name:ident $pattern:literal)*) => {$(
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.show(f)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.show(f)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                Cow::<'de, str>::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+            }
+        }
+
+        impl JsonSchema for $name {
+            fn inline_schema() -> bool {
+                true
+            }
+
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($name).into()
+            }
+
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({ "type": "string", "pattern": $pattern })
+            }
+        }
+    )*};
+}
+
+text_value! {
+    HostPort "^[^@/]+:[0-9]{1,5}$"
+    EngineUrl "^http://[^@/]+:[0-9]{1,5}/?$"
+    Timeout "^[0-9]"
+}
+
+impl HostPort {
+    fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.as_str())
+    }
+}
+
+impl EngineUrl {
+    fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "http://{}", self.0)
+    }
+}
+
+impl Timeout {
+    fn show(self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", humantime::format_duration(self.0))
+    }
+}
+
+macro_rules! degrees {
+    ($($(#[$doc:meta])* $name:ident $bound:literal)*) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq)]
+        pub struct $name(f64);
+
+        impl $name {
+            /// In degrees.
+            #[must_use]
+            pub fn degrees(self) -> f64 {
+                self.0
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let degrees = f64::deserialize(deserializer)?;
+                if (-$bound..=$bound).contains(&degrees) {
+                    Ok(Self(degrees))
+                } else {
+                    Err(de::Error::custom(concat!("it is not between -", $bound, " and ", $bound)))
+                }
+            }
+        }
+
+        impl JsonSchema for $name {
+            fn inline_schema() -> bool {
+                true
+            }
+
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($name).into()
+            }
+
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({ "type": "number", "minimum": -$bound, "maximum": $bound })
+            }
+        }
+    )*};
+}
+
+degrees! {
+    /// Degrees north of the equator.
+    Latitude 90.0
+    /// Degrees east of Greenwich.
+    Longitude 180.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_are_names_or_addresses_with_a_port() {
+        for good in ["a:1", "gpu-1.example:8444", "127.0.0.1:65535", "[2001:db8::1]:8444"] {
+            assert_eq!(good.parse::<HostPort>().unwrap().to_string(), good);
+        }
+        for bad in ["", "a", ":1", "a:", "a:0", "a:70000", "u@a:1", "a:1/x", "2001:db8::1", "a b:1"]
+        {
+            assert!(bad.parse::<HostPort>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn engine_urls_are_plain_http_without_a_path() {
+        for good in ["http://127.0.0.1:8001", "http://gpu:1/", "http://[::1]:8001"] {
+            assert!(good.parse::<EngineUrl>().is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "gpu:1",
+            "https://gpu:1",
+            "grpc://gpu:1",
+            "http://gpu",
+            "http://gpu:1/v1",
+            "http://gpu:1/?a",
+        ] {
+            assert!(bad.parse::<EngineUrl>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn timeouts_have_units_and_bounds() {
+        assert_eq!("1500ms".parse::<Timeout>().unwrap(), Duration::from_millis(1500).into());
+        for bad in ["", "5", "0s", "-1s", "25h", "x"] {
+            assert!(bad.parse::<Timeout>().is_err(), "{bad}");
+        }
+    }
+}
