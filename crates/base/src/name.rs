@@ -56,9 +56,9 @@ fn is_trust_domain(text: &str) -> bool {
     text.len() <= TRUST_DOMAIN_MAX_BYTES
         && text.split('.').all(|part| {
             !part.is_empty()
-                && part.bytes().all(|b| {
-                    b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'_'
-                })
+                && part
+                    .bytes()
+                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'_')
         })
 }
 

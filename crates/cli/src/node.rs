@@ -71,9 +71,9 @@ fn log(as_json: bool) -> Result<(), Failure> {
         .map_err(Failure::Usage)?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     if as_json {
-        builder.json().init()
+        builder.json().init();
     } else {
-        builder.init()
+        builder.init();
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The outgoing connections of one worker: one per target, another when it fills, the idle ones closed first.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -36,7 +36,7 @@ pub struct Pool(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     dialer: Dialer,
-    entries: Mutex<HashMap<Arc<str>, Arc<Entry>>>,
+    entries: Mutex<BTreeMap<Arc<str>, Arc<Entry>>>,
     /// Counts uses, so that the least recently used entry is known without reading a clock.
     uses: AtomicU64,
 }

@@ -120,7 +120,7 @@ impl Config {
 /// The main file and the parts beside it.
 fn files(path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     let mut files = vec![path.to_owned()];
-    let parts = path.parent().unwrap_or(Path::new("")).join("conf.d");
+    let parts = path.parent().unwrap_or_else(|| Path::new("")).join("conf.d");
     match fs::read_dir(&parts) {
         Ok(entries) => {
             let mut found: Vec<_> = entries.filter_map(|e| Some(e.ok()?.path())).collect();

@@ -357,10 +357,9 @@ mod tests {
         ] {
             assert!(matches!(request(more), Err(SectionError::Malformed(_))), "{more:?}");
         }
-        for missing in 0..HEAD.len() {
-            let mut lines = HEAD.to_vec();
-            lines.remove(missing);
-            assert!(decode_request(&section(&lines), 999).is_err(), "without {:?}", HEAD[missing]);
+        for missing in HEAD {
+            let lines: Vec<_> = HEAD.into_iter().filter(|line| *line != missing).collect();
+            assert!(decode_request(&section(&lines), 999).is_err(), "without {missing:?}");
         }
         let mut connect = HEAD.to_vec();
         connect[0].1 = "CONNECT";

@@ -66,7 +66,7 @@ impl Sender {
         async move {
             // `Ok(None)`: everything was delivered, which is no reason to stop anything.
             if let Ok(None) = stopped.await {
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
         }
     }
@@ -329,41 +329,39 @@ impl Incoming {
         cx: &mut Context<'_>,
     ) -> Poll<Result<Option<BodyFrame<Bytes>>, TransportError>> {
         let mut receiver = self.receiver.lock();
-        loop {
-            let frame = match receiver.poll_frame(cx) {
-                Poll::Ready(frame) => frame?,
-                Poll::Pending => {
-                    self.watch.waiting();
-                    return Poll::Pending;
+        let frame = match receiver.poll_frame(cx) {
+            Poll::Ready(frame) => frame?,
+            Poll::Pending => {
+                self.watch.waiting();
+                return Poll::Pending;
+            }
+        };
+        match frame {
+            Some(Frame::Data(data)) if !self.trailers_seen => {
+                if let Some(left) = &mut self.content_left {
+                    *left = left
+                        .checked_sub(data.len() as u64)
+                        .ok_or(TransportError::Malformed("more data than content-length says"))?;
                 }
-            };
-            match frame {
-                Some(Frame::Data(data)) if !self.trailers_seen => {
-                    if let Some(left) = &mut self.content_left {
-                        *left = left.checked_sub(data.len() as u64).ok_or(
-                            TransportError::Malformed("more data than content-length says"),
-                        )?;
-                    }
-                    self.watch.took(base::clock::now());
-                    return Poll::Ready(Ok(Some(BodyFrame::data(data))));
-                }
-                Some(Frame::Headers(section)) if !self.trailers_seen => {
-                    self.trailers_seen = true;
-                    self.check_length()?;
-                    let limit = receiver.section_limit();
-                    let trailers: HeaderMap = headers::decode_trailers(&section, limit)
-                        .map_err(|error| receiver.section_error(error))?;
-                    return Poll::Ready(Ok(Some(BodyFrame::trailers(trailers))));
-                }
-                Some(Frame::HeadersTooLong) => {
-                    let limit_bytes = receiver.section_limit();
-                    return Poll::Ready(Err(TransportError::HeadersTooLong { limit_bytes }));
-                }
-                Some(_) => return Poll::Ready(Err(receiver.out_of_order())),
-                None => {
-                    self.check_length()?;
-                    return Poll::Ready(Ok(None));
-                }
+                self.watch.took(base::clock::now());
+                Poll::Ready(Ok(Some(BodyFrame::data(data))))
+            }
+            Some(Frame::Headers(section)) if !self.trailers_seen => {
+                self.trailers_seen = true;
+                self.check_length()?;
+                let limit = receiver.section_limit();
+                let trailers: HeaderMap = headers::decode_trailers(&section, limit)
+                    .map_err(|error| receiver.section_error(error))?;
+                Poll::Ready(Ok(Some(BodyFrame::trailers(trailers))))
+            }
+            Some(Frame::HeadersTooLong) => {
+                let limit_bytes = receiver.section_limit();
+                Poll::Ready(Err(TransportError::HeadersTooLong { limit_bytes }))
+            }
+            Some(_) => Poll::Ready(Err(receiver.out_of_order())),
+            None => {
+                self.check_length()?;
+                Poll::Ready(Ok(None))
             }
         }
     }

@@ -1,4 +1,8 @@
 //! Two ends over real sockets, and peers that break rules.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a test's runtime ends with the test, and its tasks with it"
+)]
 
 mod hostile;
 mod world;

@@ -249,6 +249,7 @@ pub(super) struct Gone(pub(super) mpsc::Sender<()>);
 
 impl Drop for Gone {
     fn drop(&mut self) {
-        drop(self.0.try_send(()));
+        // Nobody listens any more: then nobody waits for it.
+        let _unheard = self.0.try_send(());
     }
 }
