@@ -86,6 +86,12 @@ impl Dialer {
         &self.tasks
     }
 
+    /// Waits until what was closed is known to be closed at the other ends, at most a second.
+    pub(crate) async fn closed(&self) {
+        const LONGEST: Duration = Duration::from_secs(1);
+        drop(tokio::time::timeout(LONGEST, self.endpoint.wait_idle()).await);
+    }
+
     /// Connects by whatever works first.
     pub(crate) async fn dial(&self, target: &Target) -> Result<Connection, TransportError> {
         let race = async {

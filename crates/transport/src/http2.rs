@@ -7,15 +7,16 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
 use bytes::Bytes;
 use http::{Request, Response};
-use http_body::{Frame, SizeHint};
+use http_body::{Body as _, Frame, SizeHint};
 use hyper::client::conn::http2::SendRequest;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::oneshot,
@@ -24,7 +25,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Status, body::Body};
 use tower::{Service, ServiceExt as _};
 
-use crate::{CallInfo, Limits, TransportError};
+use crate::{
+    CallInfo, Limits, TransportError,
+    unread::{Unread, Watch, Watched},
+};
 
 /// An idle outgoing connection is looked at this often.
 const IDLE_CHECK: Duration = Duration::from_secs(1);
@@ -57,8 +61,10 @@ pub(crate) async fn serve<I, S>(
     S: Clone + Send + 'static,
     S::Future: Send + 'static,
 {
+    let unread = Arc::new(Unread::new(limits));
+    let watching = unread.clone();
     let handler = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
-        let mut request = request.map(|body| Body::new(Incoming::new(body, ())));
+        let mut request = request.map(|body| Incoming::body(body, &watching, ()));
         request.extensions_mut().insert(info.clone());
         service.clone().oneshot(request)
     });
@@ -79,11 +85,23 @@ pub(crate) async fn serve<I, S>(
         ended = connection.as_mut() => ended,
         () = drain_or_age(&drain, age) => {
             connection.as_mut().graceful_shutdown();
-            connection.await
+            tokio::select! {
+                ended = connection => ended,
+                never = sweep(&unread) => match never {},
+            }
         }
+        never = sweep(&unread) => match never {},
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "an HTTP/2 connection broke off");
+    }
+}
+
+/// Gives up calls nobody reads when they hold what the other calls need.
+async fn sweep(unread: &Unread) -> Infallible {
+    loop {
+        tokio::time::sleep(unread.interval()).await;
+        unread.sweep(base::clock::now());
     }
 }
 
@@ -98,6 +116,7 @@ pub(crate) struct Client {
     sender: SendRequest<Upload>,
     in_flight: Arc<AtomicUsize>,
     streams: Arc<AtomicUsize>,
+    unread: Arc<Unread>,
     closed: CancellationToken,
     scheme: &'static str,
 }
@@ -130,11 +149,12 @@ impl Client {
             sender,
             in_flight: Arc::default(),
             streams: Arc::new(AtomicUsize::new(connection.current_max_send_streams())),
+            unread: Arc::new(Unread::new(limits)),
             closed: CancellationToken::new(),
             scheme,
         };
         let (in_flight, streams) = (client.in_flight.clone(), client.streams.clone());
-        let closed = client.closed.clone();
+        let (unread, closed) = (client.unread.clone(), client.closed.clone());
         let idle_timeout = limits.idle_timeout;
         tasks.spawn(async move {
             let run = std::future::poll_fn(|cx| {
@@ -149,6 +169,7 @@ impl Client {
                     }
                 }
                 () = idle(&in_flight, idle_timeout) => {}
+                never = sweep(&unread) => match never {},
                 () = closed.cancelled() => {}
             }
             closed.cancel();
@@ -197,7 +218,7 @@ impl Client {
                     None => CallError::Failed(cause),
                 }
             })?;
-        Ok(response.map(|body| Body::new(Incoming::new(body, (in_flight, wanted)))))
+        Ok(response.map(|body| Incoming::body(body, &self.unread, (in_flight, wanted))))
     }
 }
 
@@ -272,13 +293,63 @@ impl http_body::Body for Upload {
 /// A body from hyper, its errors in our words; `held` lives as long as it does.
 #[derive(Debug)]
 struct Incoming<H> {
-    body: hyper::body::Incoming,
+    /// Shared with the connection's watch over unread streams.
+    stream: Arc<Mutex<Stream>>,
+    watch: Watch,
     _held: H,
 }
 
-impl<H> Incoming<H> {
-    fn new(body: hyper::body::Incoming, held: H) -> Self {
-        Self { body, _held: held }
+#[derive(Debug)]
+struct Stream {
+    /// What hyper has, or why it was given up.
+    body: Result<hyper::body::Incoming, TransportError>,
+    /// What was taken off to find out whether there is anything.
+    taken: Option<Frame<Bytes>>,
+}
+
+impl Stream {
+    fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, TransportError>>> {
+        if let Some(frame) = self.taken.take() {
+            return Poll::Ready(Some(Ok(frame)));
+        }
+        match &mut self.body {
+            Ok(body) => {
+                Pin::new(body).poll_frame(cx).map_err(|error| TransportError::from_hyper(&error))
+            }
+            Err(error) => Poll::Ready(Some(Err(error.clone()))),
+        }
+    }
+}
+
+impl Watched for Stream {
+    fn has_unread(&mut self) -> bool {
+        if self.taken.is_none()
+            && let Poll::Ready(Some(Ok(frame))) =
+                self.poll_frame(&mut Context::from_waker(Waker::noop()))
+        {
+            self.taken = Some(frame);
+        }
+        self.taken.is_some()
+    }
+
+    fn give_up(&mut self, error: TransportError) {
+        self.taken = None;
+        // Dropping the body gives its bytes back to the connection.
+        self.body = Err(error);
+    }
+}
+
+impl<H: Send + Unpin + 'static> Incoming<H> {
+    fn body(body: hyper::body::Incoming, unread: &Unread, held: H) -> Body {
+        if http_body::Body::is_end_stream(&body) {
+            return Body::empty();
+        }
+        let stream = Arc::new(Mutex::new(Stream { body: Ok(body), taken: None }));
+        let watch = unread.watch(&stream, base::clock::now());
+        Body::new(Self { stream, watch, _held: held })
     }
 }
 
@@ -287,19 +358,26 @@ impl<H: Unpin> http_body::Body for Incoming<H> {
     type Error = Status;
 
     fn poll_frame(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        Pin::new(&mut self.body)
-            .poll_frame(cx)
-            .map_err(|error| TransportError::from_hyper(&error).into())
+        let polled = self.stream.lock().poll_frame(cx);
+        match &polled {
+            Poll::Ready(_) => self.watch.took(base::clock::now()),
+            Poll::Pending => self.watch.waiting(),
+        }
+        polled.map_err(Status::from)
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        let stream = self.stream.lock();
+        stream.taken.is_none() && stream.body.as_ref().is_ok_and(http_body::Body::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        match &*self.stream.lock() {
+            Stream { body: Ok(body), taken: None } => body.size_hint(),
+            _ => SizeHint::default(),
+        }
     }
 }

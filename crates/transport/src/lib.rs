@@ -19,6 +19,7 @@ mod limits;
 mod pool;
 mod quic;
 mod server;
+mod unread;
 mod worker;
 
 pub use channel::Channel;

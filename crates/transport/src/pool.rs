@@ -99,6 +99,11 @@ impl Pool {
         }
     }
 
+    /// Waits until the other ends know that the connections are closed, at most a second.
+    pub async fn closed(&self) {
+        self.0.dialer.closed().await;
+    }
+
     pub(crate) async fn call(
         &self,
         entry: &Arc<Entry>,

@@ -34,6 +34,7 @@ impl Worker {
         pool.close();
         self.outgoing.close();
         self.outgoing.wait().await;
+        pool.closed().await;
     }
 }
 

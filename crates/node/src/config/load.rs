@@ -13,7 +13,7 @@ use std::{
 use serde_json::Value as Schema;
 use toml::{
     Table, Value,
-    de::{DeTable, DeValue},
+    de::{DeArray, DeTable, DeValue},
 };
 
 use super::{Config, ENTRIES_MAX, json_schema};
@@ -25,6 +25,8 @@ const FAULTS_MAX: usize = 50;
 /// What environment variables that set keys begin with, and what stands between the parts of a key.
 const ENVIRONMENT: &str = "ISOBAR_";
 const SEPARATOR: &str = "__";
+/// Says what is logged; it sets no key.
+const LOG: &str = "ISOBAR_LOG";
 
 /// Everything that is wrong with a configuration. The operator can mend it; nothing was started.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -100,7 +102,7 @@ impl fmt::Display for Place {
 impl Config {
     /// Reads `path`, then `conf.d/*.toml` beside it in the order of their names, then `environment` (pairs of name and
     /// value that begin with `ISOBAR_`). Tables merge, arrays of tables grow, and a key may be set once in the files;
-    /// the environment overrides them.
+    /// the environment overrides them. Hidden files are passed over: editors leave them behind.
     ///
     /// # Errors
     /// [`ConfigError`] with everything that is wrong.
@@ -109,7 +111,7 @@ impl Config {
         for file in files(path)? {
             loader.file(&file);
         }
-        for (name, value) in environment {
+        for (name, value) in environment.iter().filter(|(name, _)| name != LOG) {
             loader.variable(name, value);
         }
         loader.host_name();
@@ -124,7 +126,11 @@ fn files(path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     match fs::read_dir(&parts) {
         Ok(entries) => {
             let mut found: Vec<_> = entries.filter_map(|e| Some(e.ok()?.path())).collect();
-            found.retain(|file| file.extension().is_some_and(|extension| extension == "toml"));
+            found.retain(|file| {
+                let is_hidden =
+                    file.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"."));
+                !is_hidden && file.extension().is_some_and(|extension| extension == "toml")
+            });
             found.sort();
             files.append(&mut found);
             Ok(files)
@@ -160,7 +166,9 @@ impl Loader {
     }
 
     fn fault(&mut self, place: Place, key: &str, problem: impl Into<String>) {
-        let allowed = lookup(&self.schema, key).and_then(description);
+        // A fault of a whole file is about no key.
+        let allowed = Some(key).filter(|key| !key.is_empty());
+        let allowed = allowed.and_then(|key| lookup(&self.schema, key)).and_then(description);
         self.faults.push(Fault { place, key: key.to_owned(), problem: problem.into(), allowed });
     }
 
@@ -205,28 +213,38 @@ impl Loader {
                 self.faults.push(Fault { place, key, problem, allowed: None });
                 continue;
             };
+            let items = items_of(&self.schema, &child);
+            let wants_table = is_table(&self.schema, &child);
+            let wants_tables = is_table(&self.schema, &items);
             match value.get_ref() {
-                DeValue::Table(table) => {
+                DeValue::Table(table) if wants_table => {
                     self.places.entry(key.clone()).or_insert(place);
                     let known = into.entry(name).or_insert_with(|| Table::new().into());
                     if let Value::Table(known) = known {
                         self.merge(table, &child, &key, lines, known);
                     }
                 }
-                DeValue::Array(items)
-                    if !items.is_empty() && items.iter().all(|i| i.get_ref().is_table()) =>
-                {
+                DeValue::Table(_) if wants_tables => {
+                    self.fault(place, &key, format!("it is a list of tables: write [[{key}]]"));
+                }
+                DeValue::Table(_) => self.fault(place, &key, "it is no table"),
+                DeValue::Array(array) if wants_table && all_tables(array) => {
+                    self.fault(place, &key, format!("it is one table: write [{key}]"));
+                }
+                DeValue::Array(array) if wants_tables && all_tables(array) => {
                     let known = into.entry(name).or_insert_with(|| Value::Array(vec![]));
                     let Value::Array(known) = known else { continue };
-                    let item_schema = items_of(&self.schema, &child);
-                    for item in items {
+                    for item in array {
                         let DeValue::Table(table) = item.get_ref() else { continue };
                         let key = format!("{key}[{}]", known.len());
                         self.places.insert(key.clone(), lines.place(item.span().start));
                         let mut entry = Table::new();
-                        self.merge(table, &item_schema, &key, lines, &mut entry);
+                        self.merge(table, &items, &key, lines, &mut entry);
                         known.push(entry.into());
                     }
+                }
+                DeValue::Datetime(when) => {
+                    self.fault(place, &key, format!("{when} is a date: write it in quotes"));
                 }
                 scalar => {
                     if let Some(before) = self.places.get(&key).filter(|_| into.contains_key(name))
@@ -265,7 +283,12 @@ impl Loader {
             table = child;
         }
         table.insert((*last).to_owned(), typed(&self.schema, &schema, value));
-        self.places.insert(parts.join("."), place);
+        let key = parts.join(".");
+        // What the files said below this key is gone.
+        self.places.retain(|known, _| {
+            !known.strip_prefix(&key).is_some_and(|rest| rest.starts_with(['.', '[']))
+        });
+        self.places.insert(key, place);
     }
 
     /// A node without a name is called as its host is.
@@ -327,7 +350,11 @@ impl Loader {
             return format!("{field} is missing: {}", about.unwrap_or_default());
         }
         let shown = find(&self.table, key).map(|value| {
-            let text = value.to_string();
+            let text = match value {
+                // On one line, whatever it holds.
+                Value::String(text) => format!("{text:?}"),
+                other => other.to_string(),
+            };
             if text.chars().count() > 60 {
                 text.chars().take(60).collect::<String>() + "…"
             } else {
@@ -414,10 +441,12 @@ fn missing_field(error: &toml::de::Error) -> Option<&str> {
     error.message().strip_prefix("missing field ").map(|field| field.trim_matches('`'))
 }
 
-/// Whether two listeners want the same port. Port 0 never does.
+/// Whether two listeners want the same port. Port 0 never does; `[::]` takes IPv4 too.
 fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
-    let same_host = a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified();
-    a.port() == b.port() && a.port() != 0 && same_host
+    let covers = |all: SocketAddr, one: SocketAddr| {
+        all.ip().is_unspecified() && (all.is_ipv6() || one.is_ipv4())
+    };
+    a.port() == b.port() && a.port() != 0 && (a.ip() == b.ip() || covers(a, b) || covers(b, a))
 }
 
 fn read(path: &Path) -> Result<String, String> {
@@ -478,14 +507,15 @@ fn plain(value: &DeValue<'_>) -> Value {
     }
 }
 
-/// The value of an environment variable: a text where the key wants one, otherwise TOML.
+/// The value of an environment variable: TOML where that is what the key wants, otherwise the text itself, so that a text
+/// needs no quotes.
 fn typed(root: &Schema, schema: &Schema, value: &str) -> Value {
     let wants_text =
         alternatives(root, schema).any(|s| has_type(s, "string") || s.get("enum").is_some());
-    if !wants_text
-        && let Ok(mut table) = format!("value = {value}").parse::<Table>()
+    if let Ok(mut table) = format!("value = {value}").parse::<Table>()
         && let Some(value) = table.remove("value")
         && table.is_empty()
+        && (!wants_text || value.is_str())
     {
         return value;
     }
@@ -516,6 +546,15 @@ fn alternatives<'a>(root: &'a Schema, schema: &'a Schema) -> impl Iterator<Item 
 /// The schema of a key of a table. The description of the key itself wins over that of its type.
 fn property(root: &Schema, table: &Schema, name: &str) -> Option<Schema> {
     alternatives(root, table).find_map(|schema| schema.get("properties")?.get(name)).cloned()
+}
+
+/// Whether a key is a table with keys of its own.
+fn is_table(root: &Schema, schema: &Schema) -> bool {
+    alternatives(root, schema).any(|schema| schema.get("properties").is_some())
+}
+
+fn all_tables(array: &DeArray<'_>) -> bool {
+    array.iter().all(|item| item.get_ref().is_table())
 }
 
 fn items_of(root: &Schema, array: &Schema) -> Schema {

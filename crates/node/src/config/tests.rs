@@ -293,6 +293,52 @@ fn the_environment_overrides_the_files() {
 }
 
 #[test]
+fn a_variable_replaces_a_list_and_its_faults_are_its_own() {
+    let dir = Dir::new(&format!("[node]\nname = \"a\"\n{ENGINE}"));
+    let (good, bad) =
+        ("[{ name = \"f\", url = \"http://f:1\" }]", "[{ name = \"F\", url = \"http://f:1\" }]");
+    let config = dir.load(&[("ISOBAR_ENGINE", good), ("ISOBAR_NODE__REGION", "\"us\"")]).unwrap();
+    assert_eq!((config.engines.len(), config.engines[0].name.as_str()), (1, "f"));
+    assert_eq!(config.node.region.as_str(), "us");
+    let error = dir.load(&[("ISOBAR_ENGINE", bad)]).unwrap_err().to_string();
+    assert!(error.contains("environment variable ISOBAR_ENGINE: engine[0].name"), "{error}");
+    assert!(dir.load(&[("ISOBAR_LOG", "debug")]).is_ok());
+}
+
+#[test]
+fn an_empty_list_in_a_part_takes_nothing_away() {
+    let dir = Dir::new(&format!("[node]\nname = \"a\"\n{PEER}"));
+    dir.part("x.toml", "[mesh]\npeer = []");
+    dir.part(".#y.toml", "left by an editor");
+    assert_eq!(dir.load(&[]).unwrap().mesh.peers.len(), 1);
+}
+
+#[test]
+fn tables_lists_and_dates_in_the_wrong_place_say_what_to_write() {
+    for (text, want) in [
+        ("[engine]\nname = \"e\"", "node.toml:1: engine: it is a list of tables: write [[engine]]"),
+        ("[[listen]]", "node.toml:1: listen: it is one table: write [listen]"),
+        ("[node.region]", "node.toml:1: node.region: it is no table"),
+        ("[node]\nregion = 1979-05-27", "node.toml:2: node.region: 1979-05-27 is a date"),
+        ("[node]\nregion = \"\"\"a\nb\"\"\"", "node.toml:2: node.region: \"a\\nb\" will not do"),
+    ] {
+        let error = error(text);
+        assert!(error.contains(want), "{want} is not in {error}");
+    }
+}
+
+#[test]
+fn addresses_of_two_families_do_not_contradict() {
+    let listen = |clients, peers| {
+        load(&format!(
+            "[node]\nname = \"a\"\n[listen]\nclients = \"{clients}\"\npeers = \"{peers}\""
+        ))
+    };
+    assert!(listen("0.0.0.0:8443", "[::1]:8443").is_ok());
+    assert!(listen("[::]:8443", "127.0.0.1:8443").is_err());
+}
+
+#[test]
 fn files_that_are_no_configuration_say_so() {
     let dir = Dir::new("");
     let missing = Config::load(&dir.0.path().join("nope.toml"), &[]).unwrap_err().to_string();

@@ -1,6 +1,12 @@
 //! Values with a meaning: parsed once, never checked again.
 
-use std::{borrow::Cow, fmt, str::FromStr, time::Duration};
+use std::{
+    borrow::Cow,
+    fmt,
+    net::{Ipv4Addr, Ipv6Addr},
+    str::FromStr,
+    time::Duration,
+};
 
 use http::uri::{Authority, Uri};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -36,21 +42,35 @@ impl FromStr for HostPort {
     type Err = ValueError;
 
     fn from_str(text: &str) -> Result<Self, ValueError> {
-        let authority: Authority =
-            text.parse().map_err(|_| ValueError::new("it is not a host and a port"))?;
-        if authority.as_str().contains('@') {
+        let (host, port) =
+            text.rsplit_once(':').ok_or_else(|| ValueError::new("it has no port"))?;
+        if text.contains('@') {
             return Err(ValueError::new("it names a user"));
         }
-        if authority.host().is_empty() {
-            return Err(ValueError::new("it has no host"));
+        if !is_host(host) {
+            return Err(ValueError::new("its host is no DNS name, IPv4 address or [IPv6 address]"));
         }
-        // `host:` parses as an authority without a port.
-        match authority.port_u16() {
-            Some(1..) => Ok(Self(authority)),
-            Some(0) => Err(ValueError::new("port 0 cannot be dialled")),
-            None => Err(ValueError::new("it has no port")),
+        let is_number = port.bytes().all(|byte| byte.is_ascii_digit());
+        if !is_number || !port.parse::<u16>().is_ok_and(|port| port > 0) {
+            return Err(ValueError::new("its port is not 1 to 65535"));
         }
+        text.parse().map(Self).map_err(|_| ValueError::new("it is not a host and a port"))
     }
+}
+
+/// A DNS name (RFC 1035 §2.3.4, and `_`) or an IP address as a URL spells it.
+fn is_host(host: &str) -> bool {
+    if let Some(rest) = host.strip_prefix('[') {
+        return rest.strip_suffix(']').is_some_and(|ip| ip.parse::<Ipv6Addr>().is_ok());
+    }
+    if host.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.') {
+        return host.parse::<Ipv4Addr>().is_ok();
+    }
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+    };
+    host.len() <= 253 && host.split('.').all(is_label)
 }
 
 /// Where an engine is reached: `http://host:port`.
@@ -69,6 +89,10 @@ impl FromStr for EngineUrl {
     type Err = ValueError;
 
     fn from_str(text: &str) -> Result<Self, ValueError> {
+        // A `Uri` drops fragments without a word.
+        if text.contains('#') {
+            return Err(ValueError::new("it has a fragment"));
+        }
         let uri: Uri = text.parse().map_err(|_| ValueError::new("it is not a URL"))?;
         match uri.scheme_str() {
             Some("http") => {}
@@ -233,8 +257,24 @@ mod tests {
         for good in ["a:1", "gpu-1.example:8444", "127.0.0.1:65535", "[2001:db8::1]:8444"] {
             assert_eq!(good.parse::<HostPort>().unwrap().to_string(), good);
         }
-        for bad in ["", "a", ":1", "a:", "a:0", "a:70000", "u@a:1", "a:1/x", "2001:db8::1", "a b:1"]
-        {
+        for bad in [
+            "",
+            "a",
+            ":1",
+            "a:",
+            "a:0",
+            "a:70000",
+            "a:+8",
+            "u@a:1",
+            "a:1/x",
+            "2001:db8::1",
+            "a b:1",
+            "a..b:1",
+            "a,b:1",
+            "999.1.1.1:1",
+            "[zz]:1",
+            "[::1:1",
+        ] {
             assert!(bad.parse::<HostPort>().is_err(), "{bad}");
         }
     }
@@ -252,6 +292,7 @@ mod tests {
             "http://gpu",
             "http://gpu:1/v1",
             "http://gpu:1/?a",
+            "http://gpu:1#a",
         ] {
             assert!(bad.parse::<EngineUrl>().is_err(), "{bad}");
         }

@@ -15,10 +15,9 @@ use tokio::{sync::Notify, task::JoinSet};
 use super::{
     Code,
     frame::{self, ConnectionFault, Decoder, Frame, Settings},
-    unread::Unread,
     varint,
 };
-use crate::{Limits, TransportError};
+use crate::{Limits, TransportError, unread::Unread};
 
 /// Unidirectional streams a peer may have open: three it needs, the rest for reserved types.
 pub(crate) const UNI_STREAMS: u32 = 16;
@@ -236,8 +235,7 @@ impl Connection {
     /// While calls are in flight: asks for an ACK now and then, because a quiet call is not an idle connection, and gives
     /// up calls nobody reads when they hold what the other calls need.
     async fn run_upkeep(&self) {
-        let sweep_interval = (self.limits.unread_timeout / 5).max(Duration::from_millis(10));
-        let tick = self.limits.ping_interval.min(sweep_interval);
+        let tick = self.limits.ping_interval.min(self.unread.interval());
         let mut pinged = base::clock::now();
         loop {
             while self.in_flight() == 0 {

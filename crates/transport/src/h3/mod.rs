@@ -14,7 +14,6 @@ mod headers;
 pub mod qpack;
 pub(crate) mod server;
 mod stream;
-mod unread;
 mod varint;
 
 pub use code::Code;

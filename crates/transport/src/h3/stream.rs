@@ -6,7 +6,7 @@
 use std::{
     pin::{Pin, pin},
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -22,7 +22,10 @@ use super::{
     headers::{self, SectionError},
     qpack::QpackError,
 };
-use crate::TransportError;
+use crate::{
+    TransportError,
+    unread::{Watch, Watched},
+};
 
 /// Most bytes taken from a stream at once.
 const READ_BYTES: usize = 64 << 10;
@@ -219,25 +222,6 @@ impl Receiver {
             .map_ok(|chunk| chunk.map(|chunk| chunk.bytes))
     }
 
-    /// Whether bytes wait to be read; takes at most one piece off the stream to find out.
-    pub(crate) fn has_unread(&mut self) -> bool {
-        if self.input.is_empty()
-            && self.open
-            && let Poll::Ready(Ok(Some(chunk))) =
-                self.poll_chunk(&mut Context::from_waker(std::task::Waker::noop()))
-        {
-            self.input = chunk;
-        }
-        !self.input.is_empty()
-    }
-
-    /// Stops the stream because nobody reads it.
-    pub(crate) fn give_up(&mut self, error: TransportError) {
-        self.input = Bytes::new();
-        self.given_up = Some(error);
-        self.stop(Code::EXCESSIVE_LOAD);
-    }
-
     /// Tells the other end to stop, with `code`.
     pub(crate) fn stop(&mut self, code: Code) {
         if std::mem::take(&mut self.open) {
@@ -270,20 +254,37 @@ impl Receiver {
     }
 }
 
+impl Watched for Receiver {
+    fn has_unread(&mut self) -> bool {
+        if self.input.is_empty()
+            && self.open
+            && let Poll::Ready(Ok(Some(chunk))) =
+                self.poll_chunk(&mut Context::from_waker(Waker::noop()))
+        {
+            self.input = chunk;
+        }
+        !self.input.is_empty()
+    }
+
+    fn give_up(&mut self, error: TransportError) {
+        self.input = Bytes::new();
+        self.given_up = Some(error);
+        self.stop(Code::EXCESSIVE_LOAD);
+    }
+}
+
 impl Drop for Receiver {
     fn drop(&mut self) {
         self.stop(self.drop_code);
     }
 }
 
-/// A receiver the connection's watch over unread streams can reach.
-pub(crate) type SharedReceiver = Arc<Mutex<Receiver>>;
-
 /// A message body as it comes off a stream: data, then perhaps trailers.
 #[derive(Debug)]
 pub(crate) struct Incoming {
-    receiver: SharedReceiver,
-    watch: super::unread::Watch,
+    /// Shared with the connection's watch over unread streams.
+    receiver: Arc<Mutex<Receiver>>,
+    watch: Watch,
     content_left: Option<u64>,
     trailers_seen: bool,
     done: bool,

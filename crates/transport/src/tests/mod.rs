@@ -354,34 +354,37 @@ async fn at_the_limit_of_connections_calls_are_refused_and_idle_ones_make_room()
 
 #[tokio::test]
 async fn streams_nobody_reads_do_not_starve_the_next_call() {
-    let serving = Limits { unread_timeout: Duration::from_millis(500), ..Limits::clients() };
-    let world = World::with(
-        Way::H3,
-        serving,
-        Limits::peers(),
-        Handler::new(|request| async move {
-            if request.uri().path() == "/p.S/Stall" {
-                // Holds the body and never reads it.
-                let _held = request;
-                return std::future::pending().await;
-            }
-            let (data, _) = collect(request.into_body()).await.unwrap();
-            Response::new(full(data))
-        }),
-    );
-    let mut stalled = Vec::new();
-    for _ in 0..32 {
-        let channel = world.channel();
-        stalled.push(tokio::spawn(async move {
-            channel.send(request("/p.S/Stall", full(vec![1; 2 << 20]))).await
-        }));
-    }
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    let data = vec![9; 2 << 20];
-    let reply = soon(world.channel().send(request("/p.S/M", full(data.clone())))).await.unwrap();
-    assert!(collect(reply.into_body()).await.unwrap().0 == data);
-    for call in stalled {
-        call.abort();
+    for way in WAYS {
+        let serving = Limits { unread_timeout: Duration::from_millis(500), ..Limits::clients() };
+        let world = World::with(
+            way,
+            serving,
+            Limits::peers(),
+            Handler::new(|request| async move {
+                if request.uri().path() == "/p.S/Stall" {
+                    // Holds the body and never reads it.
+                    let _held = request;
+                    return std::future::pending().await;
+                }
+                let (data, _) = collect(request.into_body()).await.unwrap();
+                Response::new(full(data))
+            }),
+        );
+        let mut stalled = Vec::new();
+        for _ in 0..32 {
+            let channel = world.channel();
+            stalled.push(tokio::spawn(async move {
+                channel.send(request("/p.S/Stall", full(vec![1; 2 << 20]))).await
+            }));
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let data = vec![9; 2 << 20];
+        let call = request("/p.S/M", full(data.clone()));
+        let reply = soon(world.channel().send(call)).await.unwrap();
+        assert!(collect(reply.into_body()).await.unwrap().0 == data, "{way:?}");
+        for call in stalled {
+            call.abort();
+        }
     }
 }
 
