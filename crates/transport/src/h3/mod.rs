@@ -1,7 +1,7 @@
 //! HTTP/3 (RFC 9114) for gRPC, on quinn.
 //!
 //! Framing, QPACK and header rules are machines without IO ([`qpack`] and the private `frame` and `headers`); `connection`
-//! and `stream` put them on quinn; [`Server`](server::serve) and [`Client`](client::Client) are the two ends.
+//! and `stream` put them on quinn; `server` and `client` are the two ends.
 //!
 //! Deliberately absent: server push, a dynamic QPACK table, CONNECT and WebTransport. An error of one request is an error
 //! of its stream wherever the RFC allows it.

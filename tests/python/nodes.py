@@ -1,0 +1,203 @@
+"""Nodes and engines as real processes, each ended by the test that started it."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BINARY = os.environ.get("ISOBAR_BIN") or sys.exit("run these tests with: cargo xtask test")
+# Long enough for a loaded machine; a test that waits so long has failed.
+LONG = 30
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on. Another process may take it first; a test then fails loudly."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_for(what, check, timeout=LONG):
+    """Polls until `check` returns something true, and returns it."""
+    deadline = time.monotonic() + timeout
+    while True:
+        found = check()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} took more than {timeout} s")
+        time.sleep(0.02)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as s:
+        s.settimeout(1)
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+class Process:
+    """A process with its output in files, shown when a test fails."""
+
+    def __init__(self, name: str, directory: Path, arguments, **options):
+        self.name = name
+        directory.mkdir(parents=True, exist_ok=True)
+        self.out, self.err = directory / f"{name}.out", directory / f"{name}.err"
+        with self.out.open("wb") as out, self.err.open("wb") as err:
+            self.popen = subprocess.Popen(
+                [str(a) for a in arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                **options,
+            )
+
+    def died(self):
+        """Raises when the process has ended."""
+        if self.popen.poll() is not None:
+            raise AssertionError(
+                f"{self.name} ended with {self.popen.returncode}:\n{self.err.read_text()[-4000:]}"
+            )
+
+    def first_line(self) -> str:
+        def line():
+            self.died()
+            text = self.out.read_text()
+            return text if text.endswith("\n") else None
+
+        return wait_for(f"the start of {self.name}", line).splitlines()[0]
+
+    def stop(self, sig=signal.SIGTERM, timeout=LONG) -> int:
+        """Ends the process and returns its exit code."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(sig)
+        try:
+            return self.popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
+            raise AssertionError(f"{self.name} did not end within {timeout} s") from None
+
+    def kill(self):
+        self.popen.kill()
+        self.popen.wait()
+
+
+def toml(value) -> str:
+    """A value as TOML spells it: JSON's spelling is the same for what configurations hold."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {toml(v)}" for k, v in value.items()) + " }"
+    return json.dumps(value)
+
+
+class Node(Process):
+    """`isobar node` with its own configuration."""
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        region: str,
+        ca: Path,
+        engines=(),
+        peers=(),
+        plaintext=False,
+        environment=None,
+        **keys,
+    ):
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        listen = {a: "127.0.0.1:0" for a in ("clients", "peers", "metrics")}
+        if plaintext:
+            listen["plaintext"] = plaintext if isinstance(plaintext, str) else "127.0.0.1:0"
+        listen.update(keys.pop("listen", {}))
+        lines = ["[node]", f'name = "{name}"', f'region = "{region}"']
+        lines += [f"{k} = {toml(v)}" for k, v in keys.items()]
+        lines += ["[listen]"] + [f"{k} = {toml(v)}" for k, v in listen.items()]
+        lines += ["[mesh]", 'trust_domain = "mesh.test"']
+        for peer in peers:
+            if isinstance(peer, Node):
+                peer = {"name": peer.name, "region": peer.region, "peers": peer.peers}
+            lines += ["[[mesh.peer]]"] + [f"{k} = {toml(v)}" for k, v in peer.items()]
+        for engine in engines:
+            lines += ["[[engine]]"] + [f"{k} = {toml(v)}" for k, v in engine.items()]
+        config = directory / f"{name}.toml"
+        config.write_text("\n".join(lines) + "\n")
+        self.region = region
+        variables = {**os.environ, "ISOBAR_LOG": "debug,h2=info,rustls=info", **(environment or {})}
+        for test_only in ("ISOBAR_BIN", "ISOBAR_STUBS"):
+            variables.pop(test_only, None)
+        super().__init__(
+            name,
+            directory,
+            [BINARY, "node", "-c", config, "--dev-ca", ca, "--json"],
+            env=variables,
+            cwd=directory,
+        )
+        try:
+            self.info = json.loads(self.first_line())
+        except BaseException:
+            self.kill()
+            raise
+        listening = self.info["listen"]
+        self.clients, self.peers = listening["clients"], listening["peers"]
+        self.metrics_address, self.plaintext = listening["metrics"], listening["plaintext"]
+        self.ca = Path(self.info["ca"])
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body of a page of the metrics port."""
+        try:
+            with urllib.request.urlopen(
+                f"http://{self.metrics_address}{path}", timeout=LONG
+            ) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def metric(self, name: str) -> float:
+        """The value of a metric with its labels; 0 before it was first counted."""
+        for line in self.get("/metrics")[1].splitlines():
+            if line.rsplit(" ", 1)[0] == name:
+                return float(line.rsplit(" ", 1)[1])
+        return 0.0
+
+    def memory_bytes(self) -> int:
+        """Resident memory."""
+        for line in Path(f"/proc/{self.popen.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+        raise AssertionError("no VmRSS")
+
+
+class MLServer(Process):
+    """MLServer with the example model, on ports of its own."""
+
+    def __init__(self, directory: Path):
+        model = Path(directory) / "model"
+        shutil.copytree(ROOT / "examples/two-nodes/model", model, dirs_exist_ok=True)
+        settings = json.loads((model / "settings.json").read_text())
+        self.port = free_port()
+        settings.update(grpc_port=self.port, http_port=free_port(), metrics_port=free_port())
+        (model / "settings.json").write_text(json.dumps(settings))
+        command = Path(sys.executable).parent / "mlserver"
+        super().__init__("mlserver", Path(directory), [command, "start", model], cwd=directory)
+        self.address = f"127.0.0.1:{self.port}"
+
+        def ready():
+            self.died()
+            return listens(self.port)
+
+        wait_for("the start of MLServer", ready, 120)
+
+
+def pem_of(address: str) -> str:
+    """The certificate a TLS port presents."""
+    host, port = address.rsplit(":", 1)
+    return ssl.get_server_certificate((host, int(port)))
