@@ -1,6 +1,6 @@
 //! A node: configuration in, a running mesh node out.
 //!
-//! The whole path of a call is two files: [`ingress`](self) for calls from clients and `egress` for calls from peers, each
+//! The whole path of a call is two files: `ingress` for calls from clients and `egress` for calls from peers, each
 //! a list of layers in order. Everything else here serves one of those layers, or puts the parts together.
 
 mod admin;

@@ -1,6 +1,6 @@
 //! What gRPC adds to HTTP: statuses in trailers, and deadlines over headers and body.
 //!
-//! A gRPC reply that ends without `grpc-status`, or breaks off, is never passed on as a clean end: [`Ending`] gives it a
+//! A gRPC reply that ends without `grpc-status`, or breaks off, is never passed on as a clean end: [`ending`] gives it a
 //! status that says what happened.
 
 use std::{
