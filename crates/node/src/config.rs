@@ -89,7 +89,7 @@ pub struct Position {
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ListenConfig {
-    /// For clients, h2 over TCP and h3 over UDP: an address and port such as "0.0.0.0:8443" or "[::]:8443"; port 0 takes
+    /// For clients, h2 over TCP and h3 over UDP: an address and port such as "0.0.0.0:8443" or `[::]:8443`; port 0 takes
     /// any. Default "0.0.0.0:8443".
     pub clients: SocketAddr,
     /// For other nodes, h3 over UDP and h2 over TCP with mutual TLS: an address and port such as "0.0.0.0:8444"; port 0
@@ -134,7 +134,7 @@ pub struct PeerConfig {
     pub name: NodeName,
     /// Region of the peer, as its certificate says it: 1 to 63 characters of a-z, 0-9 and `-`. Required.
     pub region: RegionName,
-    /// Where its `listen.peers` is reached: host and port such as "gpu-1.example:8444" or "[2001:db8::1]:8444". Required.
+    /// Where its `listen.peers` is reached: host and port such as "gpu-1.example:8444" or `[2001:db8::1]:8444`. Required.
     pub peers: HostPort,
     /// Where its gossip port is reached: host and port such as "gpu-1.example:8445". Kept for membership; nothing
     /// dials it yet. Default: none.
