@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -201,3 +202,15 @@ def pem_of(address: str) -> str:
     """The certificate a TLS port presents."""
     host, port = address.rsplit(":", 1)
     return ssl.get_server_certificate((host, int(port)))
+
+
+class Service(Process):
+    """The test service (service.py)."""
+
+    def __init__(self, directory: Path, name: str = "service"):
+        script = Path(__file__).with_name("service.py")
+        super().__init__(name, Path(directory), [sys.executable, script])
+        self.address = f"127.0.0.1:{self.first_line()}"
+
+    def engine(self, **more) -> dict:
+        return {"name": self.name, "url": f"http://{self.address}", "protocol": "grpc", **more}
