@@ -116,7 +116,10 @@ impl Dialer {
                 Ok(connection) = &mut quic => Ok(connection),
                 connection = &mut tcp => match connection {
                     Ok(connection) => Ok(connection),
-                    Err(error) => quic.await.map_err(|_| error),
+                    // Who refuses TCP seldom answers QUIC, but a slow handshake may still be under way.
+                    Err(error) => tokio::time::timeout(self.limits.tcp_race_after * 2, quic)
+                        .await
+                        .map_or_else(|_| Err(error.clone()), |late| late.map_err(|_| error.clone())),
                 },
                 else => Err(failure(target, "neither QUIC nor TCP answered")),
             }
