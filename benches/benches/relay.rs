@@ -28,7 +28,7 @@ use http_body_util::{BodyExt as _, Full};
 use identity::{DevCa, ExpectedPeer, NodeIdentity};
 use node::{ClientCertificate, Node, config::Config};
 use tokio::task::JoinSet;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use transport::{
     Channel, Dialer, Limits, Listener, PeerTls, Pool, QuicKeys, Server, ServerTls, Target, Worker,
@@ -50,14 +50,7 @@ fn main() -> anyhow::Result<()> {
 }
 
 fn worker() -> Worker {
-    Worker {
-        index: 0,
-        count: 1,
-        tasks: TaskTracker::new(),
-        outgoing: TaskTracker::new(),
-        drain: CancellationToken::new(),
-        stop: CancellationToken::new(),
-    }
+    Worker::new(0, 1, CancellationToken::new(), CancellationToken::new())
 }
 
 fn identity(dir: &Path, name: &str) -> anyhow::Result<NodeIdentity> {

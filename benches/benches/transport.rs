@@ -23,7 +23,7 @@ use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt as _, Full};
 use identity::{DevCa, ExpectedPeer, NodeIdentity};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use transport::{
     Channel, Dialer, Limits, Listener, PeerTls, Pool, QuicKeys, Server, ServerTls, Target, Worker,
@@ -68,14 +68,7 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 fn worker() -> Worker {
-    Worker {
-        index: 0,
-        count: 1,
-        tasks: TaskTracker::new(),
-        outgoing: TaskTracker::new(),
-        drain: CancellationToken::new(),
-        stop: CancellationToken::new(),
-    }
+    Worker::new(0, 1, CancellationToken::new(), CancellationToken::new())
 }
 
 fn identity(dir: &str, name: &str) -> anyhow::Result<NodeIdentity> {

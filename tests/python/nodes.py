@@ -115,7 +115,7 @@ class Node(Process):
     ):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        listen = {a: "127.0.0.1:0" for a in ("clients", "peers", "metrics")}
+        listen = {a: "127.0.0.1:0" for a in ("clients", "peers", "gossip", "metrics")}
         if plaintext:
             listen["plaintext"] = plaintext if isinstance(plaintext, str) else "127.0.0.1:0"
         listen.update(keys.pop("listen", {}))
@@ -125,7 +125,7 @@ class Node(Process):
         lines += ["[mesh]", 'trust_domain = "mesh.test"']
         for peer in peers:
             if isinstance(peer, Node):
-                peer = {"name": peer.name, "region": peer.region, "peers": peer.peers}
+                peer = peer.as_peer()
             lines += ["[[mesh.peer]]"] + [f"{k} = {toml(v)}" for k, v in peer.items()]
         for engine in engines:
             lines += ["[[engine]]"] + [f"{k} = {toml(v)}" for k, v in engine.items()]
@@ -149,8 +149,15 @@ class Node(Process):
             raise
         listening = self.info["listen"]
         self.clients, self.peers = listening["clients"], listening["peers"]
+        self.gossip = listening["gossip"]
         self.metrics_address, self.plaintext = listening["metrics"], listening["plaintext"]
         self.ca = Path(self.info["ca"])
+
+    def as_peer(self) -> dict:
+        """How others list it."""
+        return {
+            "name": self.name, "region": self.region, "peers": self.peers, "gossip": self.gossip,
+        }
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of a page of the metrics port."""

@@ -1,9 +1,24 @@
-//! Which engine or peer gets the next attempt.
+//! Which engine or peer gets the next attempt, and what attempts say about engines and peers.
 //!
-//! Pure: counts in, a choice out. Time and randomness are arguments, so that a simulation drives the same code as a node.
+//! Pure: facts in, a choice out. Time and randomness are arguments, so that a simulation drives the same code as a node.
+//!
+//! - [`Engine`] is one engine of this node: room, health, breaker, service time. One per node, behind one lock.
+//! - [`choose`] picks a server from what is known of all of them.
+//! - [`Outcome`] is what an attempt came to: busy is not broken.
+//! - [`RetryBudget`] bounds how many attempts are retries.
 
-mod choice;
-mod slots;
+mod average;
+mod breaker;
+mod budget;
+mod engine;
+mod health;
+mod outcome;
+mod pressure;
+mod route;
 
-pub use choice::{Candidate, least_utilised, two_choices};
-pub use slots::Slots;
+pub use breaker::Breaker;
+pub use budget::RetryBudget;
+pub use engine::{Engine, Ticket};
+pub use health::{Health, HealthChange, HealthConfig};
+pub use outcome::Outcome;
+pub use route::{Fit, Place, Server, Standing, choose, ignores_ejections};

@@ -5,7 +5,9 @@
 
 pub mod clock;
 mod deadline;
+mod load;
 mod name;
 
 pub use deadline::{Deadline, TimeoutError, format_grpc_timeout, parse_grpc_timeout};
+pub use load::{ASSUMED_SLOTS, Load};
 pub use name::{EngineName, ModelName, NameError, NodeName, RegionName, TrustDomain, ZoneName};

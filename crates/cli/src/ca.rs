@@ -62,7 +62,8 @@ fn dev(options: &Dev) -> Result<(), Failure> {
         DevCa::open_or_create(&options.dir, &options.trust_domain, now).map_err(Failure::usage)?;
     let mut ids = Vec::new();
     for (region, name) in &options.nodes {
-        ids.push(authority.node(region, name, &options.ips, now)?.id().to_string());
+        let node = authority.node(region, name, &options.ips, now).map_err(Failure::usage)?;
+        ids.push(node.id().to_string());
     }
     let ca = authority.ca_path();
     let ca = ca.canonicalize().with_context(|| format!("cannot find {}", ca.display()))?;

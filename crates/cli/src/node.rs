@@ -132,7 +132,8 @@ fn matches_config(identity: &NodeIdentity, config: &Config) -> Result<(), Failur
 
 /// The particular addresses the node listens on: a development certificate covers them too.
 fn listened(config: &Config) -> Vec<IpAddr> {
-    let addresses = [config.listen.clients.ip(), config.listen.peers.ip()];
+    let listen = &config.listen;
+    let addresses = [listen.clients.ip(), listen.peers.ip(), listen.gossip.ip()];
     addresses.into_iter().filter(|address| !address.is_unspecified()).collect()
 }
 
@@ -209,6 +210,7 @@ fn ready_json(config: &Config, addresses: Addresses, ca: &Path) -> serde_json::V
         "listen": {
             "clients": addresses.clients,
             "peers": addresses.peers,
+            "gossip": addresses.gossip,
             "plaintext": addresses.plaintext,
             "metrics": addresses.metrics,
         },
@@ -222,11 +224,12 @@ fn ready_text(config: &Config, addresses: Addresses, ca: &Path) -> String {
         format!("isobar node {name} (region {region}) of {mesh} is ready"),
         format!("  clients    {}   h2 and h3 over TLS", addresses.clients),
         format!("  peers      {}   h3 and h2, mutual TLS", addresses.peers),
+        format!("  gossip     {}   QUIC, mutual TLS", addresses.gossip),
     ];
     if let Some(plaintext) = addresses.plaintext {
         lines.push(format!("  plaintext  {plaintext}   h2c"));
     }
-    lines.push(format!("  metrics    {}   /metrics /livez /readyz", addresses.metrics));
+    lines.push(format!("  metrics    {}   /metrics /livez /readyz /room", addresses.metrics));
     lines.push(format!("  ca         {}", ca.display()));
     if config.tls.cert.is_none() {
         lines.push("  try it from Python (pip install 'tritonclient[grpc]'):".to_owned());

@@ -8,5 +8,5 @@ mod inflate;
 mod protocol;
 mod reader;
 
-pub use protocol::{Protocol, UnknownProtocol, kserve_model_field};
+pub use protocol::{Protocol, UnknownProtocol, is_idempotent, kserve_model_field};
 pub use reader::{Encoding, ModelReader, Progress, ReadError};

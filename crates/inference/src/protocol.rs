@@ -80,6 +80,36 @@ pub fn kserve_model_field(path: &str) -> Option<u32> {
     }
 }
 
+/// Whether the method at `path` may run twice without harm: inference and questions of KServe v2, health checks and
+/// reflection. Loading, unloading and settings may not.
+#[must_use]
+pub fn is_idempotent(path: &str) -> bool {
+    if let Some(method) = path.strip_prefix("/inference.GRPCInferenceService/") {
+        return matches!(
+            method,
+            "ServerLive"
+                | "ServerReady"
+                | "ServerMetadata"
+                | "ModelReady"
+                | "ModelMetadata"
+                | "ModelInfer"
+                | "ModelStreamInfer"
+                | "ModelConfig"
+                | "ModelStatistics"
+                | "RepositoryIndex"
+                | "SystemSharedMemoryStatus"
+                | "CudaSharedMemoryStatus"
+        );
+    }
+    [
+        "/grpc.health.v1.Health/",
+        "/grpc.reflection.v1.ServerReflection/",
+        "/grpc.reflection.v1alpha.ServerReflection/",
+    ]
+    .into_iter()
+    .any(|service| path.starts_with(service))
+}
+
 #[cfg(test)]
 mod tests {
     use prost::Message;
@@ -136,6 +166,30 @@ mod tests {
             methods += 1;
         }
         assert_eq!(methods, 20);
+    }
+
+    #[test]
+    fn what_changes_an_engine_is_not_idempotent() {
+        let set = FileDescriptorSet::decode(proto::FILE_DESCRIPTOR_SET).unwrap();
+        let files = set.file.iter().filter(|file| file.package() == "inference");
+        let methods = files.flat_map(|file| &file.service).flat_map(|s| &s.method);
+        let changing: Vec<_> = methods
+            .map(|method| method.name())
+            .filter(|name| !is_idempotent(&format!("/inference.GRPCInferenceService/{name}")))
+            .collect();
+        let want = [
+            "RepositoryModelLoad",
+            "RepositoryModelUnload",
+            "SystemSharedMemoryRegister",
+            "SystemSharedMemoryUnregister",
+            "CudaSharedMemoryRegister",
+            "CudaSharedMemoryUnregister",
+            "TraceSetting",
+            "LogSettings",
+        ];
+        assert_eq!(changing, want);
+        assert!(is_idempotent("/grpc.health.v1.Health/Check"));
+        assert!(!is_idempotent("/p.S/M") && !is_idempotent("/grpc.health.v1.HealthX/Check"));
     }
 
     #[test]

@@ -1,16 +1,6 @@
-//! The metrics port: `/metrics`, `/livez` and `/readyz` over HTTP/1.1, on the control runtime, so that a scrape never
-//! delays a call.
+//! The metrics port: `/metrics` and the probes over HTTP/1.1, on the control runtime, so that a scrape never delays a call.
 
-use std::{
-    convert::Infallible,
-    io,
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
@@ -19,7 +9,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::metrics::Metrics;
+use crate::{
+    metrics::Metrics,
+    probes::{self, Probes},
+};
 
 /// Connections served at once; further ones wait in the kernel's backlog.
 const CONNECTIONS: usize = 64;
@@ -30,8 +23,7 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug)]
 pub(crate) struct Admin {
     pub(crate) metrics: Metrics,
-    /// Whether the node takes calls. Never depends on load: a busy node is not a broken one.
-    pub(crate) ready: Arc<AtomicBool>,
+    pub(crate) probes: Probes,
 }
 
 impl Admin {
@@ -83,31 +75,22 @@ impl Admin {
 
     fn answer<B>(&self, request: &Request<B>) -> Response<Full<Bytes>> {
         if request.method() != Method::GET && request.method() != Method::HEAD {
-            return text(StatusCode::METHOD_NOT_ALLOWED, "GET or HEAD\n");
+            return probes::text(StatusCode::METHOD_NOT_ALLOWED, "GET or HEAD\n");
         }
-        match request.uri().path() {
-            "/livez" => text(StatusCode::OK, "ok\n"),
-            "/readyz" if self.ready.load(Ordering::Relaxed) => text(StatusCode::OK, "ok\n"),
-            "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
-            "/metrics" => match self.metrics.render() {
-                Ok(metrics) => {
-                    let mut response = text(StatusCode::OK, metrics);
-                    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-                    let kind = HeaderValue::from_static(kind);
-                    response.headers_mut().insert(header::CONTENT_TYPE, kind);
-                    response
-                }
-                Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
-            },
-            _ => text(StatusCode::NOT_FOUND, "/metrics, /livez or /readyz\n"),
+        if let Some(answer) = self.probes.answer(request.method(), request.uri()) {
+            return answer;
+        }
+        if request.uri().path() != "/metrics" {
+            return probes::text(StatusCode::NOT_FOUND, "/metrics, /livez, /readyz or /room\n");
+        }
+        match self.metrics.render() {
+            Ok(metrics) => {
+                let mut response = probes::text(StatusCode::OK, metrics);
+                let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+                response
+            }
+            Err(error) => probes::text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
         }
     }
-}
-
-fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(body.into()));
-    *response.status_mut() = status;
-    let kind = HeaderValue::from_static("text/plain; charset=utf-8");
-    response.headers_mut().insert(header::CONTENT_TYPE, kind);
-    response
 }

@@ -19,7 +19,10 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 pub use load::{ConfigError, Fault, Place};
-pub use values::{EngineUrl, HostPort, Latitude, Longitude, Timeout, ValueError};
+pub use values::{
+    BufferBytes, EngineUrl, HealthKind, HostPort, Latitude, Longitude, MethodPattern, Share,
+    Timeout, ValueError,
+};
 
 /// The trust domain of a mesh that has not been given one.
 pub const DEFAULT_TRUST_DOMAIN: &str = "mesh.internal";
@@ -42,6 +45,12 @@ pub struct Config {
     /// The mesh it belongs to.
     #[serde(default)]
     pub mesh: MeshConfig,
+    /// How calls are routed.
+    #[serde(default)]
+    pub routing: RoutingConfig,
+    /// What is logged of calls.
+    #[serde(default)]
+    pub log: LogConfig,
     /// The engines (GPU servers) behind this node, one table each, at most 1,024.
     #[serde(default, rename = "engine")]
     pub engines: Vec<EngineConfig>,
@@ -73,6 +82,10 @@ pub struct NodeConfig {
     /// up to 24 hours. Default "120s".
     #[serde(default = "default_drain_timeout")]
     pub drain_timeout: Timeout,
+    /// How many bytes of requests the whole process may hold back, to look at their front or to send them again: a whole
+    /// number from 1048576. Above it new calls are refused as busy. Default 268435456.
+    #[serde(default)]
+    pub buffer_bytes: BufferBytes,
 }
 
 /// A place on earth.
@@ -95,10 +108,13 @@ pub struct ListenConfig {
     /// For other nodes, h3 over UDP and h2 over TCP with mutual TLS: an address and port such as "0.0.0.0:8444"; port 0
     /// takes any. Default "0.0.0.0:8444".
     pub peers: SocketAddr,
+    /// For other nodes to say how pressed they are, QUIC over UDP with mutual TLS: an address and port such as
+    /// "0.0.0.0:8445"; port 0 takes any. Default "0.0.0.0:8445".
+    pub gossip: SocketAddr,
     /// For clients without TLS (h2c): an address and port such as "127.0.0.1:8080"; port 0 takes any. Anybody who reaches
     /// it may call. Default: off.
     pub plaintext: Option<SocketAddr>,
-    /// For /metrics, /livez and /readyz over plain HTTP: an address and port such as "127.0.0.1:9464"; port 0 takes any.
+    /// For /metrics, /livez, /readyz and /room over plain HTTP: an address and port such as "127.0.0.1:9464"; port 0 takes any.
     /// Default "127.0.0.1:9464".
     pub metrics: SocketAddr,
 }
@@ -136,8 +152,8 @@ pub struct PeerConfig {
     pub region: RegionName,
     /// Where its `listen.peers` is reached: host and port such as "gpu-1.example:8444" or `[2001:db8::1]:8444`. Required.
     pub peers: HostPort,
-    /// Where its gossip port is reached: host and port such as "gpu-1.example:8445". Kept for membership; nothing
-    /// dials it yet. Default: none.
+    /// Where its `listen.gossip` is reached: host and port such as "gpu-1.example:8445". Without it this node does not know
+    /// how pressed the peer is and sends it calls only when nobody it knows of has room. Default: none.
     #[serde(default)]
     pub gossip: Option<HostPort>,
 }
@@ -161,6 +177,70 @@ pub struct EngineConfig {
     /// as many as come.
     #[serde(default)]
     pub slots: Option<NonZeroU32>,
+    /// How the engine is checked, a table { kind = "auto", interval = "10s", timeout = "2s", failures = 3, successes = 2 }.
+    #[serde(default)]
+    pub health: HealthConfig,
+}
+
+/// How an engine is checked.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct HealthConfig {
+    /// What a check asks: "auto" (by protocol: kserve-v2 asks ServerReady, grpc asks gRPC health), "kserve", "grpc",
+    /// "http:/path" (a GET that must answer 2xx) or "tcp" (a connection). Default "auto".
+    pub kind: HealthKind,
+    /// Time between checks, spread by a tenth: a duration such as "10s", up to 24 hours. Default "10s".
+    pub interval: Timeout,
+    /// A check that takes longer has failed: a duration such as "2s", up to 24 hours. Default "2s".
+    pub timeout: Timeout,
+    /// Failed checks in a row after which the engine leaves, a whole number from 1. Default 3.
+    pub failures: NonZeroU32,
+    /// Passed checks in a row after which it returns, a whole number from 1. Default 2.
+    pub successes: NonZeroU32,
+}
+
+impl Default for HealthConfig {
+    fn default() -> Self {
+        let balance::HealthConfig { interval, timeout, failures, successes } =
+            balance::HealthConfig::default();
+        Self {
+            kind: HealthKind::Auto,
+            interval: interval.into(),
+            timeout: timeout.into(),
+            failures: NonZeroU32::new(failures).unwrap_or(NonZeroU32::MIN),
+            successes: NonZeroU32::new(successes).unwrap_or(NonZeroU32::MIN),
+        }
+    }
+}
+
+impl HealthConfig {
+    /// As the machine wants it.
+    pub(crate) fn machine(&self) -> balance::HealthConfig {
+        balance::HealthConfig {
+            interval: self.interval.into(),
+            timeout: self.timeout.into(),
+            failures: self.failures.get(),
+            successes: self.successes.get(),
+        }
+    }
+}
+
+/// How calls are routed.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RoutingConfig {
+    /// Methods that may run twice without harm, besides inference, health and reflection: a list of "package.Service"
+    /// or "package.Service/Method". Such calls are tried again elsewhere when a node or engine fails before its first
+    /// answer; others only when no engine has seen them. Default: none.
+    pub idempotent: Vec<MethodPattern>,
+}
+
+/// What is logged of calls.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// Share of calls that get a line in the access log, a JSON object on standard error: a number from 0 to 1. Default 0.
+    pub access: Share,
 }
 
 #[expect(clippy::expect_used, reason = "a literal, and a test reads it")]
@@ -181,6 +261,7 @@ impl Default for ListenConfig {
         Self {
             clients: (Ipv4Addr::UNSPECIFIED, 8443).into(),
             peers: (Ipv4Addr::UNSPECIFIED, 8444).into(),
+            gossip: (Ipv4Addr::UNSPECIFIED, 8445).into(),
             plaintext: None,
             metrics: (Ipv4Addr::LOCALHOST, 9464).into(),
         }

@@ -1,31 +1,46 @@
 //! Calls from peers: the layers, in order. A call that came from a peer is never forwarded again.
 //!
 //! ```text
-//!  1 counted      in flight until its last byte
+//!  1 recorded     in flight until its last byte
 //!  2 gRPC         anything else is answered with 415
 //!  3 hop          a call that comes back, or crossed two nodes already, is refused
 //!  4 deadline     what the ingress says is left, over everything below
-//!  5 model        a bounded look at the front of the body, where an engine here depends on it
-//!  6 engine       the least utilised of those that serve it, if a slot is free
-//!  7 attempt      the call, relayed untouched both ways
-//!  8 ending       a reply that breaks off or lacks a status gets one
+//!  5 retries      second attempts of others are refused first when they are too many
+//!  6 model        a bounded look at the front of the body, where an engine here depends on it
+//!  7 engine       the least utilised of those that serve it, if a slot is free; else busy
+//!  8 acknowledge  the ingress learns that the call is admitted, before any engine sees it
+//!  9 release      a call that may run only once begins when the ingress, having heard so, lets it
+//! 10 attempt      the call, relayed untouched both ways
+//! 11 again        at another engine here, before the first byte of an answer
+//! 12 ending       a reply that breaks off or lacks a status gets one; it says how pressed the engine is
 //! ```
 //!
 //! That the caller is a node of this mesh was proved in the TLS handshake: the port accepts nobody else.
 
 use std::{convert::Infallible, pin::Pin, sync::Arc, task};
 
+use balance::Outcome;
 use base::Deadline;
-use http::{Request, Response};
-use tonic::{Code, body::Body};
-use transport::grpc::{self, OnEnd};
+use http::{HeaderMap, Request, Response};
+use tonic::body::Body;
+use transport::{
+    Acknowledge,
+    grpc::{self, End, OnEnd, Overdue},
+};
 
 use crate::{
-    engines::{Engines, Slot},
+    attempt::{self, Answer, Attempt},
+    buffers::Buffers,
+    config::MethodPattern,
     hop::{self, Pseudonym},
-    metrics::{Counted, Metrics, Side, To},
-    model::ModelFinder,
-    refusal::{Refusal, Who},
+    metrics::{Metrics, Side, To},
+    model::{self, Wanted},
+    offer::Ask,
+    orca,
+    record::{AccessLog, Record},
+    refusal::{Pushback, Refusal, Who},
+    replay::Replay,
+    router::{RETRIES_MAX, Route, Router},
 };
 
 /// The service of the port for peers, on one worker. Cloneable.
@@ -38,31 +53,63 @@ pub(crate) struct Parts {
     pub(crate) own: Pseudonym,
     pub(crate) who: Who,
     pub(crate) metrics: Metrics,
-    pub(crate) models: ModelFinder,
-    pub(crate) engines: Engines,
+    pub(crate) log: AccessLog,
+    pub(crate) buffers: Buffers,
+    /// Over this node's engines only.
+    pub(crate) router: Router,
+    pub(crate) idempotent: Arc<[MethodPattern]>,
+    pub(crate) overdue: Overdue,
 }
 
 /// Told the end of a call: the books first, then the slot is free.
-struct Held(Counted, Option<Slot>);
+struct Held {
+    record: Record,
+    route: Route,
+}
 
 impl OnEnd for Held {
-    fn ended(&mut self, code: Code) {
-        self.0.ended(code);
-        self.1 = None;
+    fn trailers(&mut self, trailers: &mut HeaderMap) {
+        report(&self.route, trailers);
+    }
+
+    fn ended(&mut self, end: End<'_>) {
+        self.record.ended(&end);
+        self.route.ended(&end);
+    }
+}
+
+/// Says how pressed the engine is that served a call.
+fn report(route: &Route, trailers: &mut HeaderMap) {
+    if let Route::Engine(slot, _) = route {
+        trailers.insert(orca::REPORT, orca::of_engine(&slot.load_after()));
     }
 }
 
 impl Egress {
     async fn serve(self, request: Request<Body>) -> Response<Body> {
-        let mut counted = self.0.metrics.begin(Side::Egress);
-        match self.admit(request).await {
-            Ok((reply, deadline, slot)) => {
-                grpc::ending(reply, deadline, "engine", Held(counted, Some(slot)))
+        let parts = &self.0;
+        let mut record = Record::begin(&parts.metrics, &parts.log, Side::Egress, &request);
+        match self.admit(request, &mut record).await {
+            Ok((mut reply, deadline, route)) => {
+                record.answered(reply.headers().get(hop::SERVED_BY));
+                if grpc::status_code(reply.headers()).is_some() {
+                    report(&route, reply.headers_mut());
+                }
+                grpc::ending(reply, deadline, "engine", Held { record, route }, &parts.overdue)
             }
-            Err(refusal) => {
+            Err(Answer::Reply(mut reply)) => {
+                let code = grpc::status_code(reply.headers()).unwrap_or(tonic::Code::Unknown);
+                hop::set_previous_attempts(reply.headers_mut(), record.retries());
+                record.ended(&End::with(code));
+                grpc::ending(reply, None, "engine", (), &parts.overdue)
+            }
+            Err(Answer::Refusal(refusal)) => {
                 tracing::debug!(%refusal, "refused");
-                counted.ended(refusal.outcome());
-                refusal.response(&self.0.who)
+                record.refused(refusal.label());
+                record.ended(&End::with(refusal.outcome()));
+                let mut response = refusal.response(&parts.who);
+                hop::set_previous_attempts(response.headers_mut(), record.retries());
+                response
             }
         }
     }
@@ -70,38 +117,101 @@ impl Egress {
     async fn admit(
         &self,
         request: Request<Body>,
-    ) -> Result<(Response<Body>, Option<Deadline>, Slot), Refusal> {
+        record: &mut Record,
+    ) -> Result<(Response<Body>, Option<Deadline>, Route), Answer> {
         if !grpc::is_grpc(request.headers()) {
-            return Err(Refusal::NotGrpc);
+            return Err(Refusal::NotGrpc.into());
         }
         hop::guard(request.headers(), &self.0.own).map_err(Refusal::Loop)?;
-        let deadline = hop::deadline(request.headers())?;
-        let (reply, slot) = grpc::until(deadline, self.attempt(request, deadline))
+        let deadline = hop::deadline(request.headers()).map_err(Refusal::from)?;
+        let (reply, route) = grpc::until(deadline, self.answer(request, deadline, record))
             .await
             .map_err(|_| Refusal::Deadline)??;
-        Ok((reply, deadline, slot))
+        Ok((reply, deadline, route))
     }
 
-    async fn attempt(
+    /// Attempts until one is answered, or there may be no other.
+    async fn answer(
         &self,
         request: Request<Body>,
         deadline: Option<Deadline>,
-    ) -> Result<(Response<Body>, Slot), Refusal> {
+        record: &mut Record,
+    ) -> Result<(Response<Body>, Route), Answer> {
+        let parts = &self.0;
         let (mut head, body) = request.into_parts();
-        let path = head.uri.path();
-        let (model, body) = if self.0.engines.depend_on_model() {
-            let found = self.0.models.find(path, &head.headers, body).await;
-            found.map_err(|status| Refusal::broken_request(&status))?
+        let before = hop::previous_attempts(&head.headers);
+        parts.router.arrived();
+        if before > 0 && !parts.router.take_retry() {
+            return Err(Refusal::TooManyRetries.into());
+        }
+        let path = head.uri.path().to_owned();
+        let idempotent = inference::is_idempotent(&path)
+            || parts.idempotent.iter().any(|pattern| pattern.covers(&path));
+        let by_model =
+            parts.router.depends_on_model() && inference::kserve_model_field(&path).is_some();
+        let acknowledge = head.extensions.get::<Acknowledge>().cloned().unwrap_or_default();
+        let mut body = body;
+        if by_model && attempt::is_held_back(&head.headers) {
+            // The body comes only when the call is acknowledged, and who serves it is in the body.
+            acknowledge.send();
+            attempt::released(&mut head.headers, &mut body).await?;
+        }
+        let (wanted, mut body) = if by_model {
+            let found = model::find(&path, &head.headers, body, &parts.buffers).await;
+            found.map_err(Refusal::from)?
         } else {
-            (None, body)
+            (Wanted::Nothing, body)
         };
-        let slot = self.0.engines.take(path, model.as_ref())?;
-        hop::forward(&mut head.headers, head.version, &self.0.own, deadline);
-        self.0.metrics.attempt(To::Engine);
-        let mut reply = slot.send(Request::from_parts(head, body)).await?;
-        hop::strip(reply.headers_mut());
-        reply.headers_mut().insert(hop::SERVED_BY, self.0.own.served_by(slot.engine()));
-        Ok((reply, slot))
+        if let Wanted::Model(model) = &wanted {
+            record.model(model.as_str());
+        }
+        let ask = Ask { path, wanted };
+        let mut route = parts.router.route(&ask, &[])?;
+        acknowledge.send();
+        attempt::released(&mut head.headers, &mut body).await?;
+
+        let replay = Replay::new(body, idempotent, parts.buffers.clone());
+        let (mut tried, mut retries) = (Vec::new(), 0);
+        loop {
+            let mut next = Request::new(replay.body());
+            *next.method_mut() = head.method.clone();
+            *next.uri_mut() = head.uri.clone();
+            *next.headers_mut() = head.headers.clone();
+            hop::forward(next.headers_mut(), head.version, &parts.own, deadline);
+            hop::set_previous_attempts(next.headers_mut(), before + retries);
+
+            parts.metrics.attempt(To::Engine);
+            let failed = match route.attempt(next, idempotent).await {
+                Attempt::Answered(mut reply) => {
+                    replay.commit();
+                    if let Route::Engine(slot, _) = &route {
+                        let served_by = parts.own.served_by(&slot.engine().name);
+                        reply.headers_mut().insert(hop::SERVED_BY, served_by);
+                    }
+                    hop::set_previous_attempts(reply.headers_mut(), retries);
+                    return Ok((reply, route));
+                }
+                Attempt::Failed(failed) => failed,
+            };
+            parts.metrics.failed(To::Engine, failed.outcome);
+            tried.push(route.place());
+            let may_retry = matches!(failed.outcome, Outcome::Busy | Outcome::Broken)
+                && failed.pushback != Pushback::Never
+                && (idempotent || !failed.may_have_run)
+                && before + retries < RETRIES_MAX
+                && replay.is_whole()
+                && Router::has_time(deadline);
+            let again = if may_retry { parts.router.route(&ask, &tried).ok() } else { None };
+            match again.filter(|_| parts.router.take_retry()) {
+                Some(another) => {
+                    parts.metrics.retried();
+                    record.retried();
+                    retries += 1;
+                    route = another;
+                }
+                None => return Err(failed.answer),
+            }
+        }
     }
 }
 

@@ -1,105 +1,138 @@
-//! This node's engines: which of them serves a call, and a slot for it.
+//! This node's engines: the machine of each, shared by all workers, and a channel to it per worker.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use balance::{Candidate, Slots, least_utilised};
-use base::{EngineName, ModelName};
+use balance::{HealthChange, Outcome, Place, Server, Standing, Ticket};
+use base::{EngineName, Load, clock};
 use http::{Request, Response};
-use inference::Protocol;
+use membership::EngineDescriptor;
 use parking_lot::Mutex;
+use rand::Rng;
 use tonic::body::Body;
 use transport::{Channel, Target, TransportError};
 
-use crate::{config::EngineConfig, refusal::Refusal};
+use crate::{
+    config::{EngineConfig, HealthConfig},
+    offer::{Ask, Offer},
+};
 
-/// What begins the path of every KServe v2 method.
-const KSERVE_SERVICE: &str = "/inference.GRPCInferenceService/";
-
-/// One engine, shared by all workers: its slots are one count, never split.
+/// One engine, shared by all workers: its machine is one, never split.
 #[derive(Debug)]
 pub(crate) struct Engine {
     pub(crate) name: EngineName,
     pub(crate) target: Target,
-    protocol: Protocol,
-    models: Vec<ModelName>,
-    slots: Mutex<Slots>,
+    pub(crate) offer: Offer,
+    pub(crate) health: HealthConfig,
+    machine: Mutex<balance::Engine>,
 }
 
 impl Engine {
-    pub(crate) fn new(config: &EngineConfig) -> Self {
+    pub(crate) fn new(config: &EngineConfig, rng: &mut impl Rng) -> Self {
         let name = format!("engine {}", config.name);
+        let (now, health) = (clock::now(), config.health.machine());
         Self {
             target: Target::plaintext(&name, config.url.authority()),
             name: config.name.clone(),
-            protocol: config.protocol,
-            models: config.models.clone(),
-            slots: Mutex::new(Slots::new(config.slots)),
+            offer: Offer { protocol: config.protocol, models: config.models.clone() },
+            health: config.health.clone(),
+            machine: Mutex::new(balance::Engine::new(config.slots, health, now, rng)),
         }
     }
 
-    /// Calls in progress.
-    pub(crate) fn in_flight(&self) -> u32 {
-        self.slots.lock().in_flight()
+    /// How pressed it is.
+    pub(crate) fn load(&self) -> Load {
+        self.machine.lock().load(clock::now())
     }
 
-    fn candidate(&self) -> Candidate {
-        let slots = *self.slots.lock();
-        Candidate { in_flight: slots.in_flight(), slots: slots.limit() }
+    /// Whether it may be sent calls.
+    pub(crate) fn standing(&self) -> Standing {
+        self.machine.lock().standing(clock::now())
     }
 
-    /// How well it suits a call; `None`: not at all.
-    fn suits(&self, path: &str, model: Option<&ModelName>) -> Option<Suits> {
-        match (self.protocol, path.starts_with(KSERVE_SERVICE)) {
-            (Protocol::KserveV2, true) => match model {
-                None => Some(Suits::Well),
-                Some(model) if self.models.contains(model) => Some(Suits::Well),
-                // An engine that lists no models is asked: it knows best, and its own error says so.
-                Some(_) if self.models.is_empty() => Some(Suits::Perhaps),
-                Some(_) => None,
-            },
-            (Protocol::Grpc, false) => Some(Suits::Well),
-            // An engine may offer more than its protocol asks for: health, reflection, services of its own.
-            (Protocol::KserveV2, false) | (Protocol::Grpc, true) => Some(Suits::Perhaps),
+    /// What others need to know of it.
+    pub(crate) fn describe(&self) -> EngineDescriptor {
+        EngineDescriptor {
+            name: self.name.clone(),
+            protocol: self.offer.protocol.to_string(),
+            models: self.offer.models.clone(),
         }
     }
-}
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Suits {
-    Perhaps,
-    Well,
+    /// How long until its next health check.
+    pub(crate) fn check_in(&self) -> Duration {
+        self.machine.lock().next_check().saturating_duration_since(clock::now())
+    }
+
+    /// A health check ended; `Err` says why it failed.
+    pub(crate) fn checked(&self, result: Result<(), String>, rng: &mut impl Rng) {
+        let change = self.machine.lock().checked(clock::now(), result.is_ok(), rng);
+        match (change, result) {
+            (Some(HealthChange::Left), Err(error)) => {
+                tracing::warn!(engine = %self.name, error, "an engine failed its health checks and leaves");
+            }
+            (Some(HealthChange::Returned), _) => {
+                tracing::info!(engine = %self.name, "an engine passes its health checks again and returns slowly");
+            }
+            (_, Err(error)) => tracing::debug!(engine = %self.name, error, "a health check failed"),
+            (_, Ok(())) => {}
+        }
+    }
+
+    fn ended(&self, ticket: Ticket, outcome: Outcome, asked: Option<Duration>) {
+        if self.machine.lock().ended(clock::now(), ticket, outcome, asked) {
+            tracing::warn!(engine = %self.name, "calls to an engine broke off again and again; it is ejected for a while");
+        }
+    }
 }
 
 /// The engines of a node, as one worker calls them. Cloneable.
 #[derive(Clone, Debug)]
 pub(crate) struct Engines(Arc<[(Arc<Engine>, Channel)]>);
 
-/// A slot of an engine, given back when dropped.
+/// A slot of an engine. Dropped without a word, its call was given up by the caller.
 #[derive(Debug)]
 pub(crate) struct Slot {
     engine: Arc<Engine>,
     channel: Channel,
+    ticket: Option<Ticket>,
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.engine.slots.lock().give_back();
+        self.ended(Outcome::Caller, None);
     }
 }
 
 impl Slot {
-    pub(crate) fn engine(&self) -> &EngineName {
-        &self.engine.name
+    pub(crate) fn engine(&self) -> &Engine {
+        &self.engine
     }
 
     /// Makes the call.
-    pub(crate) async fn send(&self, request: Request<Body>) -> Result<Response<Body>, Refusal> {
-        self.channel.send(request).await.map_err(|error| self.refusal(error))
+    pub(crate) async fn send(
+        &self,
+        request: Request<Body>,
+    ) -> Result<Response<Body>, TransportError> {
+        self.channel.send(request).await
     }
 
-    fn refusal(&self, error: TransportError) -> Refusal {
-        let target = self.channel.target().name().to_owned();
-        Refusal::Transport { target, to_peer: false, error }
+    /// The engine began to answer, and not with a failure.
+    pub(crate) fn replied(&self) {
+        self.engine.machine.lock().replied(clock::now());
+    }
+
+    /// The call is over; the slot is free. `asked`: how long a busy engine wants to be left alone.
+    pub(crate) fn ended(&mut self, outcome: Outcome, asked: Option<Duration>) {
+        if let Some(ticket) = self.ticket.take() {
+            self.engine.ended(ticket, outcome, asked);
+        }
+    }
+
+    /// How pressed the engine is once this call is over.
+    pub(crate) fn load_after(&self) -> Load {
+        let load = self.engine.load();
+        let own = u32::from(self.ticket.is_some());
+        Load { in_flight: load.in_flight.saturating_sub(own), ..load }
     }
 }
 
@@ -110,27 +143,37 @@ impl Engines {
 
     /// Whether the model of a call decides which engine serves it.
     pub(crate) fn depend_on_model(&self) -> bool {
-        self.0.iter().any(|(engine, _)| !engine.models.is_empty())
+        self.0.iter().any(|(engine, _)| !engine.offer.models.is_empty())
     }
 
-    /// A slot of the least utilised of the engines that suit best and have room.
-    pub(crate) fn take(&self, path: &str, model: Option<&ModelName>) -> Result<Slot, Refusal> {
-        let mut is_served = false;
-        for wanted in [Suits::Well, Suits::Perhaps] {
-            let mut suited: Vec<_> =
-                self.0.iter().filter(|(e, _)| e.suits(path, model) == Some(wanted)).collect();
-            is_served |= !suited.is_empty();
-            // Another worker may take the last slot between the look and the taking: then the next is tried.
-            while !suited.is_empty() {
-                let candidates: Vec<_> = suited.iter().map(|(e, _)| e.candidate()).collect();
-                let Some(least) = least_utilised(&candidates) else { break };
-                let (engine, channel) = suited.swap_remove(least);
-                if engine.slots.lock().take() {
-                    return Ok(Slot { engine: engine.clone(), channel: channel.clone() });
-                }
-            }
-        }
-        let what = model.map_or_else(|| path.to_owned(), |model| format!("model {model}"));
-        Err(if is_served { Refusal::Full { what } } else { Refusal::NoEngine { what } })
+    /// The engines that suit a call.
+    pub(crate) fn servers<'a>(&'a self, ask: &'a Ask) -> impl Iterator<Item = (Server, Load)> + 'a {
+        let now = clock::now();
+        self.0.iter().enumerate().filter_map(move |(index, (engine, _))| {
+            let fit = engine.offer.fit(ask)?;
+            let machine = engine.machine.lock();
+            let (load, standing) = (machine.load(now), machine.standing(now));
+            let server = Server {
+                place: Place::Own(index),
+                fit,
+                standing,
+                utilisation: load.utilisation(),
+                free: f64::from(load.free()),
+                departures: 0.0,
+            };
+            Some((server, load))
+        })
+    }
+
+    /// A slot of engine `index`, if one is free.
+    pub(crate) fn take(&self, index: usize) -> Option<Slot> {
+        let (engine, channel) = self.0.get(index)?;
+        let ticket = engine.machine.lock().take(clock::now())?;
+        Some(Slot { engine: engine.clone(), channel: channel.clone(), ticket: Some(ticket) })
+    }
+
+    /// All of them as one: for what the node says of itself.
+    pub(crate) fn loads(&self) -> impl Iterator<Item = Load> + '_ {
+        self.0.iter().map(|(engine, _)| engine.load())
     }
 }

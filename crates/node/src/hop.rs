@@ -11,10 +11,22 @@ use transport::grpc;
 
 /// The reply header that says which engine of which node answered: `<node>.<region>/<engine>`.
 pub(crate) const SERVED_BY: HeaderName = HeaderName::from_static("x-isobar-served-by");
+/// Why a reply is as it is: words of ours, separated by commas.
+pub(crate) const FLAGS: HeaderName = HeaderName::from_static("x-isobar-flags");
+/// The word in [`FLAGS`] for a call that no engine has seen.
+pub(crate) const REFUSED: &str = "refused";
+/// How many attempts were made before this one (gRFC A6); in a reply, how many retries it took.
+pub(crate) const PREVIOUS_ATTEMPTS: HeaderName =
+    HeaderName::from_static("grpc-previous-rpc-attempts");
+/// What a call says whose body is held back until it is acknowledged (RFC 9110 §10.1.1).
+pub(crate) const CONTINUE: HeaderValue = HeaderValue::from_static("100-continue");
 /// What our own headers begin with.
 const OURS: &str = "x-isobar-";
 /// Nodes a call may have crossed when it arrives: it crosses at most two.
 const CROSSED_MAX: usize = 1;
+/// How much of a wrong `via` an error repeats.
+const SHOWN_MAX: usize = 4;
+const SHOWN_CHARS_MAX: usize = 200;
 
 /// How this node is called in `via` and `x-isobar-served-by`.
 #[derive(Clone, Debug)]
@@ -61,12 +73,46 @@ pub(crate) fn guard(headers: &HeaderMap, own: &Pseudonym) -> Result<(), Loop> {
     let own_name = own.to_string();
     let of_this_mesh = crossed().filter(|by| by.ends_with(&own.mesh)).count();
     if of_this_mesh > CROSSED_MAX || crossed().any(|by| by == own_name) {
-        return Err(Loop { via: crossed().collect::<Vec<_>>().join(", ") });
+        let mut via = crossed().take(SHOWN_MAX).collect::<Vec<_>>().join(", ");
+        if let Some((end, _)) = via.char_indices().nth(SHOWN_CHARS_MAX) {
+            via.truncate(end);
+        }
+        return Err(Loop { via });
     }
     Ok(())
 }
 
-/// Takes away what only a node may say of a call, at the door for everybody else.
+/// Takes away what only a node may say of a call, at the door for everybody else. `priority` is among it: between nodes it
+/// ranks the calls of everybody.
+pub(crate) fn strip_request(headers: &mut HeaderMap) {
+    strip(headers);
+    for name in [PREVIOUS_ATTEMPTS, HeaderName::from_static("priority"), header::EXPECT] {
+        headers.remove(name);
+    }
+}
+
+/// Whether a peer's reply says that no engine has seen the call.
+pub(crate) fn is_refused(headers: &HeaderMap) -> bool {
+    let flags = headers.get(FLAGS).and_then(|flags| flags.to_str().ok()).unwrap_or_default();
+    flags.split(',').any(|flag| flag.trim() == REFUSED)
+}
+
+/// The attempts a call or a reply says were made before. More than a digit says nothing.
+pub(crate) fn previous_attempts(headers: &HeaderMap) -> u32 {
+    let text = headers.get(PREVIOUS_ATTEMPTS).and_then(|value| value.to_str().ok());
+    text.filter(|text| text.len() == 1).and_then(|text| text.parse().ok()).unwrap_or(0)
+}
+
+/// Says how many attempts were made before; nothing when there were none.
+pub(crate) fn set_previous_attempts(headers: &mut HeaderMap, attempts: u32) {
+    if attempts == 0 {
+        headers.remove(PREVIOUS_ATTEMPTS);
+    } else {
+        headers.insert(PREVIOUS_ATTEMPTS, attempts.into());
+    }
+}
+
+/// Takes away what only a node may say.
 pub(crate) fn strip(headers: &mut HeaderMap) {
     let ours: Vec<HeaderName> =
         headers.keys().filter(|name| name.as_str().starts_with(OURS)).cloned().collect();
@@ -167,12 +213,34 @@ mod tests {
     }
 
     #[test]
+    fn attempts_are_counted_in_one_digit() {
+        let mut headers = HeaderMap::new();
+        assert_eq!(previous_attempts(&headers), 0);
+        set_previous_attempts(&mut headers, 2);
+        assert_eq!(previous_attempts(&headers), 2);
+        for odd in ["10", "x", "", "-1"] {
+            headers.insert(PREVIOUS_ATTEMPTS, HeaderValue::from_static(odd));
+            assert_eq!(previous_attempts(&headers), 0, "{odd}");
+        }
+        set_previous_attempts(&mut headers, 0);
+        assert!(headers.is_empty());
+    }
+
+    #[test]
+    fn a_loop_is_shown_in_a_bounded_way() {
+        let long = format!("2.0 {}, 2.0 a.eu.mesh.example", "x".repeat(10_000));
+        assert!(guard(&via(&[&long]), &own()).unwrap_err().via.len() <= SHOWN_CHARS_MAX);
+    }
+
+    #[test]
     fn what_only_nodes_may_say_is_stripped() {
         let mut headers = HeaderMap::new();
         headers.insert(SERVED_BY, HeaderValue::from_static("me"));
         headers.insert("x-isobar-flags", HeaderValue::from_static("1"));
         headers.insert("x-other", HeaderValue::from_static("1"));
-        strip(&mut headers);
+        headers.insert("priority", HeaderValue::from_static("u=0"));
+        headers.insert(PREVIOUS_ATTEMPTS, HeaderValue::from_static("3"));
+        strip_request(&mut headers);
         assert_eq!(headers.len(), 1);
     }
 }

@@ -1,33 +1,44 @@
 //! Calls from clients: the layers, in order.
 //!
 //! ```text
-//!  1 counted      in flight until its last byte
-//!  2 gRPC         anything else is answered with 415
-//!  3 hop          what only a node may say is stripped; a call that comes back is refused
-//!  4 deadline     over everything below, headers and body
-//!  5 model        a bounded look at the front of the body, where an engine here depends on it
-//!  6 route        an engine of this node with room, else a peer
-//!  7 attempt      the call, relayed untouched both ways
-//!  8 ending       a reply that breaks off or lacks a status gets one
+//!  1 probes       /livez, /readyz and /room for load balancers, over any HTTP
+//!  2 recorded     in flight until its last byte
+//!  3 gRPC         anything else is answered with 415
+//!  4 hop          what only a node may say is stripped; a call that comes back is refused
+//!  5 deadline     over everything below, headers and body
+//!  6 memory       a node that holds back as much as it may is busy
+//!  7 model        a bounded look at the front of the body, where who serves it depends on it
+//!  8 route        an engine of this node with room, else a peer's by free share, else a refusal
+//!  9 attempt      the call, relayed untouched both ways
+//! 10 again        elsewhere, before the first byte of an answer, within the node's budget
+//! 11 ending       a reply that breaks off or lacks a status gets one; it says how pressed this node is
 //! ```
 
 use std::{convert::Infallible, pin::Pin, sync::Arc, task};
 
-use base::Deadline;
-use http::{HeaderValue, Request, Response, header};
-use tonic::{Code, body::Body};
+use balance::Outcome;
+use base::{Deadline, clock};
+use http::{HeaderMap, HeaderValue, Request, Response, Version, header};
+use tonic::body::Body;
 use transport::{
     CallInfo, Protocol,
-    grpc::{self, OnEnd},
+    grpc::{self, End, OnEnd, Overdue},
 };
 
 use crate::{
-    engines::{Engines, Slot},
+    attempt::{Answer, Attempt},
+    buffers::Buffers,
+    config::MethodPattern,
     hop::{self, Pseudonym},
-    metrics::{Counted, Metrics, Side, To},
-    model::ModelFinder,
-    peers::{PeerCall, Peers},
-    refusal::{Refusal, Who},
+    metrics::{Metrics, Side, To},
+    model::{self, Wanted},
+    offer::Ask,
+    orca::{self, NodeReport},
+    probes::Probes,
+    record::{AccessLog, Record},
+    refusal::{Pushback, Refusal, Who},
+    replay::Replay,
+    router::{RETRIES_MAX, Route, Router},
 };
 
 /// The service of the ports for clients, on one worker. Cloneable.
@@ -39,49 +50,84 @@ pub(crate) struct Ingress(pub(crate) Arc<Parts>);
 pub(crate) struct Parts {
     pub(crate) own: Pseudonym,
     pub(crate) who: Who,
+    pub(crate) probes: Probes,
     pub(crate) metrics: Metrics,
-    pub(crate) models: ModelFinder,
-    pub(crate) engines: Engines,
-    pub(crate) peers: Peers,
+    pub(crate) log: AccessLog,
+    pub(crate) buffers: Buffers,
+    pub(crate) router: Router,
+    /// Methods that may run twice, besides those everybody knows.
+    pub(crate) idempotent: Arc<[MethodPattern]>,
+    pub(crate) overdue: Overdue,
+    pub(crate) report: NodeReport,
     /// Where the same services are offered over h3, as `alt-svc` says it (RFC 7838).
     pub(crate) alt_svc: HeaderValue,
 }
 
-/// Who answers a call. It holds the place of the call there until the call ends.
-enum Route {
-    Engine(Slot),
-    Peer(PeerCall),
+/// Told the end of a call: the books first, then the place at the engine or peer is free.
+struct Held {
+    parts: Arc<Parts>,
+    record: Record,
+    route: Route,
+    served_by: Option<HeaderValue>,
 }
 
-/// Told the end of a call: the books first, then the place at the engine or peer is free.
-struct Held(Counted, Option<Route>);
-
 impl OnEnd for Held {
-    fn ended(&mut self, code: Code) {
-        self.0.ended(code);
-        self.1 = None;
+    fn trailers(&mut self, trailers: &mut HeaderMap) {
+        if let Route::Peer(call) = &self.route
+            && let Some((_, engine)) =
+                self.served_by.as_ref().and_then(|by| by.to_str().ok()?.split_once('/'))
+        {
+            call.learn(engine, trailers);
+        }
+        trailers.insert(orca::REPORT, self.parts.report());
+    }
+
+    fn ended(&mut self, end: End<'_>) {
+        self.record.ended(&end);
+        self.route.ended(&end);
     }
 }
 
 impl Ingress {
     async fn serve(self, request: Request<Body>) -> Response<Body> {
-        let mut counted = self.0.metrics.begin(Side::Ingress);
-        let over_tcp = request
+        if let Some(answer) = self.0.probes.answer(request.method(), request.uri()) {
+            return answer.map(Body::new);
+        }
+        let parts = &self.0;
+        let over_tls_tcp = request
             .extensions()
             .get::<CallInfo>()
-            .is_some_and(|info| info.protocol == Protocol::H2);
-        let mut response = match self.admit(request).await {
-            Ok((reply, deadline, route)) => {
-                grpc::ending(reply, deadline, "engine", Held(counted, Some(route)))
+            .is_some_and(|info| matches!(info.protocol, Protocol::H2 | Protocol::H1));
+        let mut record = Record::begin(&parts.metrics, &parts.log, Side::Ingress, &request);
+        let mut response = match self.admit(request, &mut record).await {
+            Ok((mut reply, deadline, route)) => {
+                let served_by = reply.headers().get(hop::SERVED_BY).cloned();
+                record.answered(served_by.as_ref());
+                if grpc::status_code(reply.headers()).is_some() {
+                    reply.headers_mut().insert(orca::REPORT, parts.report());
+                }
+                let held = Held { parts: parts.clone(), record, route, served_by };
+                grpc::ending(reply, deadline, "engine", held, &parts.overdue)
             }
-            Err(refusal) => {
+            Err(Answer::Reply(mut reply)) => {
+                let code = grpc::status_code(reply.headers()).unwrap_or(tonic::Code::Unknown);
+                record.ended(&End::with(code));
+                reply.headers_mut().insert(orca::REPORT, parts.report());
+                grpc::ending(reply, None, "engine", (), &parts.overdue)
+            }
+            Err(Answer::Refusal(refusal)) => {
                 tracing::debug!(%refusal, "refused");
-                counted.ended(refusal.outcome());
-                refusal.response(&self.0.who)
+                record.refused(refusal.label());
+                record.ended(&End::with(refusal.outcome()));
+                let mut response = refusal.response(&parts.who);
+                if grpc::status_code(response.headers()).is_some() {
+                    response.headers_mut().insert(orca::REPORT, parts.report());
+                }
+                response
             }
         };
-        if over_tcp {
-            response.headers_mut().insert(header::ALT_SVC, self.0.alt_svc.clone());
+        if over_tls_tcp {
+            response.headers_mut().insert(header::ALT_SVC, parts.alt_svc.clone());
         }
         response
     }
@@ -89,60 +135,113 @@ impl Ingress {
     async fn admit(
         &self,
         mut request: Request<Body>,
-    ) -> Result<(Response<Body>, Option<Deadline>, Route), Refusal> {
+        record: &mut Record,
+    ) -> Result<(Response<Body>, Option<Deadline>, Route), Answer> {
         if !grpc::is_grpc(request.headers()) {
-            return Err(Refusal::NotGrpc);
+            return Err(Refusal::NotGrpc.into());
         }
-        hop::strip(request.headers_mut());
+        if request.version() < Version::HTTP_2 {
+            return Err(Refusal::NotOverHttp1.into());
+        }
+        hop::strip_request(request.headers_mut());
         hop::guard(request.headers(), &self.0.own).map_err(Refusal::Loop)?;
-        let deadline = hop::deadline(request.headers())?;
-        let (reply, route) = grpc::until(deadline, self.attempt(request, deadline))
+        let deadline = hop::deadline(request.headers()).map_err(Refusal::from)?;
+        if !self.0.buffers.have_room() {
+            return Err(Refusal::NoMemory.into());
+        }
+        let (reply, route) = grpc::until(deadline, self.answer(request, deadline, record))
             .await
             .map_err(|_| Refusal::Deadline)??;
         Ok((reply, deadline, route))
     }
 
-    async fn attempt(
+    /// Attempts until one is answered, or there may be no other.
+    async fn answer(
         &self,
         request: Request<Body>,
         deadline: Option<Deadline>,
-    ) -> Result<(Response<Body>, Route), Refusal> {
-        let (request, route) = self.route(request).await?;
-        let (mut head, body) = request.into_parts();
-        hop::forward(&mut head.headers, head.version, &self.0.own, deadline);
-        let request = Request::from_parts(head, body);
-        let reply = match &route {
-            Route::Engine(slot) => {
-                self.0.metrics.attempt(To::Engine);
-                let mut reply = slot.send(request).await?;
-                hop::strip(reply.headers_mut());
-                let served_by = self.0.own.served_by(slot.engine());
-                reply.headers_mut().insert(hop::SERVED_BY, served_by);
-                reply
-            }
-            Route::Peer(peer) => {
-                self.0.metrics.attempt(To::Peer);
-                peer.send(request).await?
-            }
-        };
-        Ok((reply, route))
-    }
-
-    /// An engine of this node with room, else a peer, else the reason why not.
-    async fn route(&self, request: Request<Body>) -> Result<(Request<Body>, Route), Refusal> {
+        record: &mut Record,
+    ) -> Result<(Response<Body>, Route), Answer> {
+        let parts = &self.0;
         let (head, body) = request.into_parts();
         let path = head.uri.path();
-        let (model, body) = if self.0.engines.depend_on_model() {
-            let found = self.0.models.find(path, &head.headers, body).await;
-            found.map_err(|status| Refusal::broken_request(&status))?
+        let (wanted, body) = if parts.router.depends_on_model() {
+            let found = model::find(path, &head.headers, body, &parts.buffers).await;
+            found.map_err(Refusal::from)?
         } else {
-            (None, body)
+            (Wanted::Nothing, body)
         };
-        let route = match self.0.engines.take(path, model.as_ref()) {
-            Ok(slot) => Route::Engine(slot),
-            Err(refusal) => self.0.peers.choose().map(Route::Peer).ok_or(refusal)?,
-        };
-        Ok((Request::from_parts(head, body), route))
+        if let Wanted::Model(model) = &wanted {
+            record.model(model.as_str());
+        }
+        let idempotent = inference::is_idempotent(path)
+            || parts.idempotent.iter().any(|pattern| pattern.covers(path));
+        let ask = Ask { path: path.to_owned(), wanted };
+        let replay = Replay::new(body, true, parts.buffers.clone());
+        parts.router.arrived();
+
+        let (mut tried, mut retries, mut last) = (Vec::new(), 0, None);
+        loop {
+            let mut route = match parts.router.route(&ask, &tried) {
+                Ok(route) => route,
+                // What an engine or a peer said is better than that there is no other.
+                Err(refusal) => return Err(last.unwrap_or(Answer::Refusal(refusal))),
+            };
+            if last.take().is_some() {
+                parts.metrics.retried();
+                record.retried();
+            }
+            let mut next = Request::new(replay.body());
+            *next.method_mut() = head.method.clone();
+            *next.uri_mut() = head.uri.clone();
+            *next.headers_mut() = head.headers.clone();
+            hop::forward(next.headers_mut(), head.version, &parts.own, deadline);
+            hop::set_previous_attempts(next.headers_mut(), retries);
+
+            let to = if matches!(route, Route::Engine(..)) { To::Engine } else { To::Peer };
+            parts.metrics.attempt(to);
+            let failed = match route.attempt(next, idempotent).await {
+                Attempt::Answered(mut reply) => {
+                    replay.commit();
+                    if let Route::Engine(slot, _) = &route {
+                        let served_by = parts.own.served_by(&slot.engine().name);
+                        reply.headers_mut().insert(hop::SERVED_BY, served_by);
+                    }
+                    let below = hop::previous_attempts(reply.headers());
+                    hop::set_previous_attempts(reply.headers_mut(), retries + below);
+                    return Ok((reply, route));
+                }
+                Attempt::Failed(failed) => failed,
+            };
+            parts.metrics.failed(to, failed.outcome);
+            tried.push(route.place());
+            retries += 1 + failed.retries_below;
+            let may_retry = matches!(failed.outcome, Outcome::Busy | Outcome::Broken)
+                && failed.pushback != Pushback::Never
+                && (idempotent || !failed.may_have_run)
+                && retries <= RETRIES_MAX
+                && replay.is_whole()
+                && Router::has_time(deadline)
+                && parts.router.take_retry();
+            if !may_retry {
+                return Err(failed.answer);
+            }
+            tracing::debug!(outcome = failed.outcome.as_str(), ?to, "tried again elsewhere");
+            last = Some(failed.answer);
+        }
+    }
+}
+
+impl Parts {
+    /// How pressed this node is: all it can reach, as one.
+    fn report(&self) -> HeaderValue {
+        self.report.value(clock::now(), || self.router.all_loads())
+    }
+}
+
+impl From<Refusal> for Answer {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refusal(refusal)
     }
 }
 

@@ -4,15 +4,25 @@
 //! a list of layers in order. Everything else here serves one of those layers, or puts the parts together.
 
 mod admin;
+mod attempt;
+mod buffers;
+mod checks;
 pub mod config;
 mod egress;
 mod engines;
+mod gossip;
 mod hop;
 mod ingress;
 mod metrics;
 mod model;
 mod node;
+mod offer;
+mod orca;
 mod peers;
+mod probes;
+mod record;
 mod refusal;
+mod replay;
+mod router;
 
 pub use node::{Addresses, ClientCertificate, Node, NodeError};

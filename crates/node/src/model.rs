@@ -3,7 +3,6 @@
 use std::{
     collections::VecDeque,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -12,75 +11,79 @@ use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body as _, Frame, SizeHint};
 use inference::{Encoding, ModelReader, Progress, kserve_model_field};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Status, body::Body};
 
-/// Bytes of one body that are held back while its model is looked for. A name beyond them is not found.
-const LOOK_BYTES: usize = 1 << 20;
-/// Bytes held back in the whole process. Above it calls are routed without their model being known.
-const BUDGET_BYTES: usize = 256 << 20;
+use crate::{
+    buffers::{Buffers, HeldBytes, PER_CALL_BYTES},
+    refusal::Refusal,
+};
 
-/// Finds the model of calls within a budget of memory. Cloneable.
-#[derive(Clone, Debug)]
-pub(crate) struct ModelFinder {
-    budget: Arc<Semaphore>,
-    look_bytes: usize,
+/// What a call asks for, as far as it decides who may serve it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// The method names no model.
+    Nothing,
+    /// A model.
+    Model(ModelName),
+    /// A model whose name cannot be read, and why.
+    Unreadable(String),
 }
 
-impl Default for ModelFinder {
-    fn default() -> Self {
-        Self { budget: Arc::new(Semaphore::new(BUDGET_BYTES)), look_bytes: LOOK_BYTES }
+/// Why the front of a body could not be looked at.
+#[derive(Debug)]
+pub(crate) enum LookError {
+    /// The request broke off.
+    Broken(Status),
+    /// The process holds back as much as it may.
+    NoRoom,
+}
+
+impl From<LookError> for Refusal {
+    fn from(error: LookError) -> Self {
+        match error {
+            LookError::Broken(status) => Self::broken_request(&status),
+            LookError::NoRoom => Self::NoMemory,
+        }
     }
 }
 
-impl ModelFinder {
-    /// The model the call to `path` asks for, and its body with nothing missing. `None`: the method names none, or the
-    /// name cannot be read; then the engine says what is wrong with it, in its own words.
-    pub(crate) async fn find(
-        &self,
-        path: &str,
-        headers: &HeaderMap,
-        body: Body,
-    ) -> Result<(Option<ModelName>, Body), Status> {
-        let Some(field) = kserve_model_field(path) else { return Ok((None, body)) };
-        let encoding = Encoding::from_header(headers.get("grpc-encoding").map(|v| v.as_bytes()));
-        let mut reader = ModelReader::new(field, encoding, self.look_bytes);
-        let mut look = Look { seen: VecDeque::new(), rest: body, held: None };
-        let mut held_bytes = 0;
-        while *reader.progress() == Progress::NeedMore && held_bytes < self.look_bytes {
-            let Some(frame) =
-                std::future::poll_fn(|cx| Pin::new(&mut look.rest).poll_frame(cx)).await
-            else {
-                reader.end();
-                break;
-            };
-            let frame = frame?;
-            if let Some(data) = frame.data_ref() {
-                reader.push(data);
-                held_bytes += data.len();
-                let permit = u32::try_from(data.len())
-                    .ok()
-                    .and_then(|bytes| self.budget.clone().try_acquire_many_owned(bytes).ok());
-                let within_budget = permit.is_some();
-                look.hold(permit);
-                look.seen.push_back(frame);
-                if !within_budget {
-                    break;
-                }
-            } else {
-                look.seen.push_back(frame);
+/// What the call to `path` asks for, and its body with nothing missing.
+pub(crate) async fn find(
+    path: &str,
+    headers: &HeaderMap,
+    body: Body,
+    buffers: &Buffers,
+) -> Result<(Wanted, Body), LookError> {
+    let Some(field) = kserve_model_field(path) else { return Ok((Wanted::Nothing, body)) };
+    let encoding = Encoding::from_header(headers.get("grpc-encoding").map(|v| v.as_bytes()));
+    let mut reader = ModelReader::new(field, encoding, PER_CALL_BYTES);
+    let mut look = Look { seen: VecDeque::new(), rest: body, held: HeldBytes::default() };
+    let mut held_bytes = 0;
+    while *reader.progress() == Progress::NeedMore && held_bytes < PER_CALL_BYTES {
+        let next = std::future::poll_fn(|cx| Pin::new(&mut look.rest).poll_frame(cx));
+        let Some(frame) = next.await else {
+            reader.end();
+            break;
+        };
+        let frame = frame.map_err(LookError::Broken)?;
+        if let Some(data) = frame.data_ref() {
+            reader.push(data);
+            held_bytes += data.len();
+            if !buffers.take(data.len(), &mut look.held) {
+                return Err(LookError::NoRoom);
             }
         }
-        let model = match reader.into_progress() {
-            Progress::Found(model) => Some(model),
-            Progress::NeedMore | Progress::Absent => None,
-            Progress::Unreadable(error) => {
-                tracing::debug!(%error, path, "the model of a call is not known");
-                None
-            }
-        };
-        Ok((model, Body::new(look)))
+        look.seen.push_back(frame);
     }
+    let wanted = match reader.into_progress() {
+        Progress::Found(model) => Wanted::Model(model),
+        Progress::Absent => Wanted::Nothing,
+        Progress::NeedMore => Wanted::Unreadable(format!(
+            "the request names no model in its first {PER_CALL_BYTES} bytes"
+        )),
+        Progress::Unreadable(error) => Wanted::Unreadable(error.to_string()),
+    };
+    Ok((wanted, Body::new(look)))
 }
 
 /// A body of which the front was looked at.
@@ -88,17 +91,7 @@ impl ModelFinder {
 struct Look {
     seen: VecDeque<Frame<Bytes>>,
     rest: Body,
-    held: Option<OwnedSemaphorePermit>,
-}
-
-impl Look {
-    fn hold(&mut self, permit: Option<OwnedSemaphorePermit>) {
-        match (&mut self.held, permit) {
-            (Some(held), Some(more)) => held.merge(more),
-            (held, Some(more)) => *held = Some(more),
-            (_, None) => {}
-        }
-    }
+    held: HeldBytes,
 }
 
 impl http_body::Body for Look {
@@ -112,7 +105,7 @@ impl http_body::Body for Look {
         if let Some(frame) = self.seen.pop_front() {
             return Poll::Ready(Some(Ok(frame)));
         }
-        self.held = None;
+        self.held = HeldBytes::default();
         Pin::new(&mut self.rest).poll_frame(cx)
     }
 
@@ -153,48 +146,49 @@ mod tests {
         [&[0][..], &length, &encoded].concat().into()
     }
 
-    async fn find(finder: &ModelFinder, path: &str, data: Bytes) -> (Option<String>, Bytes) {
+    fn buffers() -> Buffers {
+        Buffers::new(8 << 20)
+    }
+
+    async fn find_in(path: &str, data: Bytes, buffers: &Buffers) -> (Wanted, Bytes) {
         let body = Body::new(Full::new(data));
-        let (model, body) = finder.find(path, &HeaderMap::new(), body).await.unwrap();
-        let relayed = body.collect().await.unwrap().to_bytes();
-        (model.map(|model| model.to_string()), relayed)
+        let (wanted, body) = find(path, &HeaderMap::new(), body, buffers).await.unwrap();
+        (wanted, body.collect().await.unwrap().to_bytes())
     }
 
     #[tokio::test]
     async fn the_model_is_found_and_the_body_is_whole() {
-        let finder = ModelFinder::default();
+        let buffers = buffers();
         for size in [0, 10, 3 << 20] {
             let data = message("llama", size);
-            let (model, relayed) = find(&finder, INFER, data.clone()).await;
-            assert_eq!(model.as_deref(), Some("llama"));
+            let (wanted, relayed) = find_in(INFER, data.clone(), &buffers).await;
+            assert_eq!(wanted, Wanted::Model("llama".parse().unwrap()));
             assert!(relayed == data);
         }
-        assert_eq!(finder.budget.available_permits(), BUDGET_BYTES, "everything was given back");
+        assert_eq!(buffers.left(), 8 << 20, "everything was given back");
     }
 
     #[tokio::test]
-    async fn what_cannot_be_read_is_relayed_as_it_came() {
-        let finder = ModelFinder::default();
-        for data in [&b""[..], b"\x00", b"\x07garbage", b"\x00\x00\x00\x00\x05\xff\xff\xff\xff\xff"]
-        {
-            let (model, relayed) = find(&finder, INFER, Bytes::from_static(data)).await;
-            assert_eq!(model, None);
+    async fn what_cannot_be_read_says_so_and_is_whole() {
+        for data in [&b"\x00"[..], b"\x07garbage", b"\x00\x00\x00\x00\x05\xff\xff\xff\xff\xff"] {
+            let (wanted, relayed) = find_in(INFER, Bytes::from_static(data), &buffers()).await;
+            assert!(matches!(wanted, Wanted::Unreadable(_)), "{data:?}: {wanted:?}");
             assert_eq!(relayed, data);
         }
     }
 
     #[tokio::test]
     async fn other_methods_are_not_looked_into() {
-        let (model, _) = find(&ModelFinder::default(), "/p.S/M", message("llama", 1)).await;
-        assert_eq!(model, None);
+        let (wanted, _) = find_in("/p.S/M", message("llama", 1), &buffers()).await;
+        assert_eq!(wanted, Wanted::Nothing);
     }
 
     #[tokio::test]
-    async fn without_budget_the_call_goes_on_without_its_model_known() {
-        let finder = ModelFinder { budget: Arc::new(Semaphore::new(3)), look_bytes: LOOK_BYTES };
-        let data = message("late", 5_000);
-        let (_, relayed) = find(&finder, INFER, data.clone()).await;
-        assert!(relayed == data);
-        assert_eq!(finder.budget.available_permits(), 3);
+    async fn without_room_the_call_is_not_looked_at_and_nothing_stays_held() {
+        let buffers = Buffers::new(3);
+        let body = Body::new(Full::new(message("late", 5_000)));
+        let found = find(INFER, &HeaderMap::new(), body, &buffers).await;
+        assert!(matches!(found, Err(LookError::NoRoom)));
+        assert_eq!(buffers.left(), 3);
     }
 }

@@ -1,6 +1,7 @@
 //! Putting a node together: ports, workers, the control side, and the way down.
 //!
-//! Workers carry calls; the control side, on the caller's runtime, accepts TCP connections for them and serves metrics.
+//! Workers carry calls; the control side, on the caller's runtime, accepts TCP connections for them, speaks with other nodes,
+//! checks engines and serves metrics.
 
 use std::{
     io,
@@ -9,10 +10,11 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, UNIX_EPOCH},
 };
 
-use base::{NodeName, RegionName};
+use balance::RetryBudget;
+use base::{NodeName, RegionName, clock};
 use http::HeaderValue;
 use identity::{ExpectedPeer, IdentityError, NodeIdentity};
 use parking_lot::Mutex;
@@ -21,26 +23,39 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use transport::{
-    Dialer, Limits, Listener, PeerTls, Pool, Port, QuicKeys, Server, ServerTls, Target, Worker,
-    Workers,
+    Dialer, Limits, Links, Listener, PeerTls, Pool, Port, QuicKeys, Server, ServerTls, Target,
+    Worker, Workers, grpc::Overdue,
 };
 
 use crate::{
     admin::Admin,
-    config::Config,
+    buffers::Buffers,
+    checks,
+    config::{Config, MethodPattern, PeerConfig},
     egress::{self, Egress},
     engines::{Engine, Engines},
+    gossip::{Gossip, Subscription, Voice},
     hop::Pseudonym,
     ingress::{self, Ingress},
     metrics::Metrics,
-    model::ModelFinder,
-    peers::Peers,
+    orca::NodeReport,
+    peers::{Board, PeerName, Peers},
+    probes::Probes,
+    record::{AccessLog, LogWriter},
     refusal::Who,
+    router::Router,
 };
 
 /// How many workers a node runs. One, until the sockets of a port carry a filter that sends each QUIC packet to the worker
 /// its connection identifier names: without it, a connection that changes its address would reach the wrong one.
 const WORKERS: u8 = 1;
+
+/// How long peers and load balancers are given to hear that the node drains: a frame leaves within 50 ms.
+const HEARD_WITHIN: Duration = Duration::from_millis(300);
+/// How long the control side is given to end.
+const GOOD_BYE: Duration = Duration::from_secs(2);
+/// The number under which the control side dials: no worker has it.
+const CHECKING: u8 = 0xfe;
 
 /// Why a node cannot start. Nothing is left running.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +94,8 @@ pub struct Addresses {
     pub clients: SocketAddr,
     /// h3 and h2 for peers.
     pub peers: SocketAddr,
+    /// What nodes say of themselves.
+    pub gossip: SocketAddr,
     /// h2c, where configured.
     pub plaintext: Option<SocketAddr>,
     /// Metrics.
@@ -91,9 +108,24 @@ pub struct Node {
     addresses: Addresses,
     drain_timeout: Duration,
     ready: Arc<AtomicBool>,
+    draining: Arc<AtomicBool>,
     workers: Workers,
-    control: JoinSet<()>,
-    control_drain: CancellationToken,
+    control: Control,
+}
+
+/// What runs beside the workers, on the caller's runtime.
+#[derive(Debug)]
+struct Control {
+    tasks: JoinSet<()>,
+    gossip: JoinSet<()>,
+    /// Ends the acceptors of TCP connections.
+    drain: CancellationToken,
+    /// Ends the gossip port.
+    stop: CancellationToken,
+    log: LogWriter,
+    /// The connections of health checks.
+    checking: Worker,
+    pool: Pool,
 }
 
 impl Node {
@@ -106,7 +138,7 @@ impl Node {
         identity: &NodeIdentity,
         certificate: ClientCertificate,
     ) -> Result<Self, NodeError> {
-        let plan = Plan::new(config, identity, certificate)?;
+        let (plan, log) = Plan::new(config, identity, certificate)?;
         let listen = &config.listen;
         let mut ports = Ports {
             clients: bind("clients", listen.clients, true)?,
@@ -116,63 +148,43 @@ impl Node {
                 None => None,
             },
         };
-        let admin =
-            Admin { metrics: plan.metrics.clone(), ready: Arc::new(AtomicBool::new(false)) };
-        let metrics = Admin::bind(listen.metrics).await.map_err(|source| NodeError::Listen {
-            what: "metrics",
-            address: listen.metrics,
-            source,
-        })?;
+        let failed = |what, address| move |source| NodeError::Listen { what, address, source };
+        let links = Links::bind(listen.gossip, identity.peer_server_config(&[])?, &plan.keys)
+            .map_err(failed("gossip", listen.gossip))?;
+        let metrics =
+            Admin::bind(listen.metrics).await.map_err(failed("metrics", listen.metrics))?;
         let addresses = Addresses {
             clients: ports.clients.address(),
             peers: ports.peers.address(),
+            gossip: links.address().map_err(failed("gossip", listen.gossip))?,
             plaintext: ports.plaintext.as_ref().map(Listener::address),
             metrics: metrics.local_addr().unwrap_or(listen.metrics),
         };
 
-        let (started, mut starts) = mpsc::channel(WORKERS.into());
-        let shares: Vec<_> = (0..WORKERS).map(|worker| Mutex::new(ports.share(worker))).collect();
-        let (plan, shares) = (Arc::new(plan), Arc::new(shares));
-        let workers = Workers::start(WORKERS, move |worker| {
-            let (plan, shares, started) = (plan.clone(), shares.clone(), started.clone());
-            async move {
-                let share = shares[usize::from(worker.index)].lock().take();
-                let outcome = match share {
-                    Some(share) => plan.run(worker, share, addresses, &started).await,
-                    None => Err(io::Error::other("its ports were taken by another")),
-                };
-                if let Err(error) = outcome {
-                    // Nobody listens any more when the node started before the worker failed.
-                    if let Err(unheard) = started.send(Err(error.to_string())).await {
-                        tracing::error!(error = ?unheard.0, "a worker ended");
-                    }
-                }
-            }
-        })
-        .map_err(|error| NodeError::Worker(error.to_string()))?;
-        for _ in 0..WORKERS {
-            if let Some(Err(error)) = starts.recv().await {
-                workers.stop();
-                return Err(NodeError::Worker(error));
-            }
-        }
-
-        let control_drain = CancellationToken::new();
-        let mut control = JoinSet::new();
+        let plan = Arc::new(plan);
+        let workers = start_workers(&plan, &mut ports, addresses).await?;
+        let mut control = Control::new(&plan, log)?;
         for listener in ports.into_listeners() {
-            let drain = control_drain.clone();
-            control.spawn(async move {
+            let drain = control.drain.clone();
+            control.tasks.spawn(async move {
                 if let Err(error) = listener.accept(drain).await {
                     tracing::error!(%error, "a port accepts no more TCP connections");
                 }
             });
         }
-        let ready = admin.ready.clone();
+        let (ready, draining) = (plan.ready.clone(), Arc::new(AtomicBool::new(false)));
+        let router = control.check_engines(&plan);
+        let admin = Admin {
+            metrics: plan.metrics.clone(),
+            probes: Probes { ready: ready.clone(), router },
+        };
         // The metrics port stays up while the node drains: that is when it is looked at.
-        control.spawn(admin.serve(metrics, CancellationToken::new()));
+        control.tasks.spawn(admin.serve(metrics, CancellationToken::new()));
+        let gossip = gossip(config, identity, &plan, links, draining.clone())?;
+        control.gossip.spawn(gossip.run(control.stop.clone()));
         ready.store(true, Ordering::Relaxed);
         let drain_timeout = config.node.drain_timeout.into();
-        Ok(Self { addresses, drain_timeout, ready, workers, control, control_drain })
+        Ok(Self { addresses, drain_timeout, ready, draining, workers, control })
     }
 
     /// The addresses it listens on.
@@ -181,21 +193,33 @@ impl Node {
         self.addresses
     }
 
-    /// Takes no new call, finishes those in progress within the drain timeout or until `at_once`, and stops.
-    pub async fn drain(mut self, at_once: impl Future<Output = ()>) {
-        self.ready.store(false, Ordering::Relaxed);
-        self.control_drain.cancel();
-        self.workers.drain();
-        let stopper = self.workers.stopper();
-        let mut joined = tokio::task::spawn_blocking(move || self.workers.join());
+    /// Says that it drains, then takes no new call, finishes those in progress within the drain timeout or until
+    /// `at_once`, and stops.
+    pub async fn drain(self, at_once: impl Future<Output = ()>) {
+        let Self { drain_timeout, ready, draining, workers, control, .. } = self;
+        ready.store(false, Ordering::Relaxed);
+        draining.store(true, Ordering::Relaxed);
+        tokio::pin!(at_once);
+        // Peers and load balancers hear it before clients are told to go elsewhere.
+        let is_hurried = tokio::select! {
+            () = tokio::time::sleep(HEARD_WITHIN.min(drain_timeout)) => false,
+            () = &mut at_once => true,
+        };
+        control.drain.cancel();
+        workers.drain();
+        let stopper = workers.stopper();
+        if is_hurried {
+            stopper.cancel();
+        }
+        let mut joined = tokio::task::spawn_blocking(move || workers.join());
         tokio::select! {
             _ = &mut joined => {}
             () = async {
                 tokio::select! {
-                    () = tokio::time::sleep(self.drain_timeout) => {
+                    () = tokio::time::sleep(drain_timeout) => {
                         tracing::warn!("calls are still in progress after the drain timeout; ending them");
                     }
-                    () = at_once => {}
+                    () = at_once, if !is_hurried => {}
                 }
             } => {
                 stopper.cancel();
@@ -204,8 +228,112 @@ impl Node {
                 }
             }
         }
-        self.control.shutdown().await;
+        control.finish().await;
     }
+}
+
+impl Control {
+    fn new(plan: &Plan, log: LogWriter) -> Result<Self, NodeError> {
+        let stop = CancellationToken::new();
+        let checking = Worker::new(CHECKING, WORKERS, CancellationToken::new(), stop.clone());
+        let dialer = Dialer::new(&checking, &plan.keys, Limits::engines())
+            .map_err(|error| NodeError::Worker(error.to_string()))?;
+        Ok(Self {
+            tasks: JoinSet::new(),
+            gossip: JoinSet::new(),
+            drain: CancellationToken::new(),
+            stop,
+            log,
+            checking,
+            pool: Pool::new(dialer),
+        })
+    }
+
+    /// Begins to check the engines; returns a router for who asks about room.
+    fn check_engines(&mut self, plan: &Plan) -> Router {
+        for (index, engine) in plan.engines.iter().enumerate() {
+            let channel = self.pool.channel(engine.target.clone());
+            let seed = plan.seed ^ (index as u64).rotate_right(8);
+            self.tasks.spawn(checks::run(engine.clone(), channel, seed));
+        }
+        plan.router(&self.pool, &self.pool, true, CHECKING)
+    }
+
+    async fn finish(mut self) {
+        self.stop.cancel();
+        // The gossip port says good-bye; the others only wait.
+        drop(tokio::time::timeout(GOOD_BYE, self.gossip.join_next()).await);
+        self.gossip.shutdown().await;
+        self.tasks.shutdown().await;
+        self.pool.close();
+        self.checking.outgoing.close();
+        self.checking.outgoing.wait().await;
+        if let Err(error) = tokio::task::spawn_blocking(move || self.log.join()).await {
+            tracing::error!(%error, "the access log did not end cleanly");
+        }
+    }
+}
+
+async fn start_workers(
+    plan: &Arc<Plan>,
+    ports: &mut Ports,
+    addresses: Addresses,
+) -> Result<Workers, NodeError> {
+    let (started, mut starts) = mpsc::channel(WORKERS.into());
+    let shares: Vec<_> = (0..WORKERS).map(|worker| Mutex::new(ports.share(worker))).collect();
+    let (plan, shares) = (plan.clone(), Arc::new(shares));
+    let workers = Workers::start(WORKERS, move |worker| {
+        let (plan, shares, started) = (plan.clone(), shares.clone(), started.clone());
+        async move {
+            let share = shares[usize::from(worker.index)].lock().take();
+            let outcome = match share {
+                Some(share) => plan.run(worker, share, addresses, &started).await,
+                None => Err(io::Error::other("its ports were taken by another")),
+            };
+            if let Err(error) = outcome {
+                // Nobody listens any more when the node started before the worker failed.
+                if let Err(unheard) = started.send(Err(error.to_string())).await {
+                    tracing::error!(error = ?unheard.0, "a worker ended");
+                }
+            }
+        }
+    })
+    .map_err(|error| NodeError::Worker(error.to_string()))?;
+    for _ in 0..WORKERS {
+        if let Some(Err(error)) = starts.recv().await {
+            workers.stop();
+            return Err(NodeError::Worker(error));
+        }
+    }
+    Ok(workers)
+}
+
+/// The gossip port, and whom to listen to.
+fn gossip(
+    config: &Config,
+    identity: &NodeIdentity,
+    plan: &Plan,
+    links: Links,
+    draining: Arc<AtomicBool>,
+) -> Result<Gossip, NodeError> {
+    let peers = config.mesh.peers.iter().enumerate();
+    let subscriptions = peers
+        .filter_map(|(index, peer)| Some((index, peer, peer.gossip.as_ref()?)))
+        .map(|(index, peer, gossip)| {
+            let expect = ExpectedPeer { region: peer.region.clone(), name: peer.name.clone() };
+            let tls = identity.peer_client_config(&[], expect)?;
+            Ok(Subscription { index, address: gossip.authority(), tls })
+        })
+        .collect::<Result<_, IdentityError>>()?;
+    let since_epoch = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let voice = Voice {
+        own: identity.id().clone(),
+        epoch: u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX),
+        engines: plan.engines.clone(),
+        draining,
+    };
+    let (board, seed) = (plan.board.clone(), plan.seed);
+    Ok(Gossip { links, voice, board, subscriptions, seed })
 }
 
 fn bind(what: &'static str, address: SocketAddr, udp: bool) -> Result<Listener, NodeError> {
@@ -258,12 +386,17 @@ struct Plan {
     own: Pseudonym,
     who: Who,
     metrics: Metrics,
-    models: ModelFinder,
+    log: AccessLog,
+    buffers: Buffers,
+    budgets: [Arc<Mutex<RetryBudget>>; 2],
+    idempotent: Arc<[MethodPattern]>,
     engines: Arc<[Arc<Engine>]>,
+    board: Arc<Board>,
     peers: Vec<Target>,
     clients_tls: rustls::ServerConfig,
     peers_tls: rustls::ServerConfig,
     keys: QuicKeys,
+    ready: Arc<AtomicBool>,
     seed: u64,
 }
 
@@ -273,10 +406,12 @@ impl Plan {
         config: &Config,
         identity: &NodeIdentity,
         certificate: ClientCertificate,
-    ) -> Result<Self, NodeError> {
+    ) -> Result<(Self, LogWriter), NodeError> {
         let (name, region) = (&config.node.name, &config.node.region);
+        let seed = rand::rng().next_u64();
+        let mut rng = StdRng::seed_from_u64(seed);
         let engines: Arc<[_]> =
-            config.engines.iter().map(|engine| Arc::new(Engine::new(engine))).collect();
+            config.engines.iter().map(|engine| Arc::new(Engine::new(engine, &mut rng))).collect();
         let peers = config
             .mesh
             .peers
@@ -288,21 +423,48 @@ impl Plan {
                 Ok(Target::peer(&called, peer.peers.authority(), tls))
             })
             .collect::<Result<_, IdentityError>>()?;
-        Ok(Self {
+        let named =
+            |peer: &PeerConfig| PeerName { node: peer.name.clone(), region: peer.region.clone() };
+        let board = Arc::new(Board::new(config.mesh.peers.iter().map(named).collect()));
+        let (log, writer) = AccessLog::new(config.log.access.get(), seed)
+            .map_err(|error| NodeError::Worker(error.to_string()))?;
+        let budget = || Arc::new(Mutex::new(RetryBudget::new(clock::now())));
+        let plan = Self {
             own: Pseudonym::new(name, region, &config.mesh.trust_domain),
             who: Who { node: name.to_string(), region: region.to_string() },
-            metrics: Metrics::new(engines.clone()),
-            models: ModelFinder::default(),
+            metrics: Metrics::new(engines.clone(), board.clone(), log.clone()),
+            log,
+            buffers: Buffers::new(config.node.buffer_bytes.get()),
+            budgets: [budget(), budget()],
+            idempotent: config.routing.idempotent.iter().cloned().collect(),
             engines,
+            board,
             peers,
             clients_tls: identity::client_server_config(certificate.chain, certificate.key, &[])?,
             peers_tls: identity.peer_server_config(&[])?,
             keys: QuicKeys::random(),
-            seed: rand::rng().next_u64(),
-        })
+            ready: Arc::new(AtomicBool::new(false)),
+            seed,
+        };
+        Ok((plan, writer))
     }
 
-    /// Runs one worker: its pool, its services, its share of the ports.
+    /// A router over this node's engines and, `with_peers`, the other nodes.
+    fn router(&self, to_engines: &Pool, to_peers: &Pool, with_peers: bool, worker: u8) -> Router {
+        let channels =
+            self.engines.iter().map(|e| (e.clone(), to_engines.channel(e.target.clone())));
+        let peers = if with_peers {
+            let channels = self.peers.iter().map(|peer| to_peers.channel(peer.clone()));
+            Peers::new(self.board.clone(), channels)
+        } else {
+            Peers::none()
+        };
+        let budget = self.budgets[usize::from(with_peers)].clone();
+        let rng = StdRng::seed_from_u64(self.seed ^ (u64::from(worker) << 32));
+        Router::new(Engines::new(channels), peers, rng, budget)
+    }
+
+    /// Runs one worker: its pools, its services, its share of the ports.
     async fn run(
         &self,
         worker: Worker,
@@ -310,37 +472,44 @@ impl Plan {
         addresses: Addresses,
         started: &mpsc::Sender<Result<(), String>>,
     ) -> io::Result<()> {
-        let pool = Pool::new(Dialer::new(&worker, &self.keys, Limits::peers())?);
-        let channels = self.engines.iter().map(|e| (e.clone(), pool.channel(e.target.clone())));
-        let engines = Engines::new(channels);
-        let rng = StdRng::seed_from_u64(self.seed ^ (u64::from(worker.index) << 32));
-        let peers = Peers::new(self.peers.iter().map(|peer| pool.channel(peer.clone())), rng);
+        let to_engines = Pool::new(Dialer::new(&worker, &self.keys, Limits::engines())?);
+        let to_peers = Pool::new(Dialer::new(&worker, &self.keys, Limits::peers())?);
+        let overdue = Overdue::default();
         let egress = Egress(Arc::new(egress::Parts {
             own: self.own.clone(),
             who: self.who.clone(),
             metrics: self.metrics.clone(),
-            models: self.models.clone(),
-            engines: engines.clone(),
+            log: self.log.clone(),
+            buffers: self.buffers.clone(),
+            router: self.router(&to_engines, &to_peers, false, worker.index),
+            idempotent: self.idempotent.clone(),
+            overdue: overdue.clone(),
         }));
+        let router = self.router(&to_engines, &to_peers, true, worker.index);
         let ingress = Ingress(Arc::new(ingress::Parts {
             own: self.own.clone(),
             who: self.who.clone(),
+            probes: Probes { ready: self.ready.clone(), router: router.clone() },
             metrics: self.metrics.clone(),
-            models: self.models.clone(),
-            engines,
-            peers,
+            log: self.log.clone(),
+            buffers: self.buffers.clone(),
+            router,
+            idempotent: self.idempotent.clone(),
+            overdue: overdue.clone(),
+            report: NodeReport::default(),
             alt_svc: alt_svc(addresses.clients),
         }));
 
         let tls = |config: &rustls::ServerConfig| ServerTls::Tls(Box::new(config.clone()));
         let (clients, keys, seed) = (Limits::clients, || self.keys.clone(), self.seed);
         let for_clients =
-            Server::new(clients(), tls(&self.clients_tls), keys(), ingress.clone(), seed);
+            Server::new(clients(), tls(&self.clients_tls), keys(), ingress.clone(), seed)
+                .with_http1();
         let for_peers = Server::new(Limits::peers(), tls(&self.peers_tls), keys(), egress, seed);
         let plaintext = async {
             let Some(port) = share.plaintext else { return Ok(()) };
             let server = Server::new(clients(), ServerTls::Plaintext, keys(), ingress, seed);
-            server.serve(worker.clone(), port).await
+            server.with_http1().serve(worker.clone(), port).await
         };
         let serving = async {
             tokio::try_join!(
@@ -357,12 +526,18 @@ impl Plan {
             // The receiver is the one that starts the node; if it is gone, so is the node.
             drop(started.send(Ok(())).await);
         }
-        match early {
-            std::task::Poll::Ready(ended) => ended?,
-            std::task::Poll::Pending => serving.await?,
+        let to_the_end = async {
+            match early {
+                std::task::Poll::Ready(ended) => ended?,
+                std::task::Poll::Pending => serving.await?,
+            };
+            worker.finish(&[to_engines, to_peers]).await;
+            Ok(())
         };
-        worker.finish(&pool).await;
-        Ok(())
+        tokio::select! {
+            ended = to_the_end => ended,
+            never = overdue.run() => match never {},
+        }
     }
 }
 

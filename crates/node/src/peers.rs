@@ -1,75 +1,305 @@
-//! The listed peers, as one worker calls them.
+//! The other nodes: what is known of them, shared by all workers, and a channel to each per worker.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
-use balance::{Candidate, two_choices};
-use http::{Request, Response};
+use balance::{Breaker, Place, Server, Standing};
+use base::{EngineName, Load, NodeName, RegionName, clock};
+use http::{HeaderMap, Request, Response};
+use membership::{Descriptor, LoadFrame, Presence, View};
 use parking_lot::Mutex;
-use rand::rngs::StdRng;
 use tonic::body::Body;
-use transport::Channel;
+use transport::{Channel, TransportError};
 
-use crate::refusal::Refusal;
+use crate::{
+    offer::{Ask, Offer},
+    orca,
+};
 
-/// The peers of a node. Cloneable.
-#[derive(Clone, Debug)]
-pub(crate) struct Peers {
-    peers: Arc<[Peer]>,
-    rng: Arc<Mutex<StdRng>>,
+/// What is known of the other nodes: filled by the gossip port and by replies, read by every worker.
+#[derive(Debug)]
+pub(crate) struct Board {
+    names: Vec<PeerName>,
+    state: Mutex<State>,
+    /// Whether any of them serves models by name.
+    has_models: AtomicBool,
+}
+
+/// Who a peer is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PeerName {
+    pub(crate) node: NodeName,
+    pub(crate) region: RegionName,
 }
 
 #[derive(Debug)]
+struct State {
+    view: View,
+    peers: Vec<Peer>,
+}
+
+#[derive(Clone, Debug, Default)]
 struct Peer {
-    channel: Channel,
-    in_flight: Arc<AtomicU32>,
+    /// What each of its engines serves; `None`: something we do not know.
+    offers: Vec<Option<Offer>>,
+    engines: Vec<EngineName>,
+    breaker: Breaker,
+    /// Calls of this node in progress there.
+    in_flight: u32,
+}
+
+/// What metrics say of a peer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct PeerFigures {
+    pub(crate) present: bool,
+    pub(crate) ejected: bool,
+    pub(crate) in_flight: u32,
+    pub(crate) heard: Option<Duration>,
+}
+
+impl Board {
+    pub(crate) fn new(names: Vec<PeerName>) -> Self {
+        let state =
+            State { view: View::new(names.len()), peers: vec![Peer::default(); names.len()] };
+        Self { names, state: Mutex::new(state), has_models: AtomicBool::new(false) }
+    }
+
+    pub(crate) fn names(&self) -> &[PeerName] {
+        &self.names
+    }
+
+    /// Peer `index` said what it serves.
+    pub(crate) fn describe(&self, index: usize, epoch: u64, descriptor: Descriptor) {
+        let offers: Vec<_> = descriptor.engines.iter().map(Offer::of_peer).collect();
+        let engines = descriptor.engines.iter().map(|engine| engine.name.clone()).collect();
+        let mut state = self.state.lock();
+        if state.view.describe(index, epoch, descriptor) {
+            let peer = &mut state.peers[index];
+            (peer.offers, peer.engines) = (offers, engines);
+            let has_models = |offer: &Offer| !offer.models.is_empty();
+            let any = state.peers.iter().flat_map(|p| &p.offers).flatten().any(has_models);
+            self.has_models.store(any, Ordering::Relaxed);
+        }
+    }
+
+    /// Peer `index` said how pressed it is.
+    pub(crate) fn frame(&self, index: usize, frame: &LoadFrame, rtt: Duration) {
+        let mut state = self.state.lock();
+        let now = clock::now();
+        let was_out = matches!(
+            state.view.presence(index, now),
+            Presence::Silent | Presence::Unknown | Presence::Draining
+        );
+        if state.view.frame(index, frame, rtt, now) && was_out && !frame.draining {
+            // It is there again, perhaps as a new process: what was ejected is not this.
+            state.peers[index].breaker.replied();
+            let name = &self.names[index];
+            tracing::info!(peer = %name.node, region = %name.region, "a peer speaks");
+        }
+    }
+
+    /// For metrics.
+    pub(crate) fn figures(&self) -> Vec<PeerFigures> {
+        let state = self.state.lock();
+        let now = clock::now();
+        (0..self.names.len())
+            .map(|index| PeerFigures {
+                present: state.view.presence(index, now) == Presence::Present,
+                ejected: !state.peers[index].breaker.is_closed(),
+                in_flight: state.peers[index].in_flight,
+                heard: state.view.heard(index, now),
+            })
+            .collect()
+    }
+
+    /// The load of every engine of every present peer, as far as it is known.
+    pub(crate) fn loads(&self) -> Vec<Load> {
+        let state = self.state.lock();
+        let now = clock::now();
+        (0..self.names.len())
+            .filter(|index| state.view.presence(*index, now) == Presence::Present)
+            .flat_map(|index| (0..state.peers[index].offers.len()).map(move |e| (index, e)))
+            .filter_map(|(index, engine)| Some(state.view.seen(index, engine, now)?.load))
+            .collect()
+    }
+
+    /// The engines of peers that suit a call.
+    pub(crate) fn servers(&self, ask: &Ask) -> Vec<(Server, Load)> {
+        let state = self.state.lock();
+        let now = clock::now();
+        let mut servers = Vec::new();
+        for (index, peer) in state.peers.iter().enumerate() {
+            let presence = state.view.presence(index, now);
+            for (engine, offer) in peer.offers.iter().enumerate() {
+                let Some(fit) = offer.as_ref().and_then(|offer| offer.fit(ask)) else { continue };
+                let Some(seen) = state.view.seen(index, engine, now) else { continue };
+                let standing = match presence {
+                    Presence::Present if !peer.breaker.allows(now) => Standing::Ejected,
+                    Presence::Present if seen.load.unusable => Standing::Down,
+                    Presence::Present => Standing::Usable,
+                    Presence::Draining | Presence::Silent | Presence::Unknown => Standing::Down,
+                };
+                let server = Server {
+                    place: Place::Peer(index),
+                    fit,
+                    standing,
+                    utilisation: seen.load.utilisation(),
+                    free: f64::from(seen.load.free()) * seen.confidence,
+                    departures: seen.load.drain_rate * seen.age.as_secs_f64() * seen.confidence,
+                };
+                servers.push((server, seen.load));
+            }
+        }
+        servers
+    }
+
+    /// The peer of which nothing is known that has fewest of our calls; for when nobody known can take a call.
+    pub(crate) fn unknown(&self, tried: &[Place]) -> Option<usize> {
+        let state = self.state.lock();
+        let now = clock::now();
+        (0..self.names.len())
+            .filter(|index| !tried.contains(&Place::Peer(*index)))
+            .filter(|index| state.view.presence(*index, now) == Presence::Unknown)
+            .filter(|index| state.peers[*index].breaker.allows(now))
+            .min_by_key(|index| state.peers[*index].in_flight)
+    }
+
+    fn began(&self, index: usize) {
+        let mut state = self.state.lock();
+        let now = clock::now();
+        state.view.sent(index, None, now);
+        state.peers[index].breaker.begin(now);
+        state.peers[index].in_flight += 1;
+    }
+
+    fn ended(&self, index: usize) {
+        let peer = &mut self.state.lock().peers[index];
+        peer.in_flight = peer.in_flight.saturating_sub(1);
+    }
+
+    fn replied(&self, index: usize) {
+        self.state.lock().peers[index].breaker.replied();
+    }
+
+    fn busy(&self, index: usize) {
+        self.state.lock().view.busy(index, clock::now());
+    }
+
+    fn broken(&self, index: usize, now: Instant, cut_off: bool) {
+        let mut state = self.state.lock();
+        if cut_off {
+            state.view.cut_off(index, now);
+        }
+        if state.peers[index].breaker.broken(now) {
+            let name = &self.names[index];
+            tracing::warn!(peer = %name.node, region = %name.region, "calls to a peer broke off again and again; it is ejected for a while");
+        }
+    }
+
+    /// A reply of peer `index` reported the load of its engine called `engine`.
+    fn learn(&self, index: usize, engine: &str, trailers: &HeaderMap) {
+        let mut state = self.state.lock();
+        let Some(engine) = state.peers[index].engines.iter().position(|e| e.as_str() == engine)
+        else {
+            return;
+        };
+        let now = clock::now();
+        let Some(known) = state.view.seen(index, engine, now) else { return };
+        if let Some(load) = orca::read(trailers, known.load) {
+            state.view.reply(index, engine, load, now);
+        }
+    }
+}
+
+/// The peers of a node, as one worker calls them. Cloneable.
+#[derive(Clone, Debug)]
+pub(crate) struct Peers {
+    board: Arc<Board>,
+    channels: Arc<[Channel]>,
 }
 
 /// A call to a peer in progress.
 #[derive(Debug)]
 pub(crate) struct PeerCall {
+    board: Arc<Board>,
     channel: Channel,
-    in_flight: Arc<AtomicU32>,
+    index: usize,
 }
 
 impl Drop for PeerCall {
     fn drop(&mut self) {
-        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.board.ended(self.index);
     }
 }
 
 impl PeerCall {
+    /// Which peer.
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+
+    /// How it is called in messages.
+    pub(crate) fn name(&self) -> String {
+        self.channel.target().name().to_owned()
+    }
+
     /// Makes the call.
-    pub(crate) async fn send(&self, request: Request<Body>) -> Result<Response<Body>, Refusal> {
-        self.channel.send(request).await.map_err(|error| Refusal::Transport {
-            target: self.channel.target().name().to_owned(),
-            to_peer: true,
-            error,
-        })
+    pub(crate) async fn send(
+        &self,
+        request: Request<Body>,
+    ) -> Result<Response<Body>, TransportError> {
+        self.channel.send(request).await
+    }
+
+    /// The peer answered, whatever it said.
+    pub(crate) fn replied(&self) {
+        self.board.replied(self.index);
+    }
+
+    /// The peer answered that it has no room.
+    pub(crate) fn busy(&self) {
+        self.board.busy(self.index);
+    }
+
+    /// The peer did not answer as it should. `cut_off`: nothing comes from it at all.
+    pub(crate) fn broken(&self, cut_off: bool) {
+        self.board.broken(self.index, clock::now(), cut_off);
+    }
+
+    /// The reply reported the load of the engine that served it.
+    pub(crate) fn learn(&self, engine: &str, trailers: &HeaderMap) {
+        self.board.learn(self.index, engine, trailers);
     }
 }
 
 impl Peers {
-    pub(crate) fn new(channels: impl Iterator<Item = Channel>, rng: StdRng) -> Self {
-        let peers = channels.map(|channel| Peer { channel, in_flight: Arc::default() }).collect();
-        Self { peers, rng: Arc::new(Mutex::new(rng)) }
+    pub(crate) fn new(board: Arc<Board>, channels: impl Iterator<Item = Channel>) -> Self {
+        Self { board, channels: channels.collect() }
     }
 
-    /// The less busy of two peers drawn at random; `None` without peers.
-    pub(crate) fn choose(&self) -> Option<PeerCall> {
-        let candidates: Vec<_> = self
-            .peers
-            .iter()
-            .map(|peer| Candidate {
-                in_flight: peer.in_flight.load(Ordering::Relaxed),
-                slots: None,
-            })
-            .collect();
-        let chosen = two_choices(&candidates, &mut *self.rng.lock())?;
-        let peer = &self.peers[chosen];
-        peer.in_flight.fetch_add(1, Ordering::Relaxed);
-        Some(PeerCall { channel: peer.channel.clone(), in_flight: peer.in_flight.clone() })
+    /// A node that forwards to nobody.
+    pub(crate) fn none() -> Self {
+        Self { board: Arc::new(Board::new(vec![])), channels: Arc::default() }
+    }
+
+    pub(crate) fn board(&self) -> &Board {
+        &self.board
+    }
+
+    /// Whether the model of a call decides which of them serves it.
+    pub(crate) fn depend_on_model(&self) -> bool {
+        self.board.has_models.load(Ordering::Relaxed)
+    }
+
+    /// Begins a call to peer `index`.
+    pub(crate) fn begin(&self, index: usize) -> Option<PeerCall> {
+        let channel = self.channels.get(index)?.clone();
+        self.board.began(index);
+        Some(PeerCall { board: self.board.clone(), channel, index })
     }
 }

@@ -2,7 +2,10 @@
 //!
 //! Every refusal says who refuses and why: in words, and as `isobar.node.v1.Refusal` in `grpc-status-details-bin`.
 
-use http::{Response, StatusCode};
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
+use http_body_util::BodyExt as _;
 use prost::Message as _;
 use proto::{
     google::rpc,
@@ -11,10 +14,13 @@ use proto::{
 use tonic::{Code, Status, body::Body};
 use transport::{TransportError, grpc};
 
-use crate::hop::Loop;
+use crate::hop::{self, Loop};
 
-/// The type of the detail in `grpc-status-details-bin`, as google.protobuf.Any names it.
+/// The types of the details in `grpc-status-details-bin`, as google.protobuf.Any names them.
 const REFUSAL_TYPE: &str = "type.googleapis.com/isobar.node.v1.Refusal";
+const RETRY_TYPE: &str = "type.googleapis.com/google.rpc.RetryInfo";
+/// When a caller may come again, in milliseconds (gRFC A6).
+const PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
 
 /// Why.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -22,14 +28,23 @@ pub(crate) enum Refusal {
     /// The caller speaks something else than gRPC. Its fault.
     #[error("this port speaks gRPC: send content-type application/grpc")]
     NotGrpc,
+    /// The caller speaks gRPC over HTTP/1.1. Its fault.
+    #[error("gRPC needs HTTP/2 or HTTP/3")]
+    NotOverHttp1,
     /// The caller's `grpc-timeout` cannot be read. Its fault.
     #[error(transparent)]
     Timeout(#[from] base::TimeoutError),
+    /// The request does not say which model it is for. The caller's fault; no engine has seen the call.
+    #[error("the request cannot be routed: {why}")]
+    Unreadable {
+        /// What is wrong with it.
+        why: String,
+    },
     /// The call came back. The configuration is at fault; no engine has seen the call.
     #[error("the call has crossed {} already: does the url of an engine lead back into the mesh?", .0.via)]
     Loop(Loop),
     /// No engine known here serves what was asked for. No engine has seen the call.
-    #[error("no engine of this node serves {what}")]
+    #[error("no engine this node knows of serves {what}")]
     NoEngine {
         /// The model, or the method where no model was named.
         what: String,
@@ -39,6 +54,26 @@ pub(crate) enum Refusal {
     Full {
         /// The model, or the method where no model was named.
         what: String,
+        /// When there is probably room again.
+        retry_after: Duration,
+    },
+    /// Engines serve it, and all of them fail. No engine has seen the call; later one may be back.
+    #[error("the engines that serve {what} fail or cannot be reached")]
+    Unusable {
+        /// The model, or the method where no model was named.
+        what: String,
+    },
+    /// This node holds back as many bytes as it may. No engine has seen the call; later there may be room.
+    #[error("this node holds back as many bytes of requests as node.buffer_bytes allows")]
+    NoMemory,
+    /// Too many of the calls that come from peers are second attempts. No engine has seen the call.
+    #[error("too many of the calls that come to this node are retries")]
+    TooManyRetries,
+    /// A peer was sent the call and said nothing in time. It may have begun it, if the method may run twice.
+    #[error("{target} did not acknowledge the call in time")]
+    Unacknowledged {
+        /// Which peer.
+        target: String,
     },
     /// An engine or a peer did not answer as it should.
     #[error("{target}: {error}")]
@@ -63,13 +98,21 @@ pub(crate) enum Refusal {
     Deadline,
 }
 
+/// When a caller may come again, where nothing better is known.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// How much of what a caller sent is repeated to it.
+const SHOWN_CHARS_MAX: usize = 200;
+
 impl Refusal {
     fn code(&self) -> Code {
         match self {
-            Self::NotGrpc | Self::Timeout(_) => Code::InvalidArgument,
+            Self::NotGrpc | Self::NotOverHttp1 | Self::Timeout(_) | Self::Unreadable { .. } => {
+                Code::InvalidArgument
+            }
             Self::Loop(_) => Code::FailedPrecondition,
             Self::NoEngine { .. } => Code::NotFound,
-            Self::Full { .. } => Code::ResourceExhausted,
+            Self::Full { .. } | Self::NoMemory | Self::TooManyRetries => Code::ResourceExhausted,
+            Self::Unusable { .. } | Self::Unacknowledged { .. } => Code::Unavailable,
             Self::Transport { error, .. } => error.code(),
             Self::Broken { code, .. } => *code,
             Self::Deadline => Code::DeadlineExceeded,
@@ -83,10 +126,14 @@ impl Refusal {
 
     fn reason(&self) -> RefusalReason {
         match self {
-            Self::NotGrpc | Self::Timeout(_) => RefusalReason::Unspecified,
+            Self::NotGrpc | Self::NotOverHttp1 | Self::Timeout(_) => RefusalReason::Unspecified,
+            Self::Unreadable { .. } => RefusalReason::Unreadable,
             Self::Loop(_) => RefusalReason::Loop,
             Self::NoEngine { .. } => RefusalReason::NoEngine,
-            Self::Full { .. } => RefusalReason::EngineFull,
+            Self::Full { .. } | Self::TooManyRetries => RefusalReason::EngineFull,
+            Self::Unusable { .. } => RefusalReason::Unusable,
+            Self::NoMemory => RefusalReason::NoMemory,
+            Self::Unacknowledged { .. } => RefusalReason::Unacknowledged,
             Self::Transport { to_peer: true, error, .. } if error.is_retry_safe() => {
                 RefusalReason::PeerUnreachable
             }
@@ -95,52 +142,150 @@ impl Refusal {
         }
     }
 
+    /// The label in the books.
+    pub(crate) fn label(&self) -> &'static str {
+        match self {
+            Self::NotGrpc | Self::NotOverHttp1 => "protocol",
+            Self::Timeout(_) | Self::Unreadable { .. } => "unreadable",
+            Self::Loop(_) => "loop",
+            Self::NoEngine { .. } => "no_engine",
+            Self::Full { .. } => "full",
+            Self::Unusable { .. } => "unusable",
+            Self::NoMemory => "no_memory",
+            Self::TooManyRetries => "too_many_retries",
+            Self::Unacknowledged { .. } => "unacknowledged",
+            Self::Transport { .. } => "transport",
+            Self::Broken { .. } => "broken_request",
+            Self::Deadline => "deadline",
+        }
+    }
+
     fn target(&self) -> String {
         match self {
-            Self::NoEngine { what } | Self::Full { what } => what.clone(),
-            Self::Transport { target, .. } => target.clone(),
+            Self::NoEngine { what } | Self::Full { what, .. } | Self::Unusable { what } => {
+                shown(what)
+            }
+            Self::Transport { target, .. } | Self::Unacknowledged { target } => target.clone(),
             Self::NotGrpc
+            | Self::NotOverHttp1
             | Self::Timeout(_)
+            | Self::Unreadable { .. }
             | Self::Loop(_)
+            | Self::NoMemory
+            | Self::TooManyRetries
             | Self::Broken { .. }
             | Self::Deadline => String::new(),
         }
     }
 
-    /// The status a caller gets, and the code for the books.
+    /// When the caller may come again; `None`: coming again does not help, or is the caller's own affair.
+    pub(crate) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Full { retry_after, .. } => Some(*retry_after),
+            Self::NoMemory | Self::TooManyRetries | Self::Unusable { .. } => Some(RETRY_AFTER),
+            _ => None,
+        }
+    }
+
+    /// Whether certainly no engine has seen the call.
+    fn is_unseen(&self) -> bool {
+        match self {
+            Self::Transport { error, .. } => error.is_retry_safe(),
+            Self::Unacknowledged { .. } | Self::Deadline => false,
+            _ => true,
+        }
+    }
+
+    /// The status a caller gets.
     pub(crate) fn status(&self, who: &Who) -> Status {
-        let message = format!("{who}: {self}");
+        let message = format!("{who}: {}", shown(&self.to_string()));
         let detail = wire::Refusal {
             reason: self.reason().into(),
             node: who.node.clone(),
             region: who.region.clone(),
             target: self.target(),
         };
-        let details = rpc::Status {
-            code: self.code().into(),
-            message: message.clone(),
-            details: vec![prost_types::Any {
-                type_url: REFUSAL_TYPE.to_owned(),
-                value: detail.encode_to_vec(),
-            }],
-        };
+        let mut details = vec![any(REFUSAL_TYPE, &detail)];
+        if let Some(wait) = self.retry_after() {
+            let retry_delay = prost_types::Duration::try_from(wait).ok();
+            details.push(any(RETRY_TYPE, &rpc::RetryInfo { retry_delay }));
+        }
+        let details = rpc::Status { code: self.code().into(), message: message.clone(), details };
         Status::with_details(self.code(), message, details.encode_to_vec().into())
     }
 
     /// The reply a caller gets.
     pub(crate) fn response(&self, who: &Who) -> Response<Body> {
-        if let Self::NotGrpc = self {
+        let http = match self {
             // PROTOCOL-HTTP2: what is not gRPC is answered with 415, so that plain HTTP clients understand.
-            let mut response = Response::new(Body::empty());
-            *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+            Self::NotGrpc => Some(StatusCode::UNSUPPORTED_MEDIA_TYPE),
+            Self::NotOverHttp1 => Some(StatusCode::UPGRADE_REQUIRED),
+            _ => None,
+        };
+        if let Some(status) = http {
+            let mut response = Response::new(Body::new(
+                http_body_util::Full::from(format!("{self}\n")).map_err(|n| match n {}),
+            ));
+            *response.status_mut() = status;
             return response;
         }
-        grpc::refusal(&self.status(who))
+        let mut response = grpc::refusal(&self.status(who));
+        let headers = response.headers_mut();
+        if self.is_unseen() {
+            headers.insert(hop::FLAGS, HeaderValue::from_static(hop::REFUSED));
+        }
+        if let Some(wait) = self.retry_after() {
+            let ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+            headers.insert(PUSHBACK, ms.into());
+        }
+        response
     }
 
     /// The gRPC code of the reply.
     pub(crate) fn outcome(&self) -> Code {
         self.code()
+    }
+}
+
+fn any(type_url: &str, message: &impl prost::Message) -> prost_types::Any {
+    prost_types::Any { type_url: type_url.to_owned(), value: message.encode_to_vec() }
+}
+
+/// A text of whatever length, as far as it is shown.
+fn shown(text: &str) -> String {
+    match text.char_indices().nth(SHOWN_CHARS_MAX) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+/// What a reply asks of whoever would try again (gRFC A6, "Pushback").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pushback {
+    /// Nothing.
+    None,
+    /// To wait so long.
+    Wait(Duration),
+    /// Not to try again at all.
+    Never,
+}
+
+impl Pushback {
+    /// What headers or trailers say. A value that cannot be read means: not at all.
+    pub(crate) fn read(headers: &HeaderMap) -> Self {
+        let Some(value) = headers.get(PUSHBACK) else { return Self::None };
+        let ms = value.to_str().ok().and_then(|text| text.parse::<i64>().ok());
+        ms.and_then(|ms| u64::try_from(ms).ok())
+            .map_or(Self::Never, |ms| Self::Wait(Duration::from_millis(ms)))
+    }
+
+    /// How long an engine that says so wants to be left alone.
+    pub(crate) fn wait(self) -> Option<Duration> {
+        match self {
+            Self::None => None,
+            Self::Wait(wait) => Some(wait),
+            Self::Never => Some(RETRY_AFTER),
+        }
     }
 }
 
@@ -166,7 +311,8 @@ mod tests {
     #[test]
     fn a_refusal_says_who_and_why_in_words_and_in_details() {
         let who = Who { node: "a".into(), region: "eu".into() };
-        let status = Refusal::Full { what: "model llama".into() }.status(&who);
+        let retry_after = Duration::from_millis(1_500);
+        let status = Refusal::Full { what: "model llama".into(), retry_after }.status(&who);
         assert_eq!(status.code(), Code::ResourceExhausted);
         assert!(status.message().starts_with("isobar node a (eu): every slot"), "{status}");
         let details = rpc::Status::decode(status.details()).unwrap();
@@ -176,5 +322,42 @@ mod tests {
         assert_eq!((refusal.node.as_str(), refusal.region.as_str()), ("a", "eu"));
         assert_eq!(refusal.target, "model llama");
         assert_eq!(details.details[0].type_url, REFUSAL_TYPE);
+        assert_eq!(details.details[1].type_url, RETRY_TYPE);
+        let retry = rpc::RetryInfo::decode(&details.details[1].value[..]).unwrap();
+        let delay = retry.retry_delay.unwrap();
+        assert_eq!((delay.seconds, delay.nanos), (1, 500_000_000));
+    }
+
+    #[test]
+    fn a_refusal_says_when_to_come_again_and_that_nothing_ran() {
+        let who = Who { node: "a".into(), region: "eu".into() };
+        let full = Refusal::Full { what: "m".into(), retry_after: Duration::from_millis(120) };
+        let reply = full.response(&who);
+        assert_eq!(reply.headers()["grpc-retry-pushback-ms"], "120");
+        assert!(hop::is_refused(reply.headers()));
+        let late = Refusal::Deadline.response(&who);
+        assert!(!hop::is_refused(late.headers()) && !late.headers().contains_key(PUSHBACK));
+    }
+
+    #[test]
+    fn a_refusal_is_short_whatever_was_asked() {
+        let who = Who { node: "a".into(), region: "eu".into() };
+        let reply = Refusal::NoEngine { what: "x".repeat(16_000) }.response(&who);
+        let size: usize = reply.headers().iter().map(|(n, v)| n.as_str().len() + v.len()).sum();
+        assert!(size < 2_000, "{size}");
+    }
+
+    #[test]
+    fn pushback_is_read_as_grpc_says() {
+        for (text, want) in [
+            ("250", Pushback::Wait(Duration::from_millis(250))),
+            ("0", Pushback::Wait(Duration::ZERO)),
+            ("-1", Pushback::Never),
+            ("soon", Pushback::Never),
+        ] {
+            let headers = HeaderMap::from_iter([(PUSHBACK, HeaderValue::from_static(text))]);
+            assert_eq!(Pushback::read(&headers), want, "{text}");
+        }
+        assert_eq!(Pushback::read(&HeaderMap::new()), Pushback::None);
     }
 }

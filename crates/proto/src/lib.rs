@@ -21,6 +21,14 @@ pub mod inference {
 
 /// Types the mesh speaks of its own.
 pub mod isobar {
+    /// The mesh.
+    pub mod mesh {
+        /// What nodes tell each other over the gossip port.
+        pub mod v1 {
+            tonic::include_proto!("isobar.mesh.v1");
+        }
+    }
+
     /// Nodes.
     pub mod node {
         /// What a node says of a call.

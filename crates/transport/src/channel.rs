@@ -78,7 +78,7 @@ pub(crate) enum Connection {
 /// A place on a connection for one call.
 #[derive(Debug)]
 pub(crate) enum Place {
-    H2(http2::Client),
+    H2(http2::Place),
     H3(Box<h3::client::Stream>),
 }
 
@@ -119,7 +119,7 @@ impl Connection {
     /// Takes a place for a call. `None`: it is full.
     pub(crate) async fn place(&self) -> Result<Option<Place>, TransportError> {
         match self {
-            Self::H2(client) => Ok(Some(Place::H2(client.clone()))),
+            Self::H2(client) => Ok(client.place().map(Place::H2)),
             Self::H3(client) => Ok(client.open().await?.map(|stream| Place::H3(Box::new(stream)))),
         }
     }
@@ -128,7 +128,7 @@ impl Connection {
 impl Place {
     pub(crate) async fn call(self, request: Request<Body>) -> Result<Response<Body>, CallError> {
         match self {
-            Self::H2(client) => client.call(request).await,
+            Self::H2(place) => place.call(request).await,
             Self::H3(stream) => stream.call(request).await.map_err(CallError::Failed),
         }
     }

@@ -4,10 +4,15 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::uri::Authority;
 use rustls::pki_types::ServerName;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 use tokio_util::task::TaskTracker;
 
 use crate::{Limits, QuicKeys, TransportError, Worker, channel::Connection, h3, http2, quic};
+
+/// A TCP connection on which nothing came for so long is probed this often; the kernel gives up after nine probes.
+const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
 
 /// Whom to call.
 #[derive(Clone, Debug)]
@@ -71,11 +76,9 @@ impl Dialer {
     /// # Errors
     /// When no UDP socket can be bound.
     pub fn new(worker: &Worker, keys: &QuicKeys, limits: Limits) -> io::Result<Self> {
-        Ok(Self {
-            endpoint: quic::dialing_endpoint(keys, worker.index)?,
-            limits: Arc::new(limits),
-            tasks: worker.outgoing.clone(),
-        })
+        let endpoint = quic::dialing_endpoint(keys, worker.index)?;
+        worker.endpoints.add(&endpoint);
+        Ok(Self { endpoint, limits: Arc::new(limits), tasks: worker.outgoing.clone() })
     }
 
     pub(crate) fn limits(&self) -> &Limits {
@@ -94,39 +97,48 @@ impl Dialer {
 
     /// Connects by whatever works first.
     pub(crate) async fn dial(&self, target: &Target) -> Result<Connection, TransportError> {
-        let race = async {
-            if target.tls.is_none() {
-                return self.dial_tcp(target).await;
-            }
-            let quic = self.dial_quic(target);
-            tokio::pin!(quic);
-            let early = tokio::time::timeout(self.limits.tcp_race_after, &mut quic).await;
-            let failed = match early {
-                Ok(Ok(connection)) => return Ok(connection),
-                Ok(Err(error)) => Some(error),
-                Err(_) => None,
-            };
-            let tcp = self.dial_tcp(target);
-            if let Some(error) = failed {
-                // Over TCP the same cause may show again; QUIC's word is the better one.
-                return tcp.await.map_err(|_| error);
-            }
-            tokio::pin!(tcp);
+        let limit = self.limits.dial_timeout;
+        tokio::time::timeout(limit, self.race(target))
+            .await
+            .unwrap_or_else(|_| Err(failure(target, format!("no answer within {limit:?}"))))
+    }
+
+    async fn race(&self, target: &Target) -> Result<Connection, TransportError> {
+        if target.tls.is_none() {
+            return self.dial_tcp(target).await;
+        }
+        let quic = self.dial_quic(target);
+        tokio::pin!(quic);
+        match tokio::time::timeout(self.limits.tcp_race_after, &mut quic).await {
+            Ok(Ok(connection)) => return Ok(connection),
+            // Over TCP the same cause may show again; QUIC's word is the better one.
+            Ok(Err(error)) => return self.dial_tcp(target).await.map_err(|_| error),
+            Err(_) => {}
+        }
+        let tcp = self.dial_tcp(target);
+        tokio::pin!(tcp);
+        let mut quic_failed = false;
+        // Until TCP has failed too, its word is not known.
+        let mut tcp_failed = None;
+        loop {
             tokio::select! {
-                Ok(connection) = &mut quic => Ok(connection),
-                connection = &mut tcp => match connection {
-                    Ok(connection) => Ok(connection),
-                    // Who refuses TCP seldom answers QUIC, but a slow handshake may still be under way.
-                    Err(error) => tokio::time::timeout(self.limits.tcp_race_after * 2, quic)
-                        .await
-                        .map_or_else(|_| Err(error.clone()), |late| late.map_err(|_| error.clone())),
+                connected = &mut quic, if !quic_failed => match connected {
+                    Ok(connection) => return Ok(connection),
+                    Err(_) => quic_failed = true,
                 },
-                else => Err(failure(target, "neither QUIC nor TCP answered")),
+                connected = &mut tcp, if tcp_failed.is_none() => match connected {
+                    Ok(connection) => return Ok(connection),
+                    Err(error) => tcp_failed = Some(error),
+                },
+                // Who refuses TCP seldom answers QUIC, but a slow handshake may still be under way.
+                () = tokio::time::sleep(self.limits.tcp_race_after * 2), if tcp_failed.is_some() => {
+                    quic_failed = true;
+                }
             }
-        };
-        tokio::time::timeout(self.limits.dial_timeout, race).await.unwrap_or_else(|_| {
-            Err(failure(target, format!("no answer within {:?}", self.limits.dial_timeout)))
-        })
+            if quic_failed && let Some(error) = tcp_failed {
+                return Err(error);
+            }
+        }
     }
 
     /// Connects over QUIC.
@@ -138,13 +150,15 @@ impl Dialer {
             .map_err(|error| failure(target, error))?;
         let host = host(&target.authority);
         let mut last = failure(target, "its name has no address");
-        for address in resolve(target).await? {
+        let addresses = self.resolve(target).await?;
+        let share = self.share(addresses.len());
+        for address in addresses {
             let connecting = self
                 .endpoint
                 .connect_with(config.clone(), address, host)
                 .map_err(|error| failure(target, error));
             let connected = match connecting {
-                Ok(connecting) => tokio::time::timeout(self.limits.dial_timeout, connecting).await,
+                Ok(connecting) => tokio::time::timeout(share, connecting).await,
                 Err(error) => {
                     last = error;
                     continue;
@@ -164,13 +178,28 @@ impl Dialer {
 
     async fn dial_tcp(&self, target: &Target) -> Result<Connection, TransportError> {
         let mut last = failure(target, "its name has no address");
-        for address in resolve(target).await? {
-            match self.dial_address(target, address).await {
-                Ok(connection) => return Ok(connection),
-                Err(error) => last = error,
+        let addresses = self.resolve(target).await?;
+        let share = self.share(addresses.len());
+        for address in addresses {
+            match tokio::time::timeout(share, self.dial_address(target, address)).await {
+                Ok(Ok(connection)) => return Ok(connection),
+                Ok(Err(error)) => last = error,
+                Err(_) => last = failure(target, "TCP: no answer"),
             }
         }
         Err(last)
+    }
+
+    async fn resolve(&self, target: &Target) -> Result<Vec<SocketAddr>, TransportError> {
+        resolve(&target.authority).await.map_err(|error| match error {
+            TransportError::Dial { reason, .. } => failure(target, reason),
+            other => other,
+        })
+    }
+
+    /// The time one of `addresses` is given, so that a dead one does not hide the others.
+    fn share(&self, addresses: usize) -> Duration {
+        self.limits.dial_timeout / u32::try_from(addresses.max(1)).unwrap_or(u32::MAX)
     }
 
     async fn dial_address(
@@ -182,6 +211,12 @@ impl Dialer {
             .await
             .map_err(|error| failure(target, format!("TCP: {error}")))?;
         stream.set_nodelay(true).map_err(|error| failure(target, error))?;
+        // The kernel notices a dead host; HTTP/2 pings would make gRPC servers close the connection.
+        let probes =
+            TcpKeepalive::new().with_time(KEEPALIVE_AFTER).with_interval(KEEPALIVE_INTERVAL);
+        if let Err(error) = SockRef::from(&stream).set_tcp_keepalive(&probes) {
+            tracing::debug!(%error, "no TCP keep-alive");
+        }
         let Some(PeerTls(tls)) = &target.tls else {
             let client =
                 http2::Client::handshake(stream, "http", &self.limits, &self.tasks).await?;
@@ -208,18 +243,19 @@ fn failure(target: &Target, reason: impl std::fmt::Display) -> TransportError {
 }
 
 /// The host of an authority as TLS and resolvers want it: an IPv6 address without its brackets.
-fn host(authority: &Authority) -> &str {
+pub(crate) fn host(authority: &Authority) -> &str {
     authority.host().trim_start_matches('[').trim_end_matches(']')
 }
 
 /// A name is looked up at every dial: the system's resolver caches, and an address may move.
-async fn resolve(target: &Target) -> Result<Vec<SocketAddr>, TransportError> {
+pub(crate) async fn resolve(authority: &Authority) -> Result<Vec<SocketAddr>, TransportError> {
     const LOOKUP_TIMEOUT: Duration = Duration::from_secs(3);
-    let port = target.authority.port_u16().ok_or_else(|| failure(target, "it has no port"))?;
-    let lookup = tokio::net::lookup_host((host(&target.authority), port));
+    let failed = |reason: String| TransportError::Dial { target: authority.to_string(), reason };
+    let port = authority.port_u16().ok_or_else(|| failed("it has no port".to_owned()))?;
+    let lookup = tokio::net::lookup_host((host(authority), port));
     match tokio::time::timeout(LOOKUP_TIMEOUT, lookup).await {
         Ok(Ok(addresses)) => Ok(addresses.collect()),
-        Ok(Err(error)) => Err(failure(target, format!("its name cannot be resolved: {error}"))),
-        Err(_) => Err(failure(target, "its name was not resolved in time")),
+        Ok(Err(error)) => Err(failed(format!("its name cannot be resolved: {error}"))),
+        Err(_) => Err(failed("its name was not resolved in time".to_owned())),
     }
 }

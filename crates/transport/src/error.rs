@@ -26,6 +26,9 @@ pub enum TransportError {
     /// The connection ended under the call.
     #[error("the connection ended: {0}")]
     Closed(String),
+    /// Nothing came over the connection for so long, with calls in flight, that it was given up.
+    #[error("nothing came over the connection for {0:?}; it was given up")]
+    Silent(std::time::Duration),
     /// The other end reset the call over HTTP/3.
     #[error("the other end reset the call with {0}")]
     ResetH3(H3Code),
@@ -80,6 +83,7 @@ impl TransportError {
             Self::ResetH3(code) => *code == H3Code::REQUEST_REJECTED,
             Self::ResetH2(reason) => *reason == h2::Reason::REFUSED_STREAM,
             Self::Closed(_)
+            | Self::Silent(_)
             | Self::Malformed(_)
             | Self::HeadersTooLong { .. }
             | Self::Unread(_)
@@ -87,11 +91,17 @@ impl TransportError {
         }
     }
 
+    /// Whether the other end is there and turned the call away before it began it: it drains, or its limit is reached.
+    #[must_use]
+    pub fn is_rejection(&self) -> bool {
+        matches!(self, Self::ResetH3(_) | Self::ResetH2(_)) && self.is_retry_safe()
+    }
+
     /// The gRPC status code of this failure: gRPC over HTTP/2 ("HTTP2 Transport Mapping") and proposal G2 for HTTP/3.
     #[must_use]
     pub fn code(&self) -> Code {
         match self {
-            Self::Dial { .. } | Self::Closed(_) => Code::Unavailable,
+            Self::Dial { .. } | Self::Closed(_) | Self::Silent(_) => Code::Unavailable,
             Self::Full { .. } | Self::HeadersTooLong { .. } | Self::Unread(_) => {
                 Code::ResourceExhausted
             }

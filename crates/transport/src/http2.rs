@@ -26,7 +26,7 @@ use tonic::{Status, body::Body};
 use tower::{Service, ServiceExt as _};
 
 use crate::{
-    CallInfo, Limits, TransportError,
+    CallInfo, Limits, Progress, TransportError,
     unread::{Unread, Watch, Watched},
 };
 
@@ -138,9 +138,10 @@ impl Client {
             .initial_stream_window_size(limits.stream_window_bytes)
             .initial_connection_window_size(limits.connection_window_bytes)
             .max_send_buf_size(limits.stream_window_bytes as usize)
-            .max_header_list_size(limits.header_section_bytes)
-            .keep_alive_interval(Duration::from_secs(5).min(limits.idle_timeout / 2))
-            .keep_alive_timeout(limits.idle_timeout / 2);
+            .max_header_list_size(limits.header_section_bytes);
+        if let Some(silence) = limits.silence {
+            builder.keep_alive_interval(limits.ping_interval).keep_alive_timeout(silence);
+        }
         let (sender, mut connection) = builder
             .handshake(TokioIo::new(io))
             .await
@@ -197,13 +198,33 @@ impl Client {
         self.closed.cancel();
     }
 
+    /// Takes a place for a call; `None`: the server lets no more be open at once. hyper would queue without a bound.
+    pub(crate) fn place(&self) -> Option<Place> {
+        let streams = self.streams();
+        let take = |count: usize| (count < streams).then_some(count + 1);
+        self.in_flight.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?;
+        Some(Place { client: self.clone(), in_flight: Counted(self.in_flight.clone()) })
+    }
+}
+
+/// A place for one call on a connection.
+#[derive(Debug)]
+pub(crate) struct Place {
+    client: Client,
+    in_flight: Counted,
+}
+
+impl Place {
     /// Makes the call. Dropping the future, or the body of the response, cancels it at the server.
-    pub(crate) async fn call(&self, request: Request<Body>) -> Result<Response<Body>, CallError> {
-        let in_flight = Counted::new(&self.in_flight);
+    pub(crate) async fn call(self, request: Request<Body>) -> Result<Response<Body>, CallError> {
+        let Self { client, in_flight } = self;
         let (mut head, body) = request.into_parts();
+        if let Some(progress) = head.extensions.get::<Progress>() {
+            progress.mute();
+        }
         head.version = http::Version::HTTP_2;
         let mut uri = std::mem::take(&mut head.uri).into_parts();
-        uri.scheme = self.scheme.parse().ok();
+        uri.scheme = client.scheme.parse().ok();
         head.uri = http::Uri::from_parts(uri).map_err(|_| {
             CallError::Failed(TransportError::Malformed("a request without authority or path"))
         })?;
@@ -211,14 +232,14 @@ impl Client {
         let (wanted, unwanted) = oneshot::channel();
         let request = Request::from_parts(head, Upload { body, unwanted: Some(unwanted) });
         let response =
-            self.sender.clone().try_send_request(request).await.map_err(|mut error| {
+            client.sender.clone().try_send_request(request).await.map_err(|mut error| {
                 let cause = TransportError::from_hyper(error.error());
                 match error.take_message() {
                     Some(request) => CallError::Unsent(Box::new(request.map(|upload| upload.body))),
                     None => CallError::Failed(cause),
                 }
             })?;
-        Ok(response.map(|body| Incoming::body(body, &self.unread, (in_flight, wanted))))
+        Ok(response.map(|body| Incoming::body(body, &client.unread, (in_flight, wanted))))
     }
 }
 
@@ -242,13 +263,6 @@ async fn idle(in_flight: &AtomicUsize, timeout: Duration) {
 
 #[derive(Debug)]
 struct Counted(Arc<AtomicUsize>);
-
-impl Counted {
-    fn new(count: &Arc<AtomicUsize>) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(count.clone())
-    }
-}
 
 impl Drop for Counted {
     fn drop(&mut self) {
@@ -326,11 +340,13 @@ impl Stream {
 
 impl Watched for Stream {
     fn has_unread(&mut self) -> bool {
-        if self.taken.is_none()
-            && let Poll::Ready(Some(Ok(frame))) =
-                self.poll_frame(&mut Context::from_waker(Waker::noop()))
-        {
-            self.taken = Some(frame);
+        if self.taken.is_none() {
+            match self.poll_frame(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(Some(Ok(frame))) => self.taken = Some(frame),
+                // hyper says it once, and a clean end ever after.
+                Poll::Ready(Some(Err(error))) => self.body = Err(error),
+                Poll::Ready(None) | Poll::Pending => {}
+            }
         }
         self.taken.is_some()
     }

@@ -14,9 +14,12 @@ mod dial;
 mod error;
 pub mod grpc;
 pub mod h3;
+mod http1;
 mod http2;
 mod limits;
+mod link;
 mod pool;
+mod progress;
 mod quic;
 mod server;
 mod unread;
@@ -26,10 +29,12 @@ pub use channel::Channel;
 pub use dial::{Dialer, PeerTls, Target};
 pub use error::{CancelSource, TransportError};
 pub use limits::Limits;
+pub use link::{Incoming, Link, Links};
 pub use pool::Pool;
+pub use progress::{Acknowledge, Progress, Watching};
 pub use quic::{QuicKeys, SocketBuffers, bind_udp};
 pub use server::{CallInfo, Listener, Port, Protocol, Server, ServerTls};
-pub use worker::{Worker, Workers};
+pub use worker::{Endpoints, Worker, Workers};
 
 #[cfg(test)]
 mod tests;

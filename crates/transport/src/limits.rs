@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// The bounds of connections of one kind: [`Limits::clients`] or [`Limits::peers`]. Engines use [`Limits::peers`] too.
+/// The bounds of connections of one kind: [`Limits::clients`], [`Limits::peers`] or [`Limits::engines`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Calls the other end may have open at once on one QUIC connection. Beyond it the other end waits: QUIC gives it no
@@ -33,6 +33,10 @@ pub struct Limits {
     /// While calls are in flight something that asks for an ACK is sent this often, so that a quiet call is not idle.
     /// Default 10 s for clients, 250 ms for peers.
     pub ping_interval: Duration,
+    /// A connection with calls in flight on which nothing arrives for so long, pings notwithstanding, is dead: its calls
+    /// fail and the next ones open another. `None`: only the idle timeout ends it. Default 1 s for peers, otherwise none:
+    /// engines of Python answer late under load, and gRPC servers close connections that ping them (`too_many_pings`).
+    pub silence: Option<Duration>,
     /// A TLS or QUIC handshake, and the first frame of a request stream, must be done within this. Default 5 s.
     pub handshake_timeout: Duration,
     /// Handshakes in progress per worker. Beyond it new ones are refused. Default 1,024.
@@ -71,6 +75,7 @@ impl Limits {
             copy_below_bytes: 4 << 10,
             idle_timeout: Duration::from_secs(30),
             ping_interval: Duration::from_secs(10),
+            silence: None,
             handshake_timeout: Duration::from_secs(5),
             handshakes: 1024,
             retry_above_handshakes: 256,
@@ -93,8 +98,15 @@ impl Limits {
             send_window_bytes: 8 << 20,
             idle_timeout: Duration::from_secs(60),
             ping_interval: Duration::from_millis(250),
+            silence: Some(Duration::from_secs(1)),
             ..Self::clients()
         }
+    }
+
+    /// The defaults for connections to engines.
+    #[must_use]
+    pub fn engines() -> Self {
+        Self { silence: None, ..Self::peers() }
     }
 
     /// Streams granted to a fresh connection; more are granted as they fill.

@@ -11,6 +11,7 @@ use std::{
 
 use http::{Request, Response};
 use parking_lot::Mutex;
+use tokio::sync::watch;
 use tonic::body::Body;
 
 use crate::{
@@ -47,11 +48,13 @@ pub(crate) struct Entry {
     target: Target,
     connections: Mutex<Vec<Connection>>,
     last_use: AtomicU64,
-    /// Held while dialling, so that many calls wait for one dial.
-    dialling: tokio::sync::Mutex<()>,
-    failure: Mutex<Option<(Instant, TransportError)>>,
+    /// The dial in progress, so that many calls wait for one.
+    dialling: Mutex<Option<Dialling>>,
     probe: Mutex<Probe>,
 }
+
+/// What a dial came to, once it is over.
+type Dialling = watch::Receiver<Option<Result<(), TransportError>>>;
 
 #[derive(Debug)]
 struct Probe {
@@ -82,8 +85,7 @@ impl Pool {
                 target,
                 connections: Mutex::default(),
                 last_use: AtomicU64::new(0),
-                dialling: tokio::sync::Mutex::new(()),
-                failure: Mutex::new(None),
+                dialling: Mutex::new(None),
                 probe: Mutex::new(Probe { next: None, wait: PROBE_FIRST }),
             })
         });
@@ -122,20 +124,19 @@ impl Pool {
 
     /// A place for a call on an open connection, or on a new one.
     async fn place(&self, entry: &Arc<Entry>) -> Result<Place, TransportError> {
-        let asked = base::clock::now();
         // Each round ends with a place, an error, or one connection more.
         for _ in 0..=PER_TARGET {
             let Some(connection) = self.choose(entry) else {
-                self.dial(entry, asked).await?;
+                self.dial(entry).await?;
                 continue;
             };
             if !connection.is_quic() && entry.target.speaks_quic() {
-                self.probe_quic(entry, asked);
+                self.probe_quic(entry, base::clock::now());
             }
             match connection.place().await {
                 Ok(Some(place)) => return Ok(place),
                 Ok(None) if entry.connections.lock().len() < PER_TARGET => {
-                    self.dial(entry, base::clock::now()).await?;
+                    self.dial(entry).await?;
                 }
                 Ok(None) => break,
                 // It broke between the choice and the call: nothing was sent.
@@ -161,32 +162,39 @@ impl Pool {
         (!full || connections.len() >= PER_TARGET).then(|| least.clone())
     }
 
-    /// Opens one connection more. Calls that asked before a dial failed share its failure instead of repeating it.
-    async fn dial(&self, entry: &Arc<Entry>, asked: Instant) -> Result<(), TransportError> {
-        let before = entry.connections.lock().len();
-        let _dialling = entry.dialling.lock().await;
-        if entry.connections.lock().len() > before {
-            return Ok(());
+    /// Opens one connection more, or waits for the one that is being opened. The dial is a task of its own: a caller that
+    /// gives up does not end it for the others.
+    async fn dial(&self, entry: &Arc<Entry>) -> Result<(), TransportError> {
+        let mut outcome = self.dialling(entry)?;
+        let over = outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
+        match over {
+            Ok(Some(outcome)) => outcome,
+            Ok(None) | Err(_) => {
+                Err(TransportError::Closed("this node stopped while it dialled".into()))
+            }
         }
-        if let Some((when, error)) = &*entry.failure.lock()
-            && *when >= asked
-        {
-            return Err(error.clone());
+    }
+
+    fn dialling(&self, entry: &Arc<Entry>) -> Result<Dialling, TransportError> {
+        let mut dialling = entry.dialling.lock();
+        if let Some(outcome) = &*dialling {
+            return Ok(outcome.clone());
         }
         self.make_room(entry)?;
-        match self.0.dialer.dial(&entry.target).await {
-            Ok(connection) => {
+        let (tell, outcome) = watch::channel(None);
+        *dialling = Some(outcome.clone());
+        let (pool, entry) = (self.clone(), entry.clone());
+        self.0.dialer.tasks().spawn(async move {
+            let dialled = pool.0.dialer.dial(&entry.target).await.map(|connection| {
                 if !connection.is_quic() && entry.target.speaks_quic() {
                     tracing::info!(target = entry.target.name(), "QUIC did not answer; using TCP");
                 }
                 entry.connections.lock().push(connection);
-                Ok(())
-            }
-            Err(error) => {
-                *entry.failure.lock() = Some((base::clock::now(), error.clone()));
-                Err(error)
-            }
-        }
+            });
+            *entry.dialling.lock() = None;
+            tell.send_replace(Some(dialled));
+        });
+        Ok(outcome)
     }
 
     /// Keeps the pool within its bound by closing the least recently used target without calls.

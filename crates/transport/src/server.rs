@@ -21,12 +21,16 @@ use http::{Request, Response};
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use rustls::pki_types::CertificateDer;
 use socket2::{Domain, Socket, Type};
-use tokio::{net::TcpListener, sync::mpsc};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+    sync::mpsc,
+};
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tower::Service;
 
-use crate::{Limits, QuicKeys, SocketBuffers, Worker, bind_udp, h3, http2, quic};
+use crate::{Limits, QuicKeys, SocketBuffers, Worker, bind_udp, h3, http1, http2, quic};
 
 /// Accepted TCP connections that wait for their worker; beyond it accepting pauses and the kernel's backlog fills.
 const INBOX: usize = 1024;
@@ -44,6 +48,8 @@ pub enum Protocol {
     H2,
     /// HTTP/2 over bare TCP.
     H2c,
+    /// HTTP/1.1, with TLS or without. It carries no gRPC.
+    H1,
 }
 
 /// What is known of the connection a call came in on: an extension of every request.
@@ -190,6 +196,7 @@ pub struct Server<S> {
     keys: QuicKeys,
     service: S,
     seed: u64,
+    http1: bool,
 }
 
 impl<S> Server<S>
@@ -200,7 +207,14 @@ where
 {
     /// A server of `service`. `seed` is for the jitter of connection ages.
     pub fn new(limits: Limits, tls: ServerTls, keys: QuicKeys, service: S, seed: u64) -> Self {
-        Self { limits: Arc::new(limits), tls, keys, service, seed }
+        Self { limits: Arc::new(limits), tls, keys, service, seed, http1: false }
+    }
+
+    /// Also serves HTTP/1.1 over TCP.
+    #[must_use]
+    pub fn with_http1(mut self) -> Self {
+        self.http1 = true;
+        self
     }
 
     /// Serves until `worker.drain`; connections then finish as tasks of the worker.
@@ -208,7 +222,7 @@ where
     /// # Errors
     /// When the sockets or the TLS configuration cannot be used.
     pub async fn serve(self, worker: Worker, mut port: Port) -> io::Result<()> {
-        let Self { limits, tls, keys, service, seed } = self;
+        let Self { limits, tls, keys, service, seed, http1 } = self;
         let mut rng = StdRng::seed_from_u64(seed ^ u64::from(worker.index));
         let gate = Gate { open: port.open.clone(), handshakes: Arc::default() };
         let (acceptor, endpoint) = match tls {
@@ -216,10 +230,15 @@ where
             ServerTls::Tls(tls) => {
                 let mut tcp = *tls.clone();
                 tcp.alpn_protocols = vec![b"h2".to_vec()];
+                if http1 {
+                    tcp.alpn_protocols.push(b"http/1.1".to_vec());
+                }
                 let quic = match port.udp.take() {
                     Some(socket) => {
                         let config = quic::server_config(*tls, &limits)?;
-                        Some(quic::endpoint(&keys, worker.index, Some(config), socket)?)
+                        let endpoint = quic::endpoint(&keys, worker.index, Some(config), socket)?;
+                        worker.endpoints.add(&endpoint);
+                        Some(endpoint)
                     }
                     None => None,
                 };
@@ -249,9 +268,9 @@ where
                     }
                     let age = limits.h2_connection_age.mul_f64(rng.random_range(0.9..1.1));
                     let connection =
-                        TcpConnection { stream, acceptor: acceptor.clone(), permit: gate.permit(), age };
+                        TcpConnection { acceptor: acceptor.clone(), permit: gate.permit(), age, http1 };
                     let (limits, service) = (limits.clone(), service.clone());
-                    worker.tasks.spawn(connection.serve(limits, service, worker.clone()));
+                    worker.tasks.spawn(connection.serve(stream, limits, service, worker.clone()));
                 }
                 () = worker.drain.cancelled() => break,
             }
@@ -371,45 +390,46 @@ impl QuicConnection {
 }
 
 struct TcpConnection {
-    stream: TcpStream,
     acceptor: Option<tokio_rustls::TlsAcceptor>,
     permit: Permit,
     age: Duration,
+    http1: bool,
 }
 
 impl TcpConnection {
-    async fn serve<S>(mut self, limits: Arc<Limits>, service: S, worker: Worker)
+    async fn serve<S>(mut self, stream: TcpStream, limits: Arc<Limits>, service: S, worker: Worker)
     where
         S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
         S: Clone + Send + 'static,
         S::Future: Send + 'static,
     {
-        let (stream, remote) = match accepted(self.stream) {
+        let (stream, remote) = match accepted(stream) {
             Ok(accepted) => accepted,
             Err(error) => {
                 tracing::debug!(%error, "a TCP connection was gone before it was served");
                 return;
             }
         };
-        let (drain, tasks) = (worker.drain, worker.tasks);
-        let Some(acceptor) = self.acceptor else {
-            self.permit.handshake_done();
+        let Some(acceptor) = self.acceptor.take() else {
             let info = CallInfo { remote, protocol: Protocol::H2c, certificates: Arc::default() };
-            return http2::serve(stream, &limits, self.age, info, service, drain, tasks).await;
+            return self.serve_http(stream, limits, info, service, worker).await;
         };
-        let stream =
-            match tokio::time::timeout(limits.handshake_timeout, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => stream,
-                Ok(Err(error)) => {
-                    tracing::debug!(%error, %remote, "a TLS handshake failed");
-                    return;
-                }
-                Err(_) => {
-                    tracing::debug!(%remote, "a TLS handshake took too long");
-                    return;
-                }
-            };
-        self.permit.handshake_done();
+        let accepting = tokio::time::timeout(limits.handshake_timeout, acceptor.accept(stream));
+        let accepted = tokio::select! {
+            accepted = accepting => accepted,
+            () = worker.drain.cancelled() => return,
+        };
+        let stream = match accepted {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => {
+                tracing::debug!(%error, %remote, "a TLS handshake failed");
+                return;
+            }
+            Err(_) => {
+                tracing::debug!(%remote, "a TLS handshake took too long");
+                return;
+            }
+        };
         let certificates = stream
             .get_ref()
             .1
@@ -419,7 +439,41 @@ impl TcpConnection {
             })
             .unwrap_or_default();
         let info = CallInfo { remote, protocol: Protocol::H2, certificates };
-        http2::serve(stream, &limits, self.age, info, service, drain, tasks).await;
+        self.serve_http(stream, limits, info, service, worker).await;
+    }
+
+    /// Serves whichever HTTP the client begins with. One that begins with nothing is let go.
+    async fn serve_http<I, S>(
+        mut self,
+        stream: I,
+        limits: Arc<Limits>,
+        mut info: CallInfo,
+        service: S,
+        worker: Worker,
+    ) where
+        I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+        S: Clone + Send + 'static,
+        S::Future: Send + 'static,
+    {
+        let (drain, tasks) = (worker.drain, worker.tasks);
+        let sniffed = tokio::select! {
+            sniffed = http1::sniff(stream, limits.handshake_timeout) => sniffed,
+            () = drain.cancelled() => return,
+        };
+        self.permit.handshake_done();
+        match sniffed {
+            Some((http1::Version::Http2, stream)) => {
+                http2::serve(stream, &limits, self.age, info, service, drain, tasks).await;
+            }
+            Some((http1::Version::Http1, stream)) if self.http1 => {
+                info.protocol = Protocol::H1;
+                http1::serve(stream, &limits, info, service, drain).await;
+            }
+            Some((http1::Version::Http1, _)) | None => {
+                tracing::debug!(remote = %info.remote, "a connection did not begin with HTTP/2");
+            }
+        }
     }
 }
 

@@ -3,11 +3,15 @@
 //! One thread per worker, each with its own tokio runtime, measured at half the CPU per call of one multi-threaded
 //! runtime. What a worker starts, it owns: [`Worker::finish`] waits for it before the thread ends.
 
-use std::{io, thread};
+use std::{io, sync::Arc, thread, time::Duration};
 
+use parking_lot::Mutex;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::Pool;
+use crate::{Pool, h3::Code};
+
+/// How long the other ends of QUIC connections are given to hear of their end.
+const GOOD_BYE: Duration = Duration::from_secs(1);
 
 /// What the code running on a worker knows of it. Cloneable; it stays on its thread.
 #[derive(Clone, Debug)]
@@ -24,17 +28,58 @@ pub struct Worker {
     pub drain: CancellationToken,
     /// Cancelled when time is up: what is still running is dropped.
     pub stop: CancellationToken,
+    /// Its QUIC endpoints, which say good-bye when it stops.
+    pub endpoints: Endpoints,
+}
+
+/// The QUIC endpoints of a worker. Cloneable.
+#[derive(Clone, Debug, Default)]
+pub struct Endpoints(Arc<Mutex<Vec<quinn::Endpoint>>>);
+
+impl Endpoints {
+    pub(crate) fn add(&self, endpoint: &quinn::Endpoint) {
+        self.0.lock().push(endpoint.clone());
+    }
+
+    /// Closes every connection, and waits until the other ends can know, at most a second.
+    pub(crate) async fn close(&self) {
+        let endpoints = std::mem::take(&mut *self.0.lock());
+        for endpoint in &endpoints {
+            endpoint.close(Code::NO_ERROR.into(), b"stopped");
+        }
+        for endpoint in &endpoints {
+            drop(tokio::time::timeout(GOOD_BYE, endpoint.wait_idle()).await);
+        }
+    }
 }
 
 impl Worker {
-    /// Waits for the calls that came in, then closes the connections in `pool` and waits for those.
-    pub async fn finish(&self, pool: &Pool) {
+    /// Worker `index` of `count`, which nothing runs on yet.
+    #[must_use]
+    pub fn new(index: u8, count: u8, drain: CancellationToken, stop: CancellationToken) -> Self {
+        Self {
+            index,
+            count,
+            tasks: TaskTracker::new(),
+            outgoing: TaskTracker::new(),
+            drain,
+            stop,
+            endpoints: Endpoints::default(),
+        }
+    }
+
+    /// Waits for the calls that came in, then closes the connections in `pools` and waits for those.
+    pub async fn finish(&self, pools: &[Pool]) {
         self.tasks.close();
         self.tasks.wait().await;
-        pool.close();
+        for pool in pools {
+            pool.close();
+        }
         self.outgoing.close();
         self.outgoing.wait().await;
-        pool.closed().await;
+        for pool in pools {
+            pool.closed().await;
+        }
     }
 }
 
@@ -60,25 +105,18 @@ impl Workers {
         let (drain, stop) = (CancellationToken::new(), CancellationToken::new());
         let mut threads = Vec::with_capacity(count.into());
         for index in 0..count {
-            let worker = Worker {
-                index,
-                count,
-                tasks: TaskTracker::new(),
-                outgoing: TaskTracker::new(),
-                drain: drain.clone(),
-                stop: stop.clone(),
-            };
+            let worker = Worker::new(index, count, drain.clone(), stop.clone());
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let main = main.clone();
             let body = move || {
-                let stop = worker.stop.clone();
+                let (stop, endpoints) = (worker.stop.clone(), worker.endpoints.clone());
                 runtime.block_on(async move {
                     tokio::select! {
                         () = main(worker) => {}
-                        () = stop.cancelled() => {}
+                        () = stop.cancelled() => endpoints.close().await,
                     }
                 });
-                // Dropping the runtime drops what is left, whose guards reset their streams.
+                // Dropping the runtime drops what is left: TCP connections end with it.
             };
             threads.push(thread::Builder::new().name(format!("worker-{index}")).spawn(body)?);
         }

@@ -10,6 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use inference::Protocol;
 use serde_json::Value as Schema;
 use toml::{
     Table, Value,
@@ -392,6 +393,13 @@ impl Loader {
                 );
             }
         }
+        for (index, engine) in config.engines.iter().enumerate() {
+            if engine.protocol == Protocol::Grpc && !engine.models.is_empty() {
+                let problem = "an engine of protocol grpc is never looked into, so its calls name no model: \
+                               leave models out, or set protocol = \"kserve-v2\"";
+                self.conflict(&format!("engine[{index}].models"), problem.to_owned());
+            }
+        }
         let mut names = BTreeSet::new();
         for (index, peer) in config.mesh.peers.iter().enumerate() {
             let key = format!("mesh.peer[{index}].name");
@@ -418,6 +426,7 @@ impl Loader {
         let all = [
             ("listen.clients", Some(listen.clients)),
             ("listen.peers", Some(listen.peers)),
+            ("listen.gossip", Some(listen.gossip)),
             ("listen.plaintext", listen.plaintext),
             ("listen.metrics", Some(listen.metrics)),
         ];

@@ -45,7 +45,7 @@ fn error(text: &str) -> String {
 }
 
 /// Key, a file in which its value is wrong, the line of the fault, and what the error must say beside file and key.
-const WRONG: [(&str, &str, usize, &str); 21] = [
+const WRONG: [(&str, &str, usize, &str); 25] = [
     ("node.name", "[node]\nname = \"Not A Name\"", 2, "1 to 63 characters"),
     ("node.region", "[node]\nname = \"a\"\nregion = 5", 3, "1 to 63 characters"),
     ("node.zone", "[node]\nzone = \"-\"", 2, "1 to 63 characters"),
@@ -55,6 +55,10 @@ const WRONG: [(&str, &str, usize, &str); 21] = [
     ("node.drain_timeout", "[node]\ndrain_timeout = \"2 fortnights\"", 2, "a duration such as"),
     ("listen.clients", "[listen]\nclients = \"localhost\"", 2, "such as \"0.0.0.0:8443\""),
     ("listen.peers", "\n[listen]\npeers = \"1.2.3.4\"", 3, "such as \"0.0.0.0:8444\""),
+    ("node.buffer_bytes", "[node]\nbuffer_bytes = 1000", 2, "from 1048576"),
+    ("listen.gossip", "[listen]\ngossip = 8445", 2, "such as \"0.0.0.0:8445\""),
+    ("routing.idempotent", "[routing]\nidempotent = \"p.S\"", 2, "package.Service"),
+    ("log.access", "[log]\naccess = 1.5", 2, "from 0 to 1"),
     ("listen.plaintext", "[listen]\nplaintext = true", 2, "such as \"127.0.0.1:8080\""),
     ("listen.metrics", "[listen]\nmetrics = \":9464\"", 2, "such as \"127.0.0.1:9464\""),
     ("tls.cert", "[tls]\ncert = 1\nkey = \"k\"", 2, "PEM, leaf first"),
@@ -100,9 +104,14 @@ const WRONG: [(&str, &str, usize, &str); 21] = [
 ];
 
 /// The same for keys that need another engine before theirs.
-const WRONG_IN_ENGINE: [(&str, &str, &str); 2] = [
+const WRONG_IN_ENGINE: [(&str, &str, &str); 7] = [
     ("engine[0].models", "models = \"llama\"", "a list of names"),
     ("engine[0].slots", "slots = 0", "a whole number from 1"),
+    ("engine[0].health.kind", "health = { kind = \"ping\" }", "http:/path"),
+    ("engine[0].health.interval", "health = { interval = \"0s\" }", "a duration such as"),
+    ("engine[0].health.timeout", "health.timeout = 2", "a duration such as"),
+    ("engine[0].health.failures", "health = { failures = 0 }", "a whole number from 1"),
+    ("engine[0].health.successes", "health = { successes = -1 }", "a whole number from 1"),
 ];
 
 #[test]
@@ -164,7 +173,13 @@ fn an_unknown_key_names_the_nearest_known_one_and_all_of_them() {
     for (text, line, key, nearest) in [
         ("nod = 1", 1, "nod", "node"),
         ("[lisen]\nclients = \"x\"", 1, "lisen", "listen"),
-        ("[listen]\ngossip = \"0.0.0.0:8445\"", 2, "listen.gossip", "peers, plaintext"),
+        ("[listen]\nadmin = \"0.0.0.0:9090\"", 2, "listen.admin", "peers, plaintext"),
+        (
+            &format!("{ENGINE}health = {{ every = \"1s\" }}"),
+            4,
+            "engine[0].health.every",
+            "interval",
+        ),
         ("[node]\nregoin = \"eu\"", 2, "node.regoin", "region"),
         ("[node]\nposition = { lat = 1, lon = 1, alt = 1 }", 2, "node.position.alt", "lat"),
         ("[tls]\nclient_ca = \"x\"", 2, "tls.client_ca", "cert"),
@@ -212,7 +227,10 @@ fn an_empty_file_means_the_defaults() {
     assert_eq!(config.node.drain_timeout.to_string(), "2m");
     assert_eq!(config.listen.clients.to_string(), "0.0.0.0:8443");
     assert_eq!(config.listen.peers.to_string(), "0.0.0.0:8444");
+    assert_eq!(config.listen.gossip.to_string(), "0.0.0.0:8445");
     assert_eq!(config.listen.plaintext, None);
+    assert_eq!(config.node.buffer_bytes.get(), 256 << 20);
+    assert!(config.routing.idempotent.is_empty() && config.log.access.get() == 0.0);
     assert_eq!(config.listen.metrics.to_string(), "127.0.0.1:9464");
     assert_eq!(config.mesh.trust_domain.as_str(), super::DEFAULT_TRUST_DOMAIN);
     assert!(config.engines.is_empty() && config.mesh.peers.is_empty());
@@ -360,6 +378,10 @@ fn what_contradicts_itself_is_refused() {
     for (text, want) in [
         (format!("{ENGINE}{ENGINE}"), "node.toml:7: engine[1].name: two engines are called e"),
         (format!("{PEER}{PEER}"), "node.toml:8: mesh.peer[1].name: two peers are called b"),
+        (
+            format!("{ENGINE}protocol = \"grpc\"\nmodels = [\"m\"]"),
+            "node.toml:7: engine[0].models: an engine of protocol grpc",
+        ),
         (PEER.replace("\"b\"", "\"a\""), "mesh.peer[0].name: a is this node itself"),
         ("[tls]\ncert = \"c\"".into(), "tls.cert: it needs tls.key"),
         ("[tls]\nkey = \"k\"".into(), "tls.key: it needs tls.cert"),

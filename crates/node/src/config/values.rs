@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use http::uri::{Authority, Uri};
+use http::uri::{Authority, PathAndQuery, Uri};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, de};
 
@@ -176,7 +176,174 @@ macro_rules! text_value {
     )*};
 }
 
+/// What a health check asks.
+#[derive(Clone, PartialEq, Eq)]
+pub enum HealthKind {
+    /// By protocol.
+    Auto,
+    /// KServe v2's ServerReady.
+    Kserve,
+    /// gRPC health checking.
+    Grpc,
+    /// A GET of this path.
+    Http(PathAndQuery),
+    /// A TCP connection.
+    Tcp,
+}
+
+impl FromStr for HealthKind {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        match text {
+            "auto" => return Ok(Self::Auto),
+            "kserve" => return Ok(Self::Kserve),
+            "grpc" => return Ok(Self::Grpc),
+            "tcp" => return Ok(Self::Tcp),
+            _ => {}
+        }
+        let path =
+            text.strip_prefix("http:").ok_or_else(|| ValueError::new("it is none of these"))?;
+        if !path.starts_with('/') {
+            return Err(ValueError::new("its path does not begin with /"));
+        }
+        path.parse().map(Self::Http).map_err(|_| ValueError::new("its path is not one of a URL"))
+    }
+}
+
+impl HealthKind {
+    fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Kserve => f.write_str("kserve"),
+            Self::Grpc => f.write_str("grpc"),
+            Self::Http(path) => write!(f, "http:{path}"),
+            Self::Tcp => f.write_str("tcp"),
+        }
+    }
+}
+
+/// A gRPC service, or one method of it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct MethodPattern(String);
+
+impl MethodPattern {
+    /// Whether it covers the method at `path`, which is `/package.Service/Method`.
+    #[must_use]
+    pub fn covers(&self, path: &str) -> bool {
+        path.strip_prefix('/')
+            .and_then(|path| path.strip_prefix(&*self.0))
+            .is_some_and(|rest| rest.is_empty() || (rest.starts_with('/') && !self.0.contains('/')))
+    }
+
+    fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for MethodPattern {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        let is_word = |word: &str| {
+            !word.is_empty()
+                && word.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+                && !word.starts_with(|c: char| c.is_ascii_digit())
+        };
+        let (service, method) = text.split_once('/').map_or((text, None), |(s, m)| (s, Some(m)));
+        if !service.split('.').all(is_word) || !method.is_none_or(is_word) {
+            return Err(ValueError::new("it is no package.Service or package.Service/Method"));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// A number of bytes to hold back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BufferBytes(usize);
+
+impl BufferBytes {
+    const LEAST: usize = 1 << 20;
+    /// What a counting semaphore can count.
+    const MOST: usize = usize::MAX >> 3;
+
+    /// How many.
+    #[must_use]
+    pub fn get(self) -> usize {
+        self.0
+    }
+}
+
+impl Default for BufferBytes {
+    fn default() -> Self {
+        Self(256 << 20)
+    }
+}
+
+impl<'de> Deserialize<'de> for BufferBytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let bytes = i64::deserialize(deserializer)?;
+        match usize::try_from(bytes) {
+            Ok(bytes @ Self::LEAST..=Self::MOST) => Ok(Self(bytes)),
+            _ => Err(de::Error::custom("it is below 1048576")),
+        }
+    }
+}
+
+impl JsonSchema for BufferBytes {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "BufferBytes".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "integer", "minimum": Self::LEAST })
+    }
+}
+
+/// A share of something, 0 to 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Share(f64);
+
+impl Share {
+    /// As a number.
+    #[must_use]
+    pub fn get(self) -> f64 {
+        self.0
+    }
+}
+
+impl<'de> Deserialize<'de> for Share {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let share = f64::deserialize(deserializer)?;
+        if (0.0..=1.0).contains(&share) {
+            Ok(Self(share))
+        } else {
+            Err(de::Error::custom("it is not between 0 and 1"))
+        }
+    }
+}
+
+impl JsonSchema for Share {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "Share".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "number", "minimum": 0, "maximum": 1 })
+    }
+}
+
 text_value! {
+    HealthKind "^(auto|kserve|grpc|tcp|http:/.*)$"
+    MethodPattern "^[A-Za-z0-9_.]+(/[A-Za-z0-9_]+)?$"
     HostPort "^[^@/]+:[0-9]{1,5}$"
     EngineUrl "^http://[^@/]+:[0-9]{1,5}/?$"
     Timeout "^[0-9]"
@@ -295,6 +462,29 @@ mod tests {
             "http://gpu:1#a",
         ] {
             assert!(bad.parse::<EngineUrl>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn patterns_cover_a_service_or_one_method() {
+        let covers =
+            |pattern: &str, path: &str| pattern.parse::<MethodPattern>().unwrap().covers(path);
+        assert!(covers("p.S", "/p.S/M") && covers("p.S/M", "/p.S/M"));
+        assert!(
+            !covers("p.S", "/p.Sx/M") && !covers("p.S/M", "/p.S/Mx") && !covers("p.S", "/q.p.S/M")
+        );
+        for bad in ["", "/p.S", "p.S/", "p..S", "p.S/M/N", "1p.S", "p S"] {
+            assert!(bad.parse::<MethodPattern>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn health_kinds_are_read_and_shown_alike() {
+        for good in ["auto", "kserve", "grpc", "tcp", "http:/health?full=1"] {
+            assert_eq!(good.parse::<HealthKind>().unwrap().to_string(), good);
+        }
+        for bad in ["", "Auto", "http:", "http:health", "https:/x", "http:/a b"] {
+            assert!(bad.parse::<HealthKind>().is_err(), "{bad}");
         }
     }
 

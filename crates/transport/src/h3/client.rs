@@ -13,7 +13,7 @@ use super::{
     headers,
     stream::{AbortOnDrop, Cut, Incoming, Receiver, Sender},
 };
-use crate::{Limits, TransportError};
+use crate::{Limits, Progress, TransportError};
 
 /// One connection to a server, cloneable.
 #[derive(Clone, Debug)]
@@ -74,6 +74,9 @@ pub(crate) struct Stream {
     client: Client,
 }
 
+/// Interim responses one call may bring.
+const INTERIM_MAX: usize = 16;
+
 impl Stream {
     /// Makes the call. Dropping the future, or the body of the response, cancels it at the server.
     pub(crate) async fn call(
@@ -82,6 +85,10 @@ impl Stream {
     ) -> Result<Response<Body>, TransportError> {
         let Self { mut sender, mut receiver, in_flight, client } = self;
         let (head, body) = request.into_parts();
+        let progress = head.extensions.get::<Progress>().cloned();
+        if let Some(progress) = &progress {
+            progress.sent(client.connection.quic.rtt());
+        }
         let limit = client.connection.peer_section_limit();
         let section =
             headers::encode_request(&head, limit).map_err(|_| TransportError::HeadersTooLong {
@@ -95,6 +102,7 @@ impl Stream {
             outcome
         }));
 
+        let mut interim = 0;
         let response = loop {
             let uploading = async {
                 match upload.as_mut() {
@@ -110,8 +118,15 @@ impl Stream {
                 }
                 head = read_head(&mut receiver) => {
                     let head = head?;
+                    if let Some(progress) = &progress {
+                        progress.acknowledged();
+                    }
                     if !head.status().is_informational() {
                         break head;
+                    }
+                    interim += 1;
+                    if interim > INTERIM_MAX {
+                        return Err(TransportError::Malformed("too many interim responses"));
                     }
                 }
             }
@@ -123,8 +138,13 @@ impl Stream {
         let upload = upload.map(|upload| {
             AbortOnDrop(client.tasks.spawn(async move { drop(upload.await) }).abort_handle())
         });
-        let body =
-            Incoming::new(receiver, content_length, Code::REQUEST_CANCELLED, in_flight, upload);
+        let body = Incoming::new(
+            receiver,
+            content_length,
+            Code::REQUEST_CANCELLED,
+            Some(in_flight),
+            upload,
+        );
         Ok(response.map(|()| Body::new(body)))
     }
 }

@@ -22,6 +22,9 @@ use crate::{Limits, TransportError, unread::Unread};
 /// Unidirectional streams a peer may have open: three it needs, the rest for reserved types.
 pub(crate) const UNI_STREAMS: u32 = 16;
 
+/// How long the peer may let a frame on the control stream wait.
+const CONTROL_WRITE: Duration = Duration::from_secs(1);
+
 /// Stream types of RFC 9114 §6.2 and RFC 9204 §4.2.
 const CONTROL: u64 = 0x00;
 const PUSH: u64 = 0x01;
@@ -46,6 +49,9 @@ pub(crate) struct Connection {
     in_flight: AtomicUsize,
     busy: Notify,
     control: tokio::sync::Mutex<Option<quinn::SendStream>>,
+    control_opened: Notify,
+    /// Why this end closed the connection, when its calls should know.
+    given_up: Mutex<Option<TransportError>>,
 }
 
 /// What the peer has said on its control stream.
@@ -69,6 +75,8 @@ impl Connection {
             in_flight: AtomicUsize::new(0),
             busy: Notify::new(),
             control: tokio::sync::Mutex::new(None),
+            control_opened: Notify::new(),
+            given_up: Mutex::new(None),
         })
     }
 
@@ -80,6 +88,22 @@ impl Connection {
     /// Whether the peer has announced that it takes no new calls.
     pub(crate) fn is_going_away(&self) -> bool {
         self.peer.lock().goaway.is_some()
+    }
+
+    /// What the loss of the connection means for the call on stream `id`.
+    pub(crate) fn lost(
+        &self,
+        error: &quinn::ConnectionError,
+        id: quinn::StreamId,
+    ) -> TransportError {
+        // §5.2: streams at or above the announced one were not and will not be processed.
+        if self.side == Side::Client
+            && self.peer.lock().goaway.is_some_and(|first| u64::from(id) >= first)
+        {
+            return TransportError::ResetH3(Code::REQUEST_REJECTED);
+        }
+        let given_up = self.given_up.lock().clone();
+        given_up.unwrap_or_else(|| TransportError::from_connection(error))
     }
 
     /// Calls in progress.
@@ -103,11 +127,22 @@ impl Connection {
 
     /// Tells the peer the first stream that will not be served.
     pub(crate) async fn send_goaway(&self, id: u64) {
-        if let Some(control) = self.control.lock().await.as_mut()
-            && let Err(error) = control.write_all(&frame::goaway(id)).await
-        {
-            tracing::debug!(%error, "cannot announce the end of the connection");
+        if !self.say(&frame::goaway(id)).await {
+            tracing::debug!("cannot announce the end of the connection");
         }
+    }
+
+    /// Writes a frame to the control stream; `false` when the peer takes none within a second.
+    async fn say(&self, frame: &[u8]) -> bool {
+        let write = async {
+            loop {
+                if let Some(control) = self.control.lock().await.as_mut() {
+                    return control.write_all(frame).await.is_ok();
+                }
+                self.control_opened.notified().await;
+            }
+        };
+        tokio::time::timeout(CONTROL_WRITE, write).await.unwrap_or(false)
     }
 
     /// Gives the peer time to acknowledge the last replies and to close: closing at once would drop them.
@@ -133,6 +168,7 @@ impl Connection {
                 // A failure here is the end of the connection, which `closed` reports.
                 drop(control.write_all(&preface).await);
                 *self.control.lock().await = Some(control);
+                self.control_opened.notify_one();
             }
             Err(_) => return,
         }
@@ -232,25 +268,37 @@ impl Connection {
         Ok(())
     }
 
-    /// While calls are in flight: asks for an ACK now and then, because a quiet call is not an idle connection, and gives
-    /// up calls nobody reads when they hold what the other calls need.
+    /// While calls are in flight: asks for an ACK now and then, because a quiet call is not an idle connection; gives the
+    /// connection up when nothing comes; gives up calls nobody reads when they hold what the other calls need.
     async fn run_upkeep(&self) {
         let tick = self.limits.ping_interval.min(self.unread.interval());
         let mut pinged = base::clock::now();
+        let mut received = 0;
+        let mut silent_for = Duration::ZERO;
         loop {
             while self.in_flight() == 0 {
+                silent_for = Duration::ZERO;
                 self.busy.notified().await;
             }
             tokio::time::sleep(tick).await;
             let now = base::clock::now();
             if self.in_flight() > 0
                 && now.saturating_duration_since(pinged) >= self.limits.ping_interval
-                && let Some(control) = self.control.lock().await.as_mut()
             {
                 pinged = now;
-                if control.write_all(&frame::ping()).await.is_err() {
-                    return;
-                }
+                // A peer that takes none owes us credit, and an ACK, anyway.
+                self.say(&frame::ping()).await;
+            }
+            let datagrams = self.quic.stats().udp_rx.datagrams;
+            // Ticks are counted, not time: after a pause of this process what came meanwhile is still unread.
+            silent_for = if datagrams == received { silent_for + tick } else { Duration::ZERO };
+            received = datagrams;
+            if let Some(limit) = self.limits.silence
+                && silent_for >= limit
+            {
+                *self.given_up.lock() = Some(TransportError::Silent(limit));
+                self.quic.close(Code::NO_ERROR.into(), b"silent");
+                return;
             }
             self.unread.sweep(now);
         }

@@ -187,6 +187,10 @@ impl Decoder {
             payload: BytesMut::new(),
         };
         self.state = match (self.kind, kind) {
+            (Kind::Request, DATA) if length == 0 => {
+                self.state = header();
+                return Ok(Some(Frame::Data(Bytes::new())));
+            }
             (Kind::Request, DATA) => State::Data { left: length },
             (Kind::Request, HEADERS) if length > self.max_section_bytes as u64 => {
                 self.state = State::Skip { left: length };

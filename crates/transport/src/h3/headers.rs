@@ -83,6 +83,13 @@ pub(crate) fn encode_response(
     Ok(encoder.finish())
 }
 
+/// An interim response without fields, as a HEADERS frame.
+pub(crate) fn interim(status: StatusCode) -> BytesMut {
+    let mut encoder = qpack::Encoder::new(BytesMut::with_capacity(8));
+    encoder.line(":status", status.as_str().as_bytes(), false);
+    frame(&encoder.finish())
+}
+
 /// Encodes trailers. `Err` with their size when the peer's limit is below it.
 pub(crate) fn encode_trailers(
     trailers: &HeaderMap,

@@ -1,6 +1,12 @@
 //! The serving end of an HTTP/3 connection.
 
-use std::{convert::Infallible, sync::Arc};
+use std::{
+    convert::Infallible,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use http::{Request, Response, StatusCode};
 use tokio::task::JoinSet;
@@ -15,7 +21,7 @@ use super::{
     headers,
     stream::{Cut, Incoming, Receiver, Sender},
 };
-use crate::{CallInfo, Limits, TransportError};
+use crate::{Acknowledge, CallInfo, Limits, TransportError};
 
 /// Serves one connection until it ends, or until `drain` and then the last call in progress.
 pub(crate) async fn serve<S>(
@@ -32,10 +38,14 @@ pub(crate) async fn serve<S>(
     let connection = Connection::new(quic.clone(), limits.clone(), Side::Server);
     let mut calls = JoinSet::new();
     let mut granted = limits.first_streams();
-    let mut next_stream = 0u64;
+    let next_stream = AtomicU64::new(0);
     let upkeep = connection.run();
     tokio::pin!(upkeep);
-    let mut draining = false;
+    let (mut draining, mut announced) = (false, false);
+    // Both run beside the rest, so that late streams are refused meanwhile.
+    let announce = async { connection.send_goaway(next_stream.load(Ordering::Relaxed)).await };
+    let linger = connection.linger();
+    tokio::pin!(announce, linger);
     loop {
         tokio::select! {
             () = &mut upkeep => return,
@@ -48,7 +58,7 @@ pub(crate) async fn serve<S>(
                     sender.reset(Code::REQUEST_REJECTED);
                     continue;
                 }
-                next_stream = u64::from(recv.id()) + 4;
+                next_stream.store(u64::from(recv.id()) + 4, Ordering::Relaxed);
                 sender.set_urgency(3);
                 let call = serve_call(connection.clone(), sender, recv, info.clone(), service.clone());
                 calls.spawn(call);
@@ -62,15 +72,13 @@ pub(crate) async fn serve<S>(
                     tracing::error!(%error, "a handler panicked; its call was reset");
                 }
             }
-            () = drain.cancelled(), if !draining => {
-                draining = true;
-                connection.send_goaway(next_stream).await;
+            // First no stream is begun any more, then the first that was not is announced.
+            () = drain.cancelled(), if !draining => draining = true,
+            () = &mut announce, if draining && !announced => announced = true,
+            () = &mut linger, if announced && calls.is_empty() => {
+                quic.close(Code::NO_ERROR.into(), b"drained");
+                return;
             }
-        }
-        if draining && calls.is_empty() {
-            connection.linger().await;
-            quic.close(Code::NO_ERROR.into(), b"drained");
-            return;
         }
     }
 }
@@ -85,7 +93,8 @@ async fn serve_call<S>(
 ) where
     S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
 {
-    let in_flight = connection.begin();
+    // Until the reply has been sent: a quiet call is not an idle connection.
+    let _in_flight = connection.begin();
     let mut receiver = Receiver::new(recv, connection.clone(), Code::NO_ERROR);
     let deadline = connection.limits.handshake_timeout;
     let head = match tokio::time::timeout(deadline, read_head(&mut receiver)).await {
@@ -111,20 +120,29 @@ async fn serve_call<S>(
     if let Some(urgency) = urgency(head.headers()) {
         sender.set_urgency(urgency);
     }
-    let body = Incoming::new(receiver, content_length, Code::NO_ERROR, in_flight, None);
+    let body = Incoming::new(receiver, content_length, Code::NO_ERROR, None, None);
     let mut request = head.map(|()| Body::new(body));
     request.extensions_mut().insert(info);
+    let acknowledge = Acknowledge::default();
+    request.extensions_mut().insert(acknowledge.clone());
 
     let stopped = sender.stopped();
     tokio::pin!(stopped);
-    let response = tokio::select! {
-        response = service.oneshot(request) => {
-            let Ok(response) = response;
-            response
+    let handled = {
+        let acknowledging = async {
+            acknowledge.wanted().await;
+            // A caller that is gone is noticed by `stopped`.
+            drop(sender.send_interim(headers::interim(StatusCode::EARLY_HINTS)).await);
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            response = service.oneshot(request) => Some(response),
+            () = acknowledging => None,
+            // The caller went away: dropping the handler is the cancellation.
+            () = &mut stopped => None,
         }
-        // The caller went away: dropping the handler is the cancellation.
-        () = &mut stopped => return sender.reset(Code::REQUEST_CANCELLED),
     };
+    let Some(Ok(response)) = handled else { return sender.reset(Code::REQUEST_CANCELLED) };
     let outcome = tokio::select! {
         outcome = respond(&connection, &mut sender, response) => outcome,
         () = &mut stopped => return sender.reset(Code::REQUEST_CANCELLED),

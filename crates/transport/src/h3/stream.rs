@@ -9,7 +9,7 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf as _, Bytes, BytesMut};
 use http::HeaderMap;
 use http_body::{Body as _, Frame as BodyFrame, SizeHint};
 use parking_lot::Mutex;
@@ -37,6 +37,8 @@ const GATHER_BYTES: usize = 16 << 10;
 pub(crate) struct Sender {
     stream: quinn::SendStream,
     connection: Arc<Connection>,
+    /// What is left to be written of an interim response.
+    interim: BytesMut,
     open: bool,
     drop_code: Code,
 }
@@ -60,7 +62,7 @@ impl Sender {
         connection: Arc<Connection>,
         drop_code: Code,
     ) -> Self {
-        Self { stream, connection, open: true, drop_code }
+        Self { stream, connection, interim: BytesMut::new(), open: true, drop_code }
     }
 
     /// Resolves when the other end wants no more, or is gone.
@@ -76,7 +78,9 @@ impl Sender {
 
     /// Sends `head` and then everything of `body`, then ends the stream cleanly.
     pub(crate) async fn send(&mut self, head: BytesMut, mut body: Body) -> Result<(), Cut> {
-        let mut out = head;
+        let mut out = std::mem::take(&mut self.interim);
+        out.unsplit(head);
+        let mut began = false;
         loop {
             if body.is_end_stream() {
                 break;
@@ -91,8 +95,10 @@ impl Sender {
                 }
             };
             let Some(frame) = frame else { break };
+            let began = std::mem::replace(&mut began, true);
             match frame.map_err(Cut::Body)?.into_data() {
-                Ok(data) if data.is_empty() => {}
+                // Nothing, said before anything else, is handed on all the same: it may be a signal.
+                Ok(data) if data.is_empty() && began => {}
                 Ok(data) => {
                     let copy_below = self.connection.limits.copy_below_bytes;
                     let whole = headers::put_data(&mut out, data, copy_below);
@@ -112,6 +118,16 @@ impl Sender {
         }
         self.write(&mut out, None).await?;
         self.finish();
+        Ok(())
+    }
+
+    /// Sends an interim response. Cancelled half-way, what follows begins with its rest.
+    pub(crate) async fn send_interim(&mut self, frame: BytesMut) -> Result<(), Cut> {
+        self.interim = frame;
+        while !self.interim.is_empty() {
+            let written = self.stream.write(&self.interim).await.map_err(|_| Cut::Lost)?;
+            self.interim.advance(written);
+        }
         Ok(())
     }
 
@@ -204,12 +220,22 @@ impl Receiver {
                     let fault = ConnectionFault { code: Code::FRAME_ERROR, reason };
                     return Poll::Ready(Err(self.connection.fail(fault)));
                 }
-                Err(error) => {
-                    self.open = false;
-                    return Poll::Ready(Err(TransportError::from_read(error)));
-                }
+                Err(error) => return Poll::Ready(Err(self.broke_off(error))),
             }
         }
+    }
+
+    /// The stream broke off: every later read says so too. quinn itself says it once and then claims a clean end.
+    fn broke_off(&mut self, error: quinn::ReadError) -> TransportError {
+        self.open = false;
+        let error = match error {
+            quinn::ReadError::ConnectionLost(error) => {
+                self.connection.lost(&error, self.stream.id())
+            }
+            other => TransportError::from_read(other),
+        };
+        self.given_up = Some(error.clone());
+        error
     }
 
     fn poll_chunk(
@@ -256,12 +282,13 @@ impl Receiver {
 
 impl Watched for Receiver {
     fn has_unread(&mut self) -> bool {
-        if self.input.is_empty()
-            && self.open
-            && let Poll::Ready(Ok(Some(chunk))) =
-                self.poll_chunk(&mut Context::from_waker(Waker::noop()))
-        {
-            self.input = chunk;
+        if self.input.is_empty() && self.open && self.given_up.is_none() {
+            match self.poll_chunk(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(Ok(Some(chunk))) => self.input = chunk,
+                Poll::Ready(Err(error)) => drop(self.broke_off(error)),
+                // quinn says a clean end again when asked again.
+                Poll::Ready(Ok(None)) | Poll::Pending => {}
+            }
         }
         !self.input.is_empty()
     }
@@ -286,11 +313,12 @@ pub(crate) struct Incoming {
     receiver: Arc<Mutex<Receiver>>,
     watch: Watch,
     content_left: Option<u64>,
+    data_seen: bool,
     trailers_seen: bool,
     done: bool,
     drop_code: Code,
     /// What must live as long as the body: the count of calls, and the upload that ends with it.
-    _held: (InFlight, Option<AbortOnDrop>),
+    _held: (Option<InFlight>, Option<AbortOnDrop>),
 }
 
 /// Stops a task when dropped.
@@ -309,7 +337,7 @@ impl Incoming {
         receiver: Receiver,
         content_length: Option<u64>,
         drop_code: Code,
-        in_flight: InFlight,
+        in_flight: Option<InFlight>,
         upload: Option<AbortOnDrop>,
     ) -> Self {
         let connection = receiver.connection.clone();
@@ -318,6 +346,7 @@ impl Incoming {
             watch: connection.unread.watch(&receiver, base::clock::now()),
             receiver,
             content_left: content_length,
+            data_seen: false,
             trailers_seen: false,
             done: false,
             drop_code,
@@ -330,15 +359,20 @@ impl Incoming {
         cx: &mut Context<'_>,
     ) -> Poll<Result<Option<BodyFrame<Bytes>>, TransportError>> {
         let mut receiver = self.receiver.lock();
-        let frame = match receiver.poll_frame(cx) {
-            Poll::Ready(frame) => frame?,
-            Poll::Pending => {
-                self.watch.waiting();
-                return Poll::Pending;
+        let frame = loop {
+            match receiver.poll_frame(cx) {
+                // An empty piece says something only before all others.
+                Poll::Ready(Ok(Some(Frame::Data(data)))) if data.is_empty() && self.data_seen => {}
+                Poll::Ready(frame) => break frame?,
+                Poll::Pending => {
+                    self.watch.waiting();
+                    return Poll::Pending;
+                }
             }
         };
         match frame {
             Some(Frame::Data(data)) if !self.trailers_seen => {
+                self.data_seen = true;
                 if let Some(left) = &mut self.content_left {
                     *left = left
                         .checked_sub(data.len() as u64)

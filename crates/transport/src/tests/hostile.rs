@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use super::world::{Handler, Way, World, collect, echo, fed, full, request, soon};
+use super::world::{Handler, Way, World, collect, echo, full, request, soon};
 use crate::{
     Limits,
     h3::{Code, qpack::Encoder},
@@ -15,7 +15,7 @@ fn varint(out: &mut BytesMut, value: u64) {
 }
 
 /// A frame with lengths in their longest form, which readers must accept too.
-fn frame(kind: u64, payload: &[u8]) -> Bytes {
+pub(super) fn frame(kind: u64, payload: &[u8]) -> Bytes {
     let mut out = BytesMut::new();
     varint(&mut out, kind);
     varint(&mut out, payload.len() as u64);
@@ -23,7 +23,7 @@ fn frame(kind: u64, payload: &[u8]) -> Bytes {
     out.freeze()
 }
 
-fn headers(lines: &[(&str, &str)]) -> Bytes {
+pub(super) fn headers(lines: &[(&str, &str)]) -> Bytes {
     let mut encoder = Encoder::new(BytesMut::new());
     for (name, value) in lines {
         encoder.line(name, value.as_bytes(), false);
@@ -31,7 +31,7 @@ fn headers(lines: &[(&str, &str)]) -> Bytes {
     frame(1, &encoder.finish())
 }
 
-const HEAD: [(&str, &str); 5] = [
+pub(super) const HEAD: [(&str, &str); 5] = [
     (":method", "POST"),
     (":scheme", "https"),
     (":authority", "localhost"),
@@ -41,13 +41,13 @@ const HEAD: [(&str, &str); 5] = [
 
 /// How a request stream ended for its sender.
 #[derive(Debug, PartialEq, Eq)]
-enum End {
+pub(super) enum End {
     Answered(Vec<u8>),
     Reset(u64),
     Closed(u64),
 }
 
-async fn end_of(recv: &mut quinn::RecvStream) -> End {
+pub(super) async fn end_of(recv: &mut quinn::RecvStream) -> End {
     let mut bytes = Vec::new();
     loop {
         match soon(recv.read_chunk(1 << 16, true)).await {
@@ -65,7 +65,7 @@ async fn end_of(recv: &mut quinn::RecvStream) -> End {
 }
 
 /// Sends `parts` on a request stream and returns how it ends.
-async fn exchange(connection: &quinn::Connection, parts: &[Bytes], finish: bool) -> End {
+pub(super) async fn exchange(connection: &quinn::Connection, parts: &[Bytes], finish: bool) -> End {
     let (mut send, mut recv) = connection.open_bi().await.unwrap();
     for part in parts {
         if send.write_all(part).await.is_err() {
@@ -275,14 +275,25 @@ async fn a_client_that_resets_again_and_again_over_http2_is_cut_off() {
 async fn http2_streams_beyond_the_limit_are_refused() {
     let limits = Limits { h2_streams: 2, ..Limits::clients() };
     let world = World::with(Way::H2c, limits, Limits::peers(), echo());
-    let mut open = Vec::new();
-    for _ in 0..3 {
-        let (feed, body) = fed();
-        // The pool heeds the server's limit: the third call takes a second connection.
-        open.push((feed, soon(world.channel().send(request("/p.S/Bidi", body))).await.unwrap()));
+    let stream = tokio::net::TcpStream::connect(world.address).await.unwrap();
+    // A client that claims not to know of limits: it may open as many as it likes until the server's SETTINGS come.
+    let (sender, connection) = h2::client::Builder::new()
+        .initial_max_send_streams(100)
+        .handshake::<_, Bytes>(stream)
+        .await
+        .unwrap();
+    let mut sender = sender.ready().await.unwrap();
+    let request = || http::Request::post("http://localhost/p.S/M").body(()).unwrap();
+    // Sent in one go, before anything is heard.
+    let open: Vec<_> = (0..5).map(|_| sender.send_request(request(), false).unwrap()).collect();
+    tokio::spawn(connection);
+    let (mut answered, mut refused) = (0, 0);
+    for (reply, _upload) in open {
+        match soon(reply).await {
+            Ok(_) => answered += 1,
+            Err(error) if error.reason() == Some(h2::Reason::REFUSED_STREAM) => refused += 1,
+            Err(error) => panic!("{error}"),
+        }
     }
-    for (feed, reply) in open {
-        drop(feed);
-        collect(reply.into_body()).await.unwrap();
-    }
+    assert_eq!((answered, refused), (2, 3));
 }

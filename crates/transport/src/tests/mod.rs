@@ -5,6 +5,7 @@
 )]
 
 mod hostile;
+mod quiet;
 mod world;
 
 use std::{
@@ -415,15 +416,26 @@ async fn an_unreachable_target_is_a_retry_safe_error_that_names_it() {
 async fn http2_connections_drain_at_their_age() {
     let serving = Limits { h2_connection_age: Duration::from_millis(300), ..Limits::clients() };
     let world = World::with(Way::H2c, serving, Limits::peers(), echo());
-    let (feed, body) = fed();
-    let reply = soon(world.channel().send(request("/p.S/Bidi", body))).await.unwrap();
-    let stop = base::clock::now() + Duration::from_millis(1_500);
-    while base::clock::now() < stop {
-        let reply = soon(world.channel().send(request("/p.S/M", full("x")))).await.unwrap();
-        collect(reply.into_body()).await.unwrap();
-    }
-    drop(feed);
-    assert_eq!(collect(reply.into_body()).await.unwrap().1["grpc-status"], "0");
+    // A client that is told to go away, whatever it does.
+    let stream = tokio::net::TcpStream::connect(world.address).await.unwrap();
+    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    let told = tokio::spawn(connection);
+    let mut sender = sender.ready().await.unwrap();
+    let call = http::Request::post("http://localhost/p.S/Bidi").body(()).unwrap();
+    let (reply, mut upload) = sender.send_request(call, false).unwrap();
+    let mut body = soon(reply).await.unwrap().into_body();
+    let going_away = async {
+        while std::future::poll_fn(|cx| sender.poll_ready(cx)).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    soon(going_away).await;
+    // What was in progress goes on to its end.
+    upload.send_data(Bytes::from_static(b"still here"), true).unwrap();
+    assert_eq!(soon(body.data()).await.unwrap().unwrap(), "still here");
+    assert_eq!(soon(body.trailers()).await.unwrap().unwrap()["grpc-status"], "0");
+    drop((body, upload, sender));
+    soon(told).await.unwrap().unwrap();
 }
 
 #[tokio::test]

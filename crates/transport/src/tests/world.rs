@@ -17,7 +17,7 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer},
 };
 use tokio::sync::mpsc;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body};
 
 use crate::{
@@ -80,14 +80,7 @@ pub(super) struct World {
 }
 
 pub(super) fn worker() -> Worker {
-    Worker {
-        index: 0,
-        count: 1,
-        tasks: TaskTracker::new(),
-        outgoing: TaskTracker::new(),
-        drain: CancellationToken::new(),
-        stop: CancellationToken::new(),
-    }
+    Worker::new(0, 1, CancellationToken::new(), CancellationToken::new())
 }
 
 impl World {
@@ -134,13 +127,7 @@ impl World {
     }
 
     pub(super) fn client_tls(&self) -> rustls::ClientConfig {
-        let mut roots = RootCertStore::empty();
-        roots.add(self.certificate.clone()).unwrap();
-        rustls::ClientConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .unwrap()
-            .with_root_certificates(roots)
-            .with_no_client_auth()
+        client_tls(self.certificate.clone())
     }
 
     /// A bare QUIC connection to the server, for peers that break rules.
@@ -157,6 +144,28 @@ impl World {
 
 fn provider() -> Arc<rustls::crypto::CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+}
+
+/// A QUIC server that nothing of ours serves, and TLS to call it with.
+pub(super) fn bare_server() -> (quinn::Endpoint, PeerTls) {
+    let certified = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let certificate = certified.cert.der().clone();
+    let key = PrivateKeyDer::Pkcs8(certified.signing_key.serialize_der().into());
+    let tls = server_tls(certificate.clone(), key);
+    let config = crate::quic::server_config(tls, &Limits::peers()).unwrap();
+    let (socket, _) = crate::bind_udp((Ipv4Addr::LOCALHOST, 0).into(), false).unwrap();
+    let endpoint = crate::quic::endpoint(&QuicKeys::random(), 0, Some(config), socket).unwrap();
+    (endpoint, PeerTls(Box::new(client_tls(certificate))))
+}
+
+fn client_tls(certificate: CertificateDer<'static>) -> rustls::ClientConfig {
+    let mut roots = RootCertStore::empty();
+    roots.add(certificate).unwrap();
+    rustls::ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth()
 }
 
 fn server_tls(

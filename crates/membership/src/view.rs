@@ -1,0 +1,415 @@
+//! What other nodes said of themselves, and how much of it still holds.
+//!
+//! Figures age: a frame says when the next will come; after twice that they count for less and less, after three times
+//! that and a second they count for nothing. What this node itself sent since the figures were taken is added to them.
+//! Replies carry figures too, and the newer replace the older, engine by engine.
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+use base::Load;
+
+use crate::{Descriptor, LoadFrame};
+
+/// A node whose last frame is older than three times the announced wait and this is silent.
+const SILENT_AFTER: Duration = Duration::from_secs(1);
+/// A silent node is unknown rather than gone after this: its data port may work although its gossip port does not.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(10);
+/// Own sends remembered per engine; older ones are forgotten first.
+const SENDS_MAX: usize = 4096;
+
+/// What is known of one node. Its index is the caller's.
+#[derive(Clone, Debug, Default)]
+pub struct View {
+    nodes: Vec<Node>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Node {
+    /// Epoch and sequence of the newest frame.
+    newest: (u64, u64),
+    descriptor: Option<(u64, Descriptor)>,
+    heard: Option<Heard>,
+    draining: bool,
+    /// Nothing came over its connections although something was due: out until it speaks again.
+    cut_off: Option<Instant>,
+    engines: Vec<Engine>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Heard {
+    at: Instant,
+    next: Duration,
+}
+
+#[derive(Clone, Debug)]
+struct Engine {
+    load: Load,
+    sampled: Instant,
+    /// When this node sent calls there that the figures may not count yet, oldest first.
+    sends: VecDeque<Instant>,
+}
+
+/// What is known of one engine of another node, now.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Seen {
+    /// The figures, own sends since then included.
+    pub load: Load,
+    /// How old they are.
+    pub age: Duration,
+    /// How much they still count, 0 to 1.
+    pub confidence: f64,
+}
+
+/// What is known of a node as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// It speaks.
+    Present,
+    /// It takes no new calls.
+    Draining,
+    /// It spoke and does not any more.
+    Silent,
+    /// It has never spoken, or not for long.
+    Unknown,
+}
+
+impl View {
+    /// A view of `nodes` nodes of which nothing is known.
+    #[must_use]
+    pub fn new(nodes: usize) -> Self {
+        Self { nodes: vec![Node::default(); nodes] }
+    }
+
+    /// What node `index` serves, as its process `epoch` said. Returns whether that is news.
+    pub fn describe(&mut self, index: usize, epoch: u64, descriptor: Descriptor) -> bool {
+        let Some(node) = self.nodes.get_mut(index) else { return false };
+        let is_older = node
+            .descriptor
+            .as_ref()
+            .is_some_and(|(known, before)| (*known, before.version) > (epoch, descriptor.version));
+        if is_older || epoch < node.newest.0 {
+            return false;
+        }
+        // A new process counts from zero; figures of the old one say nothing.
+        node.engines.clear();
+        node.descriptor = Some((epoch, descriptor));
+        true
+    }
+
+    /// What node `index` serves.
+    #[must_use]
+    pub fn descriptor(&self, index: usize) -> Option<&Descriptor> {
+        self.nodes.get(index)?.descriptor.as_ref().map(|(_, descriptor)| descriptor)
+    }
+
+    /// Node `index` said how pressed it is; `rtt` is that of the way the frame came. Returns whether it was news.
+    pub fn frame(&mut self, index: usize, frame: &LoadFrame, rtt: Duration, now: Instant) -> bool {
+        let Some(node) = self.nodes.get_mut(index) else { return false };
+        if (frame.epoch, frame.sequence) <= node.newest {
+            return false;
+        }
+        node.newest = (frame.epoch, frame.sequence);
+        node.heard = Some(Heard { at: now, next: frame.next });
+        node.draining = frame.draining;
+        node.cut_off = None;
+        // Figures of a descriptor we do not hold cannot be told apart; that the node speaks still counts.
+        let is_known = node.descriptor.as_ref().is_some_and(|(epoch, descriptor)| {
+            *epoch == frame.epoch
+                && descriptor.version == frame.descriptor_version
+                && descriptor.engines.len() == frame.engines.len()
+        });
+        if !is_known {
+            return true;
+        }
+        let age = frame.sample_age + rtt / 2;
+        let sampled = now.checked_sub(age).unwrap_or(now);
+        let before = std::mem::take(&mut node.engines).into_iter().map(Some);
+        let before = before.chain(std::iter::repeat_with(|| None));
+        node.engines = frame
+            .engines
+            .iter()
+            .zip(before)
+            .map(|(load, before)| {
+                let fresh = Engine { load: *load, sampled, sends: VecDeque::new() };
+                let Some(mut engine) = before else { return fresh };
+                engine.sampled_at(sampled, *load);
+                engine
+            })
+            .collect();
+        true
+    }
+
+    /// A reply from engine `engine` of node `index` said how pressed it is, at `now`.
+    pub fn reply(&mut self, index: usize, engine: usize, load: Load, now: Instant) {
+        if let Some(engine) = self.nodes.get_mut(index).and_then(|n| n.engines.get_mut(engine)) {
+            engine.sampled_at(now, load);
+        }
+    }
+
+    /// Node `index` said that it has no room: so it is, until it says otherwise.
+    pub fn busy(&mut self, index: usize, now: Instant) {
+        let Some(node) = self.nodes.get_mut(index) else { return };
+        for engine in &mut node.engines {
+            let full = Load {
+                in_flight: engine.load.in_flight.max(engine.load.slots.unwrap_or(0)),
+                slots: Some(engine.load.slots.unwrap_or(engine.load.in_flight)),
+                ..engine.load
+            };
+            engine.sampled_at(now, full);
+        }
+    }
+
+    /// This node sent a call to node `index`, for engine `engine` if it was chosen for one.
+    pub fn sent(&mut self, index: usize, engine: Option<usize>, now: Instant) {
+        let Some(node) = self.nodes.get_mut(index) else { return };
+        // A call for no engine in particular goes to the one with most room, as the node itself would choose.
+        let engine = engine.or_else(|| {
+            let free = |i: &usize| node.engines[*i].load.free();
+            (0..node.engines.len()).max_by_key(free)
+        });
+        if let Some(engine) = engine.and_then(|engine| node.engines.get_mut(engine)) {
+            if engine.sends.len() >= SENDS_MAX {
+                engine.sends.pop_front();
+            }
+            engine.sends.push_back(now);
+        }
+    }
+
+    /// Nothing came over a connection to node `index` although something was due.
+    pub fn cut_off(&mut self, index: usize, now: Instant) {
+        if let Some(node) = self.nodes.get_mut(index) {
+            node.cut_off = Some(now);
+        }
+    }
+
+    /// Whether node `index` can be sent calls.
+    #[must_use]
+    pub fn presence(&self, index: usize, now: Instant) -> Presence {
+        let Some(node) = self.nodes.get(index) else { return Presence::Unknown };
+        let Some(heard) = node.heard else { return Presence::Unknown };
+        let silent_for =
+            now.saturating_duration_since(heard.at).saturating_sub(heard.next * 3 + SILENT_AFTER);
+        if silent_for >= FORGOTTEN_AFTER {
+            Presence::Unknown
+        } else if silent_for > Duration::ZERO || node.cut_off.is_some() {
+            Presence::Silent
+        } else if node.draining {
+            Presence::Draining
+        } else {
+            Presence::Present
+        }
+    }
+
+    /// When node `index` was last heard, before `now`.
+    #[must_use]
+    pub fn heard(&self, index: usize, now: Instant) -> Option<Duration> {
+        Some(now.saturating_duration_since(self.nodes.get(index)?.heard?.at))
+    }
+
+    /// What is known of engine `engine` of node `index`.
+    #[must_use]
+    pub fn seen(&self, index: usize, engine: usize, now: Instant) -> Option<Seen> {
+        let node = self.nodes.get(index)?;
+        let engine = node.engines.get(engine)?;
+        let heard = node.heard?;
+        let unseen = u32::try_from(engine.sends.len()).unwrap_or(u32::MAX);
+        let age = now.saturating_duration_since(engine.sampled);
+        let load = Load { in_flight: engine.load.in_flight.saturating_add(unseen), ..engine.load };
+        Some(Seen { load, age, confidence: confidence(age, heard.next) })
+    }
+}
+
+impl Engine {
+    /// Newer figures: own sends they count already are forgotten.
+    fn sampled_at(&mut self, sampled: Instant, load: Load) {
+        if sampled < self.sampled {
+            return;
+        }
+        self.load = load;
+        self.sampled = sampled;
+        while self.sends.front().is_some_and(|sent| *sent <= sampled) {
+            self.sends.pop_front();
+        }
+    }
+}
+
+/// 1 until twice the announced wait has passed, then falling to 0 at three times it and a second.
+fn confidence(age: Duration, next: Duration) -> f64 {
+    let (from, to) = (next * 2, next * 3 + SILENT_AFTER);
+    let left = to.saturating_sub(age).div_duration_f64(to - from);
+    left.clamp(0.0, 1.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::EngineDescriptor;
+
+    const MS: Duration = Duration::from_millis(1);
+    const RTT: Duration = Duration::from_millis(10);
+
+    fn descriptor(engines: usize) -> Descriptor {
+        let engine = |i: usize| EngineDescriptor {
+            name: format!("gpu-{i}").parse().unwrap(),
+            protocol: "kserve-v2".into(),
+            models: vec![],
+        };
+        Descriptor { version: 1, engines: (0..engines).map(engine).collect() }
+    }
+
+    fn load(in_flight: u32) -> Load {
+        Load { in_flight, slots: Some(64), ..Load::default() }
+    }
+
+    fn frame(epoch: u64, sequence: u64, in_flight: u32) -> LoadFrame {
+        LoadFrame {
+            epoch,
+            sequence,
+            descriptor_version: 1,
+            sample_age: Duration::ZERO,
+            next: 200 * MS,
+            draining: false,
+            engines: vec![load(in_flight)],
+        }
+    }
+
+    fn view(now: Instant) -> View {
+        let mut view = View::new(1);
+        assert!(view.describe(0, 1, descriptor(1)));
+        assert!(view.frame(0, &frame(1, 1, 10), RTT, now));
+        view
+    }
+
+    fn in_flight(view: &View, now: Instant) -> u32 {
+        view.seen(0, 0, now).unwrap().load.in_flight
+    }
+
+    #[test]
+    fn figures_are_as_old_as_their_sample_and_half_the_way() {
+        let now = base::clock::now();
+        let mut view = View::new(1);
+        view.describe(0, 1, descriptor(1));
+        view.frame(0, &LoadFrame { sample_age: 3 * MS, ..frame(1, 1, 10) }, RTT, now);
+        assert_eq!(view.seen(0, 0, now + 20 * MS).unwrap().age, 28 * MS);
+    }
+
+    #[test]
+    fn what_is_not_newer_is_dropped() {
+        let now = base::clock::now();
+        let mut view = view(now);
+        for old in [frame(1, 1, 60), frame(1, 0, 60), frame(0, 99, 60)] {
+            assert!(!view.frame(0, &old, RTT, now + MS));
+        }
+        assert_eq!(in_flight(&view, now + MS), 10);
+        assert!(view.frame(0, &frame(1, 2, 20), RTT, now + 10 * MS));
+        assert_eq!(in_flight(&view, now + 10 * MS), 20);
+    }
+
+    #[test]
+    fn a_restarted_node_counts_anew_and_its_old_frames_are_dropped() {
+        let now = base::clock::now();
+        let mut view = view(now);
+        assert!(view.describe(0, 2, descriptor(2)));
+        assert_eq!(view.seen(0, 0, now), None, "figures of the old process are forgotten");
+        let two = LoadFrame { engines: vec![load(1), load(2)], ..frame(2, 1, 0) };
+        assert!(view.frame(0, &two, RTT, now + MS));
+        assert_eq!(view.seen(0, 1, now + MS).unwrap().load.in_flight, 2);
+        assert!(!view.frame(0, &frame(1, 500, 60), RTT, now + MS));
+        assert!(!view.describe(0, 1, descriptor(1)));
+    }
+
+    #[test]
+    fn own_sends_count_until_figures_taken_after_them_come() {
+        let now = base::clock::now();
+        let mut view = view(now);
+        for i in 0..5 {
+            view.sent(0, Some(0), now + i * 10 * MS);
+        }
+        assert_eq!(in_flight(&view, now + 50 * MS), 15);
+        // Taken at 25 ms: it counts the sends of 0, 10 and 20 ms.
+        view.frame(0, &frame(1, 2, 13), RTT, now + 30 * MS);
+        assert_eq!(in_flight(&view, now + 50 * MS), 15);
+        view.frame(0, &frame(1, 3, 15), RTT, now + 100 * MS);
+        assert_eq!(in_flight(&view, now + 100 * MS), 15);
+    }
+
+    #[test]
+    fn replies_replace_older_figures_and_older_frames_replace_no_reply() {
+        let now = base::clock::now();
+        let mut view = view(now);
+        view.reply(0, 0, load(30), now + 20 * MS);
+        assert_eq!(in_flight(&view, now + 20 * MS), 30);
+        let old = LoadFrame { sample_age: 50 * MS, ..frame(1, 2, 5) };
+        view.frame(0, &old, RTT, now + 25 * MS);
+        assert_eq!(in_flight(&view, now + 25 * MS), 30);
+    }
+
+    #[test]
+    fn a_busy_answer_means_no_room_until_the_next_figures() {
+        let now = base::clock::now();
+        let mut view = view(now);
+        view.busy(0, now + MS);
+        assert_eq!(view.seen(0, 0, now + MS).unwrap().load.free(), 0);
+        view.frame(0, &frame(1, 2, 50), RTT, now + 50 * MS);
+        assert_eq!(view.seen(0, 0, now + 50 * MS).unwrap().load.free(), 14);
+    }
+
+    #[test]
+    fn figures_count_less_with_age_and_silence_makes_a_node_unusable() {
+        let now = base::clock::now();
+        let view = view(now);
+        for (ms, want) in [(0, 1.0), (390, 1.0), (995, 0.5), (1_595, 0.0), (9_000, 0.0)] {
+            let confidence = view.seen(0, 0, now + ms * MS).unwrap().confidence;
+            assert!((confidence - want).abs() < 0.01, "{ms}: {confidence}");
+        }
+        for (ms, want) in [
+            (1_600, Presence::Present),
+            (1_601, Presence::Silent),
+            (11_599, Presence::Silent),
+            (11_600, Presence::Unknown),
+        ] {
+            assert_eq!(view.presence(0, now + ms * MS), want, "{ms}");
+        }
+    }
+
+    #[test]
+    fn a_node_cut_off_is_silent_until_it_speaks() {
+        let now = base::clock::now();
+        let mut view = view(now);
+        view.cut_off(0, now + MS);
+        assert_eq!(view.presence(0, now + MS), Presence::Silent);
+        view.frame(0, &frame(1, 2, 1), RTT, now + 2 * MS);
+        assert_eq!(view.presence(0, now + 2 * MS), Presence::Present);
+    }
+
+    #[test]
+    fn draining_is_said_and_heard() {
+        let now = base::clock::now();
+        let mut view = view(now);
+        view.frame(0, &LoadFrame { draining: true, ..frame(1, 2, 1) }, RTT, now);
+        assert_eq!(view.presence(0, now), Presence::Draining);
+    }
+
+    #[test]
+    fn frames_of_an_unknown_descriptor_show_life_but_no_figures() {
+        let now = base::clock::now();
+        let mut view = View::new(1);
+        assert!(view.frame(0, &frame(1, 1, 1), RTT, now));
+        assert_eq!(view.presence(0, now), Presence::Present);
+        assert_eq!(view.seen(0, 0, now), None);
+        assert_eq!(View::new(1).presence(0, now), Presence::Unknown);
+    }
+
+    #[test]
+    fn sends_are_remembered_within_a_bound() {
+        let now = base::clock::now();
+        let mut view = view(now);
+        for _ in 0..100_000 {
+            view.sent(0, None, now + MS);
+        }
+        assert_eq!(view.nodes[0].engines[0].sends.len(), SENDS_MAX);
+    }
+}

@@ -1,0 +1,366 @@
+//! One attempt of a call at an engine or a peer, and what it came to.
+//!
+//! An attempt fails only before the first byte of its answer: from then on the answer is the caller's, whatever becomes of
+//! it. A failed attempt may be made again elsewhere when no engine has seen it, or when the method may run twice.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use balance::Outcome;
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, StatusCode};
+use http_body::{Body as _, Frame, SizeHint};
+use tonic::{Code, Status, body::Body};
+use transport::{
+    Progress, TransportError, Watching,
+    grpc::{self, End},
+};
+
+use crate::{
+    hop,
+    refusal::{Pushback, Refusal},
+    router::Route,
+};
+
+/// What an attempt came to.
+#[derive(Debug)]
+pub(crate) enum Attempt {
+    /// An answer has begun.
+    Answered(Response<Body>),
+    /// Nothing of an answer has come.
+    Failed(Failed),
+}
+
+/// A failed attempt.
+#[derive(Debug)]
+pub(crate) struct Failed {
+    /// The class of the failure.
+    pub(crate) outcome: Outcome,
+    /// Whether an engine may have begun the call.
+    pub(crate) may_have_run: bool,
+    /// What whoever failed asks of us.
+    pub(crate) pushback: Pushback,
+    /// Retries made further on.
+    pub(crate) retries_below: u32,
+    /// What the caller gets when there is no other attempt.
+    pub(crate) answer: Answer,
+}
+
+/// The last word of a failed attempt.
+#[derive(Debug)]
+pub(crate) enum Answer {
+    /// What the engine or the peer said, to be passed on as it is.
+    Reply(Response<Body>),
+    /// What this node says.
+    Refusal(Refusal),
+}
+
+impl Failed {
+    fn refusal(outcome: Outcome, may_have_run: bool, refusal: Refusal) -> Self {
+        Self {
+            outcome,
+            may_have_run,
+            pushback: Pushback::None,
+            retries_below: 0,
+            answer: Answer::Refusal(refusal),
+        }
+    }
+}
+
+impl Route {
+    /// Makes the attempt. `idempotent`: the method may run twice.
+    pub(crate) async fn attempt(&mut self, request: Request<Body>, idempotent: bool) -> Attempt {
+        match self {
+            Self::Engine(slot, _) => {
+                let sent = slot.send(request).await;
+                let name = || slot.engine().target.name().to_owned();
+                let attempt = at_engine(sent, name);
+                match &attempt {
+                    Attempt::Answered(_) => slot.replied(),
+                    Attempt::Failed(failed) => slot.ended(failed.outcome, failed.pushback.wait()),
+                }
+                attempt
+            }
+            Self::Peer(call) => {
+                let (progress, watching) = Progress::new();
+                let request = prepared(request, progress, watching.clone(), idempotent);
+                let sent = tokio::select! {
+                    sent = call.send(request) => Some(sent),
+                    () = watching.clone().overdue() => None,
+                };
+                let Some(sent) = sent else {
+                    call.broken(false);
+                    let refusal = Refusal::Unacknowledged { target: call.name() };
+                    // A body that was held back has not been sent, so nothing can have begun.
+                    return Attempt::Failed(Failed::refusal(Outcome::Broken, idempotent, refusal));
+                };
+                if let Err(error) = &sent {
+                    let says_nothing =
+                        matches!(error, TransportError::Cancelled(_) | TransportError::Full { .. });
+                    if !says_nothing && !error.is_rejection() {
+                        call.broken(matches!(error, TransportError::Silent(_)));
+                    }
+                } else {
+                    call.replied();
+                }
+                let held_back = !idempotent && !watching.is_admitted();
+                let attempt = at_peer(sent, || call.name(), held_back);
+                if let Attempt::Failed(Failed {
+                    outcome: Outcome::Busy,
+                    answer: Answer::Reply(_),
+                    ..
+                }) = &attempt
+                {
+                    call.busy();
+                }
+                attempt
+            }
+        }
+    }
+
+    /// The call is over: what it says about whoever served it.
+    pub(crate) fn ended(&mut self, end: &End<'_>) {
+        let outcome = outcome_of(end);
+        match self {
+            Self::Engine(slot, _) => {
+                let pushback = end.trailers.map_or(Pushback::None, Pushback::read);
+                slot.ended(outcome, pushback.wait());
+            }
+            // A peer whose engine dies ends the reply with a status; one that breaks it off is failing itself.
+            Self::Peer(call) if end.broke_off => call.broken(false),
+            Self::Peer(_) => {}
+        }
+    }
+}
+
+/// The class of a call by how its reply ended.
+fn outcome_of(end: &End<'_>) -> Outcome {
+    match end.code {
+        // Our own deadline, or a caller that went away.
+        Code::DeadlineExceeded | Code::Cancelled => Outcome::Caller,
+        Code::ResourceExhausted if !end.broke_off => Outcome::Busy,
+        _ if end.broke_off => Outcome::Broken,
+        code => Outcome::of_status(code.into()),
+    }
+}
+
+/// The call to a peer, ready to be sent: with its progress watched, and, when it may run only once, with its body held
+/// back until the peer has acknowledged it.
+fn prepared(
+    request: Request<Body>,
+    progress: Progress,
+    watching: Watching,
+    idempotent: bool,
+) -> Request<Body> {
+    let (mut head, body) = request.into_parts();
+    head.extensions.insert(progress);
+    if idempotent {
+        return Request::from_parts(head, body);
+    }
+    head.headers.insert(http::header::EXPECT, hop::CONTINUE);
+    Request::from_parts(head, Body::new(HeldBack::new(body, watching)))
+}
+
+fn at_engine(
+    sent: Result<Response<Body>, TransportError>,
+    name: impl FnOnce() -> String,
+) -> Attempt {
+    let mut reply = match sent {
+        Ok(reply) => reply,
+        Err(error) => return transport_failure(error, name(), false, false),
+    };
+    hop::strip(reply.headers_mut());
+    // Only a reply that is nothing but a status can fail an attempt.
+    let Some(code) = only_status(&reply) else { return Attempt::Answered(reply) };
+    let outcome = Outcome::of_status(code.into());
+    if matches!(outcome, Outcome::Ok | Outcome::Caller) {
+        return Attempt::Answered(reply);
+    }
+    let pushback = Pushback::read(reply.headers());
+    let answer = Answer::Reply(reply);
+    Attempt::Failed(Failed { outcome, may_have_run: true, pushback, retries_below: 0, answer })
+}
+
+fn at_peer(
+    sent: Result<Response<Body>, TransportError>,
+    name: impl FnOnce() -> String,
+    held_back: bool,
+) -> Attempt {
+    let reply = match sent {
+        Ok(reply) => reply,
+        Err(error) => return transport_failure(error, name(), true, held_back),
+    };
+    let Some(code) = only_status(&reply) else { return Attempt::Answered(reply) };
+    let refused = hop::is_refused(reply.headers());
+    let outcome = match Outcome::of_status(code.into()) {
+        // Nobody there serves it, and it says so itself: somebody else may.
+        Outcome::Caller if refused && code == Code::NotFound => Outcome::Broken,
+        Outcome::Ok | Outcome::Caller => return Attempt::Answered(reply),
+        outcome => outcome,
+    };
+    Attempt::Failed(Failed {
+        outcome,
+        may_have_run: !refused,
+        pushback: Pushback::None,
+        retries_below: hop::previous_attempts(reply.headers()),
+        answer: Answer::Reply(reply),
+    })
+}
+
+fn transport_failure(
+    error: TransportError,
+    target: String,
+    to_peer: bool,
+    held_back: bool,
+) -> Attempt {
+    let outcome = match &error {
+        TransportError::Cancelled(_) => Outcome::Caller,
+        TransportError::Full { .. } => Outcome::Busy,
+        _ => Outcome::Broken,
+    };
+    let may_have_run = !error.is_retry_safe() && !held_back;
+    Attempt::Failed(Failed::refusal(
+        outcome,
+        may_have_run,
+        Refusal::Transport { target, to_peer, error },
+    ))
+}
+
+/// The status of a reply that is nothing but that ("Trailers-Only").
+fn only_status(reply: &Response<Body>) -> Option<Code> {
+    (reply.status() == StatusCode::OK).then(|| grpc::status_code(reply.headers())).flatten()
+}
+
+/// A request body that waits until the peer has acknowledged the call: a node that is not heard of can then have begun
+/// nothing. What leads it is an empty piece, for a peer whose engine speaks first must know when it may begin.
+struct HeldBack {
+    body: Body,
+    admitted: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+}
+
+impl HeldBack {
+    fn new(body: Body, mut watching: Watching) -> Self {
+        Self { body, admitted: Some(Box::pin(async move { watching.admitted().await })) }
+    }
+}
+
+impl http_body::Body for HeldBack {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if let Some(admitted) = &mut self.admitted {
+            std::task::ready!(admitted.as_mut().poll(cx));
+            self.admitted = None;
+            return Poll::Ready(Some(Ok(Frame::data(Bytes::new()))));
+        }
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.admitted.is_none() && self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// How long a peer that holds a body back may take to send it, once its call was acknowledged.
+const RELEASED_WITHIN: Duration = Duration::from_secs(10);
+
+/// Whether the ingress holds the body of a call back.
+pub(crate) fn is_held_back(headers: &HeaderMap) -> bool {
+    headers.contains_key(http::header::EXPECT)
+}
+
+/// Waits until a call whose body the ingress holds back may begin: until its first piece, which is taken off. An error
+/// means that the ingress has given the call up.
+pub(crate) async fn released(headers: &mut HeaderMap, body: &mut Body) -> Result<(), Refusal> {
+    if headers.remove(http::header::EXPECT).is_none() {
+        return Ok(());
+    }
+    let first = std::future::poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx));
+    match tokio::time::timeout(RELEASED_WITHIN, first).await {
+        Ok(Some(Ok(frame))) if frame.data_ref().is_some_and(Bytes::is_empty) => Ok(()),
+        Ok(Some(Err(status))) => Err(Refusal::broken_request(&status)),
+        Ok(Some(Ok(_)) | None) => Err(Refusal::Broken {
+            code: Code::Internal,
+            message: "a held-back call did not begin with an empty piece".to_owned(),
+        }),
+        Err(_) => Err(Refusal::Broken {
+            code: Code::Unavailable,
+            message: "the other node did not send the request it held back".to_owned(),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failed(attempt: Attempt) -> Failed {
+        match attempt {
+            Attempt::Failed(failed) => failed,
+            Attempt::Answered(reply) => panic!("answered: {reply:?}"),
+        }
+    }
+
+    fn reply(pairs: &[(&'static str, &'static str)]) -> Response<Body> {
+        let mut reply = Response::new(Body::empty());
+        for (name, value) in pairs {
+            reply.headers_mut().insert(*name, http::HeaderValue::from_static(value));
+        }
+        reply
+    }
+
+    fn name() -> String {
+        "engine e".to_owned()
+    }
+
+    #[test]
+    fn busy_and_unavailable_fail_an_attempt_and_other_statuses_are_answers() {
+        for (status, want) in [("8", Outcome::Busy), ("14", Outcome::Broken)] {
+            let failed = failed(at_engine(Ok(reply(&[("grpc-status", status)])), name));
+            assert_eq!((failed.outcome, failed.may_have_run), (want, true));
+        }
+        for status in ["0", "2", "3", "5", "13"] {
+            let attempt = at_engine(Ok(reply(&[("grpc-status", status)])), name);
+            assert!(matches!(attempt, Attempt::Answered(_)), "{status}");
+        }
+        assert!(matches!(at_engine(Ok(reply(&[])), name), Attempt::Answered(_)));
+    }
+
+    #[test]
+    fn a_peer_that_refuses_has_run_nothing() {
+        let full = reply(&[("grpc-status", "8"), ("x-isobar-flags", "refused")]);
+        assert!(!failed(at_peer(Ok(full), name, false)).may_have_run);
+        let engine_full = reply(&[("grpc-status", "8"), ("grpc-previous-rpc-attempts", "2")]);
+        let failed_there = failed(at_peer(Ok(engine_full), name, false));
+        assert!(failed_there.may_have_run);
+        assert_eq!(failed_there.retries_below, 2);
+    }
+
+    #[test]
+    fn a_peer_that_serves_nothing_of_the_kind_is_not_the_last_word() {
+        let none = reply(&[("grpc-status", "5"), ("x-isobar-flags", "refused")]);
+        assert_eq!(failed(at_peer(Ok(none), name, false)).outcome, Outcome::Broken);
+        let engines_own = at_peer(Ok(reply(&[("grpc-status", "5")])), name, false);
+        assert!(matches!(engines_own, Attempt::Answered(_)));
+    }
+
+    #[test]
+    fn what_was_not_sent_has_not_run() {
+        let dial = || TransportError::Dial { target: "x".into(), reason: "y".into() };
+        assert!(!failed(at_engine(Err(dial()), name)).may_have_run);
+        let closed = || TransportError::Closed("z".into());
+        assert!(failed(at_engine(Err(closed()), name)).may_have_run);
+        assert!(!failed(at_peer(Err(closed()), name, true)).may_have_run, "its body was held back");
+    }
+}

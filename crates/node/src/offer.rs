@@ -1,0 +1,99 @@
+//! What an engine serves, and how well that suits a call: the same question for engines of this node and of peers.
+
+use balance::Fit;
+use base::ModelName;
+use inference::Protocol;
+use membership::EngineDescriptor;
+
+use crate::model::Wanted;
+
+/// What begins the path of every KServe v2 method.
+const KSERVE_SERVICE: &str = "/inference.GRPCInferenceService/";
+
+/// What a call asks for.
+#[derive(Clone, Debug)]
+pub(crate) struct Ask {
+    /// The method, `/package.Service/Method`.
+    pub(crate) path: String,
+    /// The model.
+    pub(crate) wanted: Wanted,
+}
+
+impl Ask {
+    /// The call in words, for messages.
+    pub(crate) fn what(&self) -> String {
+        match &self.wanted {
+            Wanted::Model(model) => format!("model {model}"),
+            Wanted::Nothing | Wanted::Unreadable(_) => self.path.clone(),
+        }
+    }
+}
+
+/// What one engine serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Offer {
+    pub(crate) protocol: Protocol,
+    /// Empty: it is sent any.
+    pub(crate) models: Vec<ModelName>,
+}
+
+impl Offer {
+    /// What a peer says of one of its engines; `None`: it speaks what we do not know.
+    pub(crate) fn of_peer(engine: &EngineDescriptor) -> Option<Self> {
+        let protocol = engine.protocol.parse().ok()?;
+        Some(Self { protocol, models: engine.models.clone() })
+    }
+
+    /// How well the engine suits a call; `None`: not at all.
+    pub(crate) fn fit(&self, ask: &Ask) -> Option<Fit> {
+        match (self.protocol, ask.path.starts_with(KSERVE_SERVICE)) {
+            (Protocol::KserveV2, true) => match &ask.wanted {
+                Wanted::Nothing => Some(Fit::Well),
+                Wanted::Model(model) if self.models.contains(model) => Some(Fit::Well),
+                // An engine that lists no models is asked: it knows best, and its own error says so.
+                Wanted::Model(_) | Wanted::Unreadable(_) => {
+                    self.models.is_empty().then_some(Fit::Perhaps)
+                }
+            },
+            (Protocol::Grpc, false) => Some(Fit::Well),
+            // An engine may offer more than its protocol asks for: health, reflection, services of its own.
+            (Protocol::KserveV2, false) | (Protocol::Grpc, true) => Some(Fit::Perhaps),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn offer(protocol: Protocol, models: &[&str]) -> Offer {
+        Offer { protocol, models: models.iter().map(|m| m.parse().unwrap()).collect() }
+    }
+
+    fn infer(wanted: Wanted) -> Ask {
+        Ask { path: format!("{KSERVE_SERVICE}ModelInfer"), wanted }
+    }
+
+    #[test]
+    fn a_model_is_served_by_whoever_lists_it_and_perhaps_by_who_lists_none() {
+        let llama = infer(Wanted::Model("llama".parse().unwrap()));
+        assert_eq!(offer(Protocol::KserveV2, &["llama", "x"]).fit(&llama), Some(Fit::Well));
+        assert_eq!(offer(Protocol::KserveV2, &["x"]).fit(&llama), None);
+        assert_eq!(offer(Protocol::KserveV2, &[]).fit(&llama), Some(Fit::Perhaps));
+    }
+
+    #[test]
+    fn a_call_whose_model_cannot_be_read_goes_to_nobody_who_lists_models() {
+        let unreadable = infer(Wanted::Unreadable("garbage".into()));
+        assert_eq!(offer(Protocol::KserveV2, &["llama"]).fit(&unreadable), None);
+        assert_eq!(offer(Protocol::KserveV2, &[]).fit(&unreadable), Some(Fit::Perhaps));
+    }
+
+    #[test]
+    fn other_services_belong_to_opaque_engines_first() {
+        let other = Ask { path: "/p.S/M".into(), wanted: Wanted::Nothing };
+        assert_eq!(offer(Protocol::Grpc, &[]).fit(&other), Some(Fit::Well));
+        assert_eq!(offer(Protocol::KserveV2, &["llama"]).fit(&other), Some(Fit::Perhaps));
+        assert_eq!(offer(Protocol::Grpc, &[]).fit(&infer(Wanted::Nothing)), Some(Fit::Perhaps));
+    }
+}

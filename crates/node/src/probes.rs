@@ -1,0 +1,97 @@
+//! Questions of load balancers, over plain HTTP on every port: is the node alive, does it take calls, is there room for a
+//! model.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Response, StatusCode, Uri, header};
+use http_body_util::Full;
+use percent_encoding::percent_decode_str;
+use serde_json::json;
+
+use crate::{model::Wanted, offer::Ask, refusal::Refusal, router::Router};
+
+/// Answers probes. Cloneable.
+#[derive(Clone, Debug)]
+pub(crate) struct Probes {
+    /// Whether the node takes calls. Never depends on load: a busy node is not a broken one.
+    pub(crate) ready: Arc<AtomicBool>,
+    pub(crate) router: Router,
+}
+
+impl Probes {
+    /// The answer, if it is a probe.
+    pub(crate) fn answer(&self, method: &Method, uri: &Uri) -> Option<Response<Full<Bytes>>> {
+        if method != Method::GET && method != Method::HEAD {
+            return None;
+        }
+        match uri.path() {
+            "/livez" => Some(text(StatusCode::OK, "ok\n")),
+            "/readyz" if self.ready.load(Ordering::Relaxed) => Some(text(StatusCode::OK, "ok\n")),
+            "/readyz" => Some(text(StatusCode::SERVICE_UNAVAILABLE, "draining\n")),
+            "/room" => Some(self.room(uri.query().unwrap_or_default())),
+            _ => None,
+        }
+    }
+
+    /// Whether anybody has room for `model=M`, or for `method=/package.Service/Method`.
+    fn room(&self, query: &str) -> Response<Full<Bytes>> {
+        let value = |wanted: &str| {
+            query.split('&').find_map(|pair| {
+                let (name, value) = pair.split_once('=')?;
+                let value = percent_decode_str(value).decode_utf8().ok()?.into_owned();
+                (name == wanted).then_some(value)
+            })
+        };
+        let ask = match (value("model").map(|model| model.parse()), value("method")) {
+            (Some(Ok(model)), _) => Ask {
+                path: "/inference.GRPCInferenceService/ModelInfer".to_owned(),
+                wanted: Wanted::Model(model),
+            },
+            (Some(Err(error)), _) => {
+                return text(StatusCode::BAD_REQUEST, format!("{error}\n"));
+            }
+            (None, Some(path)) => Ask { path, wanted: Wanted::Nothing },
+            (None, None) => {
+                let usage = "ask /room?model=NAME or /room?method=/package.Service/Method\n";
+                return text(StatusCode::BAD_REQUEST, usage);
+            }
+        };
+        match self.router.room(&ask) {
+            Ok(free) => json_answer(StatusCode::OK, &json!({ "room": true, "free_slots": free })),
+            Err(refusal) => {
+                let status = match refusal {
+                    Refusal::NoEngine { .. } => StatusCode::NOT_FOUND,
+                    _ => StatusCode::SERVICE_UNAVAILABLE,
+                };
+                let why =
+                    json!({ "room": false, "reason": refusal.label(), "why": refusal.to_string() });
+                let mut response = json_answer(status, &why);
+                if let Some(wait) = refusal.retry_after() {
+                    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+                    response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+                }
+                response
+            }
+        }
+    }
+}
+
+fn json_answer(status: StatusCode, body: &serde_json::Value) -> Response<Full<Bytes>> {
+    let mut response = text(status, format!("{body}\n"));
+    let kind = HeaderValue::from_static("application/json");
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    response
+}
+
+/// A short answer.
+pub(crate) fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    let kind = HeaderValue::from_static("text/plain; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    response
+}

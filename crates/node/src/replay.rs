@@ -1,0 +1,263 @@
+//! A request body that can be sent more than once: what the first attempt read is kept, up to a bound, until a reply comes.
+//!
+//! Only the newest attempt gets anything; an older one that is still being torn down sees its body break off.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Frame, SizeHint};
+use parking_lot::Mutex;
+use tonic::{Status, body::Body};
+use transport::TransportError;
+
+use crate::buffers::{Buffers, HeldBytes, PER_CALL_BYTES};
+
+/// The body of one call, for all its attempts.
+#[derive(Debug)]
+pub(crate) struct Replay(Arc<Mutex<State>>);
+
+#[derive(Debug)]
+struct State {
+    source: Body,
+    source_ended: bool,
+    /// What was read from the source, in order; empty once it need not or cannot be kept.
+    kept: Vec<Piece>,
+    keeping: bool,
+    /// Whether something was read that is not kept.
+    lost: bool,
+    bytes: usize,
+    held: HeldBytes,
+    buffers: Buffers,
+    attempt: u32,
+}
+
+#[derive(Clone, Debug)]
+enum Piece {
+    Data(Bytes),
+    Trailers(HeaderMap),
+}
+
+impl Piece {
+    fn frame(self) -> Frame<Bytes> {
+        match self {
+            Self::Data(data) => Frame::data(data),
+            Self::Trailers(trailers) => Frame::trailers(trailers),
+        }
+    }
+}
+
+impl Replay {
+    /// The call's body, `body`. `keep`: it may be sent again.
+    pub(crate) fn new(body: Body, keep: bool, buffers: Buffers) -> Self {
+        Self(Arc::new(Mutex::new(State {
+            source: body,
+            source_ended: false,
+            kept: Vec::new(),
+            keeping: keep,
+            lost: false,
+            bytes: 0,
+            held: HeldBytes::default(),
+            buffers,
+            attempt: 0,
+        })))
+    }
+
+    /// The body for the next attempt; what was read so far comes first.
+    pub(crate) fn body(&self) -> Body {
+        let attempt = {
+            let mut state = self.0.lock();
+            state.attempt += 1;
+            state.attempt
+        };
+        // Unlocked: a new body is asked at once whether it has ended.
+        Body::new(Replayed { state: self.0.clone(), attempt, next: 0 })
+    }
+
+    /// Whether another attempt would get the whole body.
+    pub(crate) fn is_whole(&self) -> bool {
+        !self.0.lock().lost
+    }
+
+    /// There will be no other attempt: nothing need be kept.
+    pub(crate) fn commit(&self) {
+        // What the current attempt has yet to read of the kept stays until it reads on.
+        self.0.lock().keeping = false;
+    }
+}
+
+impl State {
+    /// Keeps `piece` for later attempts, unless it is too much.
+    fn keep(&mut self, piece: &Piece) {
+        let size = match piece {
+            Piece::Data(data) => data.len(),
+            Piece::Trailers(_) => 0,
+        };
+        self.bytes += size;
+        let fits =
+            self.keeping && self.bytes <= PER_CALL_BYTES && self.buffers.take(size, &mut self.held);
+        if fits {
+            self.kept.push(piece.clone());
+        } else {
+            self.lost = true;
+            self.keeping = false;
+            self.kept = Vec::new();
+            self.held = HeldBytes::default();
+        }
+    }
+}
+
+/// The body of one attempt.
+#[derive(Debug)]
+struct Replayed {
+    state: Arc<Mutex<State>>,
+    attempt: u32,
+    /// The next of the kept pieces.
+    next: usize,
+}
+
+impl http_body::Body for Replayed {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = &mut *self;
+        let mut state = this.state.lock();
+        if state.attempt != this.attempt {
+            return Poll::Ready(Some(Err(TransportError::cancelled().into())));
+        }
+        if let Some(piece) = state.kept.get(this.next).cloned() {
+            this.next += 1;
+            return Poll::Ready(Some(Ok(piece.frame())));
+        }
+        if state.source_ended {
+            return Poll::Ready(None);
+        }
+        let Some(frame) = std::task::ready!(Pin::new(&mut state.source).poll_frame(cx)) else {
+            state.source_ended = true;
+            return Poll::Ready(None);
+        };
+        let piece = match frame?.into_data() {
+            Ok(data) => Piece::Data(data),
+            Err(frame) => match frame.into_trailers() {
+                Ok(trailers) => Piece::Trailers(trailers),
+                // http-body knows no third kind.
+                Err(_) => return Poll::Ready(None),
+            },
+        };
+        state.keep(&piece);
+        this.next = state.kept.len();
+        Poll::Ready(Some(Ok(piece.frame())))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        let state = self.state.lock();
+        state.attempt == self.attempt
+            && self.next >= state.kept.len()
+            && (state.source_ended || state.source.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let state = self.state.lock();
+        if self.next == 0 && state.bytes == 0 {
+            state.source.size_hint()
+        } else {
+            SizeHint::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body::Body as _;
+    use http_body_util::{BodyExt as _, Full};
+
+    use super::*;
+
+    /// A body of several pieces and trailers.
+    struct Pieces(std::vec::IntoIter<Frame<Bytes>>);
+
+    impl http_body::Body for Pieces {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+            Poll::Ready(self.0.next().map(Ok))
+        }
+    }
+
+    fn frames(pieces: &[&'static str]) -> Body {
+        let trailers = HeaderMap::from_iter([(http::header::TE, "x".parse().unwrap())]);
+        let data = pieces.iter().map(|piece| Frame::data(Bytes::from_static(piece.as_bytes())));
+        let frames: Vec<_> = data.chain([Frame::trailers(trailers)]).collect();
+        Body::new(Pieces(frames.into_iter()))
+    }
+
+    async fn all(body: Body) -> Result<String, Status> {
+        let body = body.collect().await?;
+        assert!(body.trailers().is_some(), "trailers are part of it");
+        Ok(String::from_utf8(body.to_bytes().to_vec()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn every_attempt_gets_the_whole_body() {
+        let replay = Replay::new(frames(&["a", "b", "c"]), true, Buffers::new(1 << 20));
+        let mut first = replay.body();
+        let frame = std::future::poll_fn(|cx| Pin::new(&mut first).poll_frame(cx)).await;
+        assert_eq!(frame.unwrap().unwrap().into_data().unwrap(), "a");
+        assert!(replay.is_whole());
+        assert_eq!(all(replay.body()).await.unwrap(), "abc");
+        assert_eq!(all(replay.body()).await.unwrap(), "abc");
+        // The one before is cut off.
+        assert!(all(first).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_body_beyond_the_bound_is_sent_once_and_nothing_of_it_stays() {
+        let buffers = Buffers::new(4 << 20);
+        let big = Body::new(Full::new(Bytes::from(vec![7; PER_CALL_BYTES + 1])));
+        let replay = Replay::new(big, true, buffers.clone());
+        let sent = replay.body().collect().await.unwrap().to_bytes();
+        assert_eq!(sent.len(), PER_CALL_BYTES + 1);
+        assert!(!replay.is_whole());
+        assert_eq!(buffers.left(), 4 << 20);
+    }
+
+    #[tokio::test]
+    async fn without_budget_a_body_is_sent_once() {
+        let buffers = Buffers::new(2);
+        let replay = Replay::new(frames(&["abc"]), true, buffers.clone());
+        assert_eq!(all(replay.body()).await.unwrap(), "abc");
+        assert!(!replay.is_whole());
+    }
+
+    #[tokio::test]
+    async fn what_is_kept_is_given_back_with_the_call() {
+        let buffers = Buffers::new(1 << 20);
+        let replay = Replay::new(frames(&["abc", "def"]), true, buffers.clone());
+        assert_eq!(all(replay.body()).await.unwrap(), "abcdef");
+        assert_eq!(buffers.left(), (1 << 20) - 6);
+        drop(replay);
+        assert_eq!(buffers.left(), 1 << 20);
+    }
+
+    #[tokio::test]
+    async fn after_a_commit_nothing_more_is_kept() {
+        let buffers = Buffers::new(1 << 20);
+        let replay = Replay::new(frames(&["abc", "def"]), true, buffers.clone());
+        let body = replay.body();
+        replay.commit();
+        assert_eq!(all(body).await.unwrap(), "abcdef");
+        assert_eq!(buffers.left(), 1 << 20);
+    }
+}

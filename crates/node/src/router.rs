@@ -1,0 +1,165 @@
+//! Who takes the next attempt of a call, and whether there may be one.
+
+use std::{sync::Arc, time::Duration};
+
+use balance::{Place, RetryBudget, Server, Standing, choose};
+use base::{ASSUMED_SLOTS, Deadline, Load, clock};
+use parking_lot::Mutex;
+use rand::rngs::StdRng;
+
+use crate::{
+    engines::{Engines, Slot},
+    model::Wanted,
+    offer::Ask,
+    peers::{PeerCall, Peers},
+    refusal::Refusal,
+};
+
+/// Attempts one call may have beyond the first.
+pub(crate) const RETRIES_MAX: u32 = 2;
+/// What a refused caller is told to wait, at least and at most, and when nothing is known.
+const RETRY_AFTER_MIN: Duration = Duration::from_millis(50);
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(10);
+const RETRY_AFTER_UNKNOWN: Duration = Duration::from_secs(1);
+/// A deadline closer than this leaves no time for another attempt.
+const TIME_FOR_RETRY: Duration = Duration::from_millis(5);
+
+/// Chooses engines and peers for one worker's calls. Cloneable.
+#[derive(Clone, Debug)]
+pub(crate) struct Router {
+    pub(crate) engines: Engines,
+    pub(crate) peers: Peers,
+    rng: Arc<Mutex<StdRng>>,
+    budget: Arc<Mutex<RetryBudget>>,
+}
+
+/// Who answers a call. It holds the place of the call there until the call ends.
+#[derive(Debug)]
+pub(crate) enum Route {
+    /// An engine of this node.
+    Engine(Slot, Place),
+    /// A peer, which chooses among its own.
+    Peer(PeerCall),
+}
+
+impl Route {
+    pub(crate) fn place(&self) -> Place {
+        match self {
+            Self::Engine(_, place) => *place,
+            Self::Peer(call) => Place::Peer(call.index()),
+        }
+    }
+}
+
+impl Router {
+    /// A router; `budget` is shared by the workers of a node.
+    pub(crate) fn new(
+        engines: Engines,
+        peers: Peers,
+        rng: StdRng,
+        budget: Arc<Mutex<RetryBudget>>,
+    ) -> Self {
+        Self { engines, peers, rng: Arc::new(Mutex::new(rng)), budget }
+    }
+
+    /// Whether the model of a call decides who serves it.
+    pub(crate) fn depends_on_model(&self) -> bool {
+        self.engines.depend_on_model() || self.peers.depend_on_model()
+    }
+
+    /// A call came.
+    pub(crate) fn arrived(&self) {
+        self.budget.lock().request(clock::now());
+    }
+
+    /// Takes a retry out of the node's budget.
+    pub(crate) fn take_retry(&self) -> bool {
+        self.budget.lock().take(clock::now())
+    }
+
+    /// Whether there is time for another attempt.
+    pub(crate) fn has_time(deadline: Option<Deadline>) -> bool {
+        deadline.is_none_or(|deadline| deadline.remaining(clock::now()) > TIME_FOR_RETRY)
+    }
+
+    /// An engine of this node with room, else a peer with room, none of `tried`; else why not.
+    pub(crate) fn route(&self, ask: &Ask, tried: &[Place]) -> Result<Route, Refusal> {
+        let mut tried = tried.to_vec();
+        loop {
+            let mut servers = self.servers(ask);
+            // They still count among those that serve it: what is full or failed is not missing.
+            for (server, _) in servers.iter_mut().filter(|(s, _)| tried.contains(&s.place)) {
+                server.standing = Standing::Down;
+            }
+            let candidates: Vec<Server> = servers.iter().map(|(server, _)| *server).collect();
+            match choose(&candidates, &mut *self.rng.lock()) {
+                Some(place @ Place::Own(index)) => match self.engines.take(index) {
+                    Some(slot) => return Ok(Route::Engine(slot, place)),
+                    // Another worker took the last slot since we looked.
+                    None => tried.push(place),
+                },
+                Some(place @ Place::Peer(index)) => match self.peers.begin(index) {
+                    Some(call) => return Ok(Route::Peer(call)),
+                    None => tried.push(place),
+                },
+                None => {
+                    let unknown = self.peers.board().unknown(&tried);
+                    return unknown
+                        .and_then(|index| self.peers.begin(index))
+                        .map(Route::Peer)
+                        .ok_or_else(|| refusal(ask, &servers));
+                }
+            }
+        }
+    }
+
+    fn servers(&self, ask: &Ask) -> Vec<(Server, Load)> {
+        let mut servers: Vec<_> = self.engines.servers(ask).collect();
+        servers.extend(self.peers.board().servers(ask));
+        servers
+    }
+
+    /// The load of everything this node can reach, as one.
+    pub(crate) fn all_loads(&self) -> Load {
+        let loads = self.engines.loads().chain(self.peers.board().loads());
+        let sum = loads.fold(Load { slots: Some(0), ..Load::default() }, |sum, load| Load {
+            in_flight: sum.in_flight.saturating_add(load.in_flight),
+            slots: sum.slots.map(|slots| slots.saturating_add(load.slots.unwrap_or(ASSUMED_SLOTS))),
+            drain_rate: sum.drain_rate + load.drain_rate,
+            ..sum
+        });
+        Load { slots: sum.slots.filter(|slots| *slots > 0), ..sum }
+    }
+
+    /// Whether anybody this node knows of has room for a call, and how many slots are free.
+    pub(crate) fn room(&self, ask: &Ask) -> Result<f64, Refusal> {
+        let servers = self.servers(ask);
+        let usable = servers.iter().filter(|(server, _)| server.standing == Standing::Usable);
+        let free: f64 = usable.map(|(server, _)| server.free.floor()).sum();
+        if free >= 1.0 { Ok(free) } else { Err(refusal(ask, &servers)) }
+    }
+}
+
+/// Why nobody takes a call.
+fn refusal(ask: &Ask, servers: &[(Server, Load)]) -> Refusal {
+    let what = ask.what();
+    if servers.is_empty() {
+        return match &ask.wanted {
+            Wanted::Unreadable(why) => Refusal::Unreadable { why: why.clone() },
+            Wanted::Nothing | Wanted::Model(_) => Refusal::NoEngine { what },
+        };
+    }
+    let full = servers.iter().filter(|(server, _)| server.standing == Standing::Usable);
+    let drain_rate: f64 = full.clone().map(|(_, load)| load.drain_rate).sum();
+    if full.count() == 0 {
+        return Refusal::Unusable { what };
+    }
+    // One slot is free again after as long as one call takes to end.
+    let retry_after = if drain_rate > 0.0 {
+        Duration::from_secs_f64((1.0 / drain_rate).min(RETRY_AFTER_MAX.as_secs_f64()))
+            .max(RETRY_AFTER_MIN)
+    } else {
+        RETRY_AFTER_UNKNOWN
+    };
+    Refusal::Full { what, retry_after }
+}
