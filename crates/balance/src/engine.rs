@@ -14,7 +14,7 @@ use base::{ASSUMED_SLOTS, Load};
 use rand::Rng;
 
 use crate::{
-    Breaker, Health, HealthChange, HealthConfig, Outcome, Standing,
+    Breaker, Health, HealthChange, HealthConfig, Outcome, Standing, Verdict,
     average::{Average, Rate},
     pressure::Pressure,
 };
@@ -141,12 +141,11 @@ impl Engine {
     /// Whether it may be sent calls.
     #[must_use]
     pub fn standing(&self, now: Instant) -> Standing {
-        if !self.health.is_up() {
-            Standing::Down
-        } else if !self.breaker.allows(now) {
-            Standing::Ejected
-        } else {
-            Standing::Usable
+        match self.health.verdict() {
+            Verdict::Down => Standing::Down,
+            Verdict::Absent => Standing::Ejected,
+            Verdict::Up if self.breaker.allows(now) => Standing::Usable,
+            Verdict::Up => Standing::Ejected,
         }
     }
 

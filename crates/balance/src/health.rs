@@ -1,11 +1,13 @@
 //! Whether an engine passes its health checks, and when the next one is due.
 //!
 //! ```text
-//!  unproven ── first check passes ──> up ── `failures` in a row ──> down ── `successes` in a row ──> up
-//!      └────── first check fails ───────────────────────────────────^
+//!  unproven ── a check fails ──> absent
+//!      │                           │
+//!      └────── a check passes ─────┴──> up ── `failures` in a row ──> down ── `successes` in a row ──> up
 //! ```
 //!
 //! An engine is sent calls before its first check: a node that starts under load would otherwise refuse what it could do.
+//! One that has never passed is looked for more often and returns with its first passed check: it is probably starting.
 
 use std::time::{Duration, Instant};
 
@@ -15,6 +17,9 @@ use rand::{Rng, RngExt as _};
 const JITTER: f64 = 0.1;
 /// The first check comes within this, or within the interval if that is shorter.
 const FIRST_WITHIN: Duration = Duration::from_millis(500);
+
+/// An engine that has never passed is checked at least this often.
+const ABSENT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// When an engine counts as faulty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +67,19 @@ pub struct Health {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Unproven,
+    Absent,
     Up,
+    Down,
+}
+
+/// What checks say of an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It may be sent calls.
+    Up,
+    /// It has never passed a check: it is sent calls only when there is nobody else.
+    Absent,
+    /// It failed: it is sent none.
     Down,
 }
 
@@ -73,10 +90,14 @@ impl Health {
         Self { config, state: State::Unproven, against: 0, next_check: now + first }
     }
 
-    /// Whether it may be sent calls.
+    /// What checks say of it.
     #[must_use]
-    pub fn is_up(&self) -> bool {
-        self.state != State::Down
+    pub fn verdict(&self) -> Verdict {
+        match self.state {
+            State::Unproven | State::Up => Verdict::Up,
+            State::Absent => Verdict::Absent,
+            State::Down => Verdict::Down,
+        }
     }
 
     /// When the next check is due.
@@ -92,31 +113,28 @@ impl Health {
         passed: bool,
         rng: &mut impl Rng,
     ) -> Option<HealthChange> {
-        let spread = rng.random_range(1.0 - JITTER..1.0 + JITTER);
-        self.next_check = now + self.config.interval.mul_f64(spread);
-        let speaks_for = match self.state {
-            State::Unproven | State::Up => passed,
-            State::Down => !passed,
+        let (needed, next, change) = match (self.state, passed) {
+            (State::Unproven | State::Absent, true) => (1, State::Up, None),
+            (State::Unproven | State::Absent, false) => (1, State::Absent, None),
+            (State::Up, true) => (1, State::Up, None),
+            (State::Up, false) => (self.config.failures, State::Down, Some(HealthChange::Left)),
+            (State::Down, false) => (1, State::Down, None),
+            (State::Down, true) => (self.config.successes, State::Up, Some(HealthChange::Returned)),
         };
-        if speaks_for {
+        self.against = if change.is_some() { self.against + 1 } else { 0 };
+        let is_change = change.is_some() && self.against >= needed;
+        if change.is_none() || is_change {
+            self.state = next;
+        }
+        if is_change {
             self.against = 0;
-            if self.state == State::Unproven {
-                self.state = State::Up;
-            }
-            return None;
         }
-        self.against += 1;
-        let (needed, next, change) = match self.state {
-            State::Unproven => (1, State::Down, HealthChange::Left),
-            State::Up => (self.config.failures, State::Down, HealthChange::Left),
-            State::Down => (self.config.successes, State::Up, HealthChange::Returned),
+        let interval = match self.state {
+            State::Absent => self.config.interval.min(ABSENT_INTERVAL),
+            State::Unproven | State::Up | State::Down => self.config.interval,
         };
-        if self.against < needed {
-            return None;
-        }
-        self.against = 0;
-        self.state = next;
-        Some(change)
+        self.next_check = now + interval.mul_f64(rng.random_range(1.0 - JITTER..1.0 + JITTER));
+        change.filter(|_| is_change)
     }
 }
 
@@ -147,8 +165,18 @@ mod tests {
     }
 
     #[test]
-    fn an_engine_that_fails_its_first_check_was_never_there() {
-        assert_eq!(checks(&[false, true, true]), [LEFT, None, RETURNED]);
+    fn an_engine_that_has_never_passed_is_looked_for_often_and_up_with_its_first_pass() {
+        let (mut rng, now) = (StdRng::seed_from_u64(3), base::clock::now());
+        let mut health = Health::new(HealthConfig::default(), now, &mut rng);
+        assert_eq!(health.verdict(), Verdict::Up, "unproven");
+        for _ in 0..20 {
+            assert_eq!(health.checked(now, false, &mut rng), None);
+            assert_eq!(health.verdict(), Verdict::Absent);
+            assert!(health.next_check() <= now + Duration::from_millis(1_100));
+        }
+        assert_eq!(health.checked(now, true, &mut rng), None);
+        assert_eq!(health.verdict(), Verdict::Up);
+        assert!(health.next_check() >= now + Duration::from_secs(9));
     }
 
     #[test]

@@ -19,6 +19,6 @@ mod route;
 pub use breaker::Breaker;
 pub use budget::RetryBudget;
 pub use engine::{Engine, Ticket};
-pub use health::{Health, HealthChange, HealthConfig};
+pub use health::{Health, HealthChange, HealthConfig, Verdict};
 pub use outcome::Outcome;
 pub use route::{Fit, Place, Server, Standing, choose, ignores_ejections};

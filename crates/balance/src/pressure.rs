@@ -1,8 +1,9 @@
 //! What an engine's own refusals say about its room, whatever its configuration claims.
 //!
-//! A busy answer with `n` other calls in progress says: `n` is all it can do now. That is the ceiling until a trial shows
-//! more; each success doubles it, until it no longer binds. While nothing runs, trials are made after waits that double
-//! from [`WAIT_FIRST`] to [`WAIT_MAX`], or after the time the engine asked for.
+//! A busy answer with `n` other calls in progress says: `n` is all it can do now, but at least one: a single answer may be
+//! about its call alone, such as one with too long a message. That is the ceiling until a trial shows more; each success
+//! doubles it, until it no longer binds. Trials above the ceiling are made after waits that double from [`WAIT_FIRST`] to
+//! [`WAIT_MAX`], or after the time the engine asked for.
 
 use std::time::{Duration, Instant};
 
@@ -59,8 +60,9 @@ impl Pressure {
             None => WAIT_FIRST,
         };
         let pause = asked.map_or(wait, |asked| asked.min(WAIT_MAX).max(WAIT_FIRST));
+        let bears = if lies >= LIES_MAX { 0 } else { others.max(1) };
         self.0 = Some(Pressed {
-            ceiling: before.map_or(others, |pressed| pressed.ceiling.min(others)),
+            ceiling: before.map_or(bears, |pressed| pressed.ceiling.min(bears)),
             since: if is_news { now } else { before.map_or(now, |pressed| pressed.since) },
             next_trial: now + pause,
             wait,
@@ -145,8 +147,9 @@ mod tests {
     fn an_engine_that_refuses_while_idle_gets_one_trial_in_five_seconds() {
         let now = base::clock::now();
         let mut pressure = Pressure::default();
-        for _ in 0..5 {
-            pressure.busy(now, 2, SLOTS, None);
+        for answers in 1..=5 {
+            pressure.busy(now, 0, SLOTS, None);
+            assert_eq!(pressure.ceiling(), Some(if answers < 5 { 1 } else { 0 }));
         }
         assert!(!pressure.is_trial_due(at(now, 4_999)));
         assert!(pressure.is_trial_due(at(now, 5_000)));

@@ -108,11 +108,11 @@ impl Route {
                 }
                 let held_back = !idempotent && !watching.is_admitted();
                 let attempt = at_peer(sent, || call.name(), held_back);
-                if let Attempt::Failed(Failed {
-                    outcome: Outcome::Busy,
-                    answer: Answer::Reply(_),
-                    ..
-                }) = &attempt
+                // The peer itself refused: none of its engines has room, not just one.
+                if let Attempt::Failed(failed) = &attempt
+                    && failed.outcome == Outcome::Busy
+                    && !failed.may_have_run
+                    && matches!(failed.answer, Answer::Reply(_))
                 {
                     call.busy();
                 }

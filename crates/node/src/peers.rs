@@ -140,7 +140,8 @@ impl Board {
                 let Some(seen) = state.view.seen(index, engine, now) else { continue };
                 let standing = match presence {
                     Presence::Present if !peer.breaker.allows(now) => Standing::Ejected,
-                    Presence::Present if seen.load.unusable => Standing::Down,
+                    // Its node knows better, and is asked when there is nobody else.
+                    Presence::Present if seen.load.unusable => Standing::Ejected,
                     Presence::Present => Standing::Usable,
                     Presence::Draining | Presence::Silent | Presence::Unknown => Standing::Down,
                 };

@@ -102,6 +102,8 @@ pub(crate) enum Refusal {
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// How much of what a caller sent is repeated to it.
 const SHOWN_CHARS_MAX: usize = 200;
+/// Longest message of a refusal.
+const MESSAGE_CHARS_MAX: usize = 600;
 
 impl Refusal {
     fn code(&self) -> Code {
@@ -163,7 +165,7 @@ impl Refusal {
     fn target(&self) -> String {
         match self {
             Self::NoEngine { what } | Self::Full { what, .. } | Self::Unusable { what } => {
-                shown(what)
+                shown(what, SHOWN_CHARS_MAX)
             }
             Self::Transport { target, .. } | Self::Unacknowledged { target } => target.clone(),
             Self::NotGrpc
@@ -198,7 +200,7 @@ impl Refusal {
 
     /// The status a caller gets.
     pub(crate) fn status(&self, who: &Who) -> Status {
-        let message = format!("{who}: {}", shown(&self.to_string()));
+        let message = format!("{who}: {}", shown(&self.to_string(), MESSAGE_CHARS_MAX));
         let detail = wire::Refusal {
             reason: self.reason().into(),
             node: who.node.clone(),
@@ -252,8 +254,8 @@ fn any(type_url: &str, message: &impl prost::Message) -> prost_types::Any {
 }
 
 /// A text of whatever length, as far as it is shown.
-fn shown(text: &str) -> String {
-    match text.char_indices().nth(SHOWN_CHARS_MAX) {
+fn shown(text: &str, chars_max: usize) -> String {
+    match text.char_indices().nth(chars_max) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text.to_owned(),
     }
@@ -344,7 +346,7 @@ mod tests {
         let who = Who { node: "a".into(), region: "eu".into() };
         let reply = Refusal::NoEngine { what: "x".repeat(16_000) }.response(&who);
         let size: usize = reply.headers().iter().map(|(n, v)| n.as_str().len() + v.len()).sum();
-        assert!(size < 2_000, "{size}");
+        assert!(size < 4_000, "{size}");
     }
 
     #[test]
