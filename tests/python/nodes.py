@@ -111,6 +111,8 @@ class Node(Process):
         peers=(),
         plaintext=False,
         environment=None,
+        idempotent=(),
+        log=None,
         **keys,
     ):
         directory = Path(directory)
@@ -123,6 +125,10 @@ class Node(Process):
         lines += [f"{k} = {toml(v)}" for k, v in keys.items()]
         lines += ["[listen]"] + [f"{k} = {toml(v)}" for k, v in listen.items()]
         lines += ["[mesh]", 'trust_domain = "mesh.test"']
+        if idempotent:
+            lines += ["[routing]", f"idempotent = {toml(list(idempotent))}"]
+        if log:
+            lines += ["[log]"] + [f"{k} = {toml(v)}" for k, v in log.items()]
         for peer in peers:
             if isinstance(peer, Node):
                 peer = peer.as_peer()
@@ -132,6 +138,12 @@ class Node(Process):
         config = directory / f"{name}.toml"
         config.write_text("\n".join(lines) + "\n")
         self.region = region
+        self.made_with = (directory, name, region, ca)
+        self.options = {
+            **keys, "engines": engines, "plaintext": plaintext, "environment": environment,
+            "idempotent": idempotent, "log": log,
+        }
+        self.peer_list = peers
         variables = {**os.environ, "ISOBAR_LOG": "debug,h2=info,rustls=info", **(environment or {})}
         for test_only in ("ISOBAR_BIN", "ISOBAR_STUBS"):
             variables.pop(test_only, None)
@@ -158,6 +170,12 @@ class Node(Process):
         return {
             "name": self.name, "region": self.region, "peers": self.peers, "gossip": self.gossip,
         }
+
+    def again(self) -> "Node":
+        """The same node started anew, on the same ports; the old one must have ended."""
+        listen = {k: v for k, v in self.info["listen"].items() if v}
+        peers = [p.as_peer() if isinstance(p, Node) else p for p in self.peer_list]
+        return Node(*self.made_with, peers=peers, listen=listen, **self.options)
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of a page of the metrics port."""
@@ -214,9 +232,10 @@ def pem_of(address: str) -> str:
 class Service(Process):
     """The test service (service.py)."""
 
-    def __init__(self, directory: Path, name: str = "service"):
+    def __init__(self, directory: Path, name: str = "service", factor: float = 1.0):
         script = Path(__file__).with_name("service.py")
-        super().__init__(name, Path(directory), [sys.executable, script])
+        arguments = [sys.executable, script, "--factor", factor]
+        super().__init__(name, Path(directory), arguments)
         self.address = f"127.0.0.1:{self.first_line()}"
 
     def engine(self, **more) -> dict:

@@ -2,10 +2,14 @@
 
 Request metadata `x-echo-NAME` comes back as initial metadata, `x-trail-NAME` as trailing metadata, and `x-time-left` tells
 the seconds the service was given. Prints its port when it is ready.
+
+`--factor N` makes every delay N times as long. From SIGUSR1 to SIGUSR2 every call is refused with RESOURCE_EXHAUSTED.
 """
 
+import argparse
 import asyncio
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -41,11 +45,16 @@ class Seen:
 
 
 class Kinds(kinds_pb2_grpc.KindsServicer):
-    def __init__(self):
+    def __init__(self, factor=1.0):
         self.calls = {}
+        self.starts = {}
+        self.factor = factor
+        self.refuses = False
 
     async def begin(self, context):
         """Notes the call and answers its metadata; returns a watch over its end."""
+        if self.refuses:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "server busy")
         metadata = [(k, v) for k, v in context.invocation_metadata()]
         call_id = next((v for k, v in metadata if k == "x-call-id"), "")
         initial = [(k, v) for k, v in metadata if k.startswith("x-echo-")]
@@ -61,6 +70,7 @@ class Kinds(kinds_pb2_grpc.KindsServicer):
         seen = Seen()
         if call_id:
             self.calls[call_id] = seen
+            self.starts[call_id] = self.starts.get(call_id, 0) + 1
         return call_id, seen
 
     async def Unary(self, request, context):
@@ -74,10 +84,9 @@ class Kinds(kinds_pb2_grpc.KindsServicer):
         with seen.watched():
             payload = bytes(request.payload_bytes)
             for sequence in range(request.count):
-                if request.delay_ms:
-                    await asyncio.sleep(request.delay_ms / 1000)
+                await self.wait(request.delay_ms)
                 if request.fail_after and sequence == request.fail_after:
-                            await context.abort(grpc.StatusCode.ABORTED, "nach zehn ist Schluß ✂")
+                    await context.abort(grpc.StatusCode.ABORTED, "nach zehn ist Schluß ✂")
                 yield pb.Reply(payload=payload, sequence=sequence, call_id=call_id)
 
     async def ClientStream(self, requests, context):
@@ -87,6 +96,7 @@ class Kinds(kinds_pb2_grpc.KindsServicer):
             async for request in requests:
                 texts.append(request.text)
                 payloads.append(request.payload)
+                await self.wait(request.delay_ms)
                 if request.end_early:
                     break
                 if request.fail_code:
@@ -117,11 +127,15 @@ class Kinds(kinds_pb2_grpc.KindsServicer):
             cancelled=cancelled,
             finished=seen.finished,
             cancelled_after_s=seen.cancelled_after or 0,
+            starts=self.starts[request.call_id],
         )
 
+    async def wait(self, delay_ms):
+        if delay_ms:
+            await asyncio.sleep(delay_ms * self.factor / 1000)
+
     async def answer(self, request, context, call_id, sequence):
-        if request.delay_ms:
-            await asyncio.sleep(request.delay_ms / 1000)
+        await self.wait(request.delay_ms)
         if request.fail_code:
             code = next(c for c in grpc.StatusCode if c.value[0] == request.fail_code)
             context.set_trailing_metadata(
@@ -134,9 +148,15 @@ class Kinds(kinds_pb2_grpc.KindsServicer):
 
 
 async def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--factor", type=float, default=1.0)
+    kinds = Kinds(parser.parse_args().factor)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGUSR1, lambda: setattr(kinds, "refuses", True))
+    loop.add_signal_handler(signal.SIGUSR2, lambda: setattr(kinds, "refuses", False))
     unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     server = grpc.aio.server(options=unlimited)
-    kinds_pb2_grpc.add_KindsServicer_to_server(Kinds(), server)
+    kinds_pb2_grpc.add_KindsServicer_to_server(kinds, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(port, flush=True)

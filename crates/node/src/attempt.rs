@@ -21,7 +21,9 @@ use transport::{
 
 use crate::{
     hop,
+    peers::PeerCall,
     refusal::{Pushback, Refusal},
+    replay::Replay,
     router::Route,
 };
 
@@ -54,6 +56,8 @@ pub(crate) struct Failed {
 pub(crate) enum Answer {
     /// What the engine or the peer said, to be passed on as it is.
     Reply(Response<Body>),
+    /// The answer broke off behind its head.
+    Broken(Status),
     /// What this node says.
     Refusal(Refusal),
 }
@@ -72,12 +76,17 @@ impl Failed {
 
 impl Route {
     /// Makes the attempt. `idempotent`: the method may run twice.
-    pub(crate) async fn attempt(&mut self, request: Request<Body>, idempotent: bool) -> Attempt {
+    pub(crate) async fn attempt(
+        &mut self,
+        request: Request<Body>,
+        idempotent: bool,
+        replay: &Replay,
+    ) -> Attempt {
         match self {
             Self::Engine(slot, _) => {
                 let sent = slot.send(request).await;
-                let name = || slot.engine().target.name().to_owned();
-                let attempt = at_engine(sent, name);
+                let attempt = at_engine(sent, || slot.engine().target.name().to_owned());
+                let attempt = opened(attempt, idempotent, replay).await;
                 match &attempt {
                     Attempt::Answered(_) => slot.replied(),
                     Attempt::Failed(failed) => slot.ended(failed.outcome, failed.pushback.wait()),
@@ -97,24 +106,28 @@ impl Route {
                     // A body that was held back has not been sent, so nothing can have begun.
                     return Attempt::Failed(Failed::refusal(Outcome::Broken, idempotent, refusal));
                 };
-                if let Err(error) = &sent {
-                    let says_nothing =
-                        matches!(error, TransportError::Cancelled(_) | TransportError::Full { .. });
-                    if !says_nothing && !error.is_rejection() {
-                        call.broken(matches!(error, TransportError::Silent(_)));
-                    }
-                } else {
-                    call.replied();
+                match &sent {
+                    Ok(_) => call.replied(),
+                    Err(error) => blame(call, error),
                 }
                 let held_back = !idempotent && !watching.is_admitted();
                 let attempt = at_peer(sent, || call.name(), held_back);
-                // The peer itself refused: none of its engines has room, not just one.
-                if let Attempt::Failed(failed) = &attempt
-                    && failed.outcome == Outcome::Busy
-                    && !failed.may_have_run
-                    && matches!(failed.answer, Answer::Reply(_))
-                {
-                    call.busy();
+                let attempt = opened(attempt, idempotent, replay).await;
+                if let Attempt::Failed(failed) = &attempt {
+                    match &failed.answer {
+                        Answer::Broken(status) => {
+                            if let Some(error) = TransportError::of(status) {
+                                blame(call, error);
+                            }
+                        }
+                        // The peer itself refused: none of its engines has room, not just one.
+                        Answer::Reply(_)
+                            if failed.outcome == Outcome::Busy && !failed.may_have_run =>
+                        {
+                            call.busy();
+                        }
+                        Answer::Reply(_) | Answer::Refusal(_) => {}
+                    }
                 }
                 attempt
             }
@@ -133,6 +146,76 @@ impl Route {
             Self::Peer(call) if end.broke_off => call.broken(false),
             Self::Peer(_) => {}
         }
+    }
+}
+
+/// What a failed call says about a peer.
+fn blame(call: &PeerCall, error: &TransportError) {
+    let says_nothing = matches!(error, TransportError::Cancelled(_) | TransportError::Full { .. });
+    if !says_nothing && !error.is_rejection() {
+        call.broken(matches!(error, TransportError::Silent(_)));
+    }
+}
+
+/// Waits behind the head of an answer for its first piece, where the call may be made again: a head alone is nothing a
+/// caller can use, and some servers send it long before they fail. Not while the caller may have more to say, for it may
+/// wait for the head.
+async fn opened(attempt: Attempt, idempotent: bool, replay: &Replay) -> Attempt {
+    let reply = match attempt {
+        Attempt::Answered(reply) if idempotent && replay.is_complete() => reply,
+        other => return other,
+    };
+    let (head, mut body) = reply.into_parts();
+    let first = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await;
+    let failed = |outcome, pushback, answer| {
+        Attempt::Failed(Failed { outcome, may_have_run: true, pushback, retries_below: 0, answer })
+    };
+    match first {
+        Some(Err(status)) if status.code() == Code::Cancelled => {
+            failed(Outcome::Caller, Pushback::None, Answer::Broken(status))
+        }
+        Some(Err(status)) => failed(Outcome::Broken, Pushback::None, Answer::Broken(status)),
+        Some(Ok(frame)) => {
+            let trailers = frame.trailers_ref();
+            let status =
+                trailers.and_then(grpc::status_code).map(|code| Outcome::of_status(code.into()));
+            let pushback = trailers.map_or(Pushback::None, Pushback::read);
+            let body = Body::new(Opened { first: Some(frame), rest: body });
+            let reply = Response::from_parts(head, body);
+            match status {
+                Some(outcome @ (Outcome::Busy | Outcome::Broken)) => {
+                    failed(outcome, pushback, Answer::Reply(reply))
+                }
+                _ => Attempt::Answered(reply),
+            }
+        }
+        // An end without a status: the ending layer says so.
+        None => Attempt::Answered(Response::from_parts(head, body)),
+    }
+}
+
+/// A body of which the first piece was looked at.
+struct Opened {
+    first: Option<Frame<Bytes>>,
+    rest: Body,
+}
+
+impl http_body::Body for Opened {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        match self.first.take() {
+            Some(first) => Poll::Ready(Some(Ok(first))),
+            None => Pin::new(&mut self.rest).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.first.is_none() && self.rest.is_end_stream()
     }
 }
 

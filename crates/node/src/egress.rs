@@ -103,6 +103,10 @@ impl Egress {
                 record.ended(&End::with(code));
                 grpc::ending(reply, None, "engine", (), &parts.overdue)
             }
+            Err(Answer::Broken(status)) => {
+                record.ended(&End { code: status.code(), trailers: None, broke_off: true });
+                grpc::refusal(&status)
+            }
             Err(Answer::Refusal(refusal)) => {
                 tracing::debug!(%refusal, "refused");
                 record.refused(refusal.label());
@@ -181,7 +185,7 @@ impl Egress {
             hop::set_previous_attempts(next.headers_mut(), before + retries);
 
             parts.metrics.attempt(To::Engine);
-            let failed = match route.attempt(next, idempotent).await {
+            let failed = match route.attempt(next, idempotent, &replay).await {
                 Attempt::Answered(mut reply) => {
                     replay.commit();
                     if let Route::Engine(slot, _) = &route {

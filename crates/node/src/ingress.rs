@@ -115,6 +115,10 @@ impl Ingress {
                 reply.headers_mut().insert(orca::REPORT, parts.report());
                 grpc::ending(reply, None, "engine", (), &parts.overdue)
             }
+            Err(Answer::Broken(status)) => {
+                record.ended(&End { code: status.code(), trailers: None, broke_off: true });
+                grpc::refusal(&status)
+            }
             Err(Answer::Refusal(refusal)) => {
                 tracing::debug!(%refusal, "refused");
                 record.refused(refusal.label());
@@ -200,7 +204,7 @@ impl Ingress {
 
             let to = if matches!(route, Route::Engine(..)) { To::Engine } else { To::Peer };
             parts.metrics.attempt(to);
-            let failed = match route.attempt(next, idempotent).await {
+            let failed = match route.attempt(next, idempotent, &replay).await {
                 Attempt::Answered(mut reply) => {
                     replay.commit();
                     if let Route::Engine(slot, _) = &route {

@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use http::HeaderMap;
-use http_body::{Frame, SizeHint};
+use http_body::{Body as _, Frame, SizeHint};
 use parking_lot::Mutex;
 use tonic::{Status, body::Body};
 use transport::TransportError;
@@ -81,6 +81,12 @@ impl Replay {
     /// Whether another attempt would get the whole body.
     pub(crate) fn is_whole(&self) -> bool {
         !self.0.lock().lost
+    }
+
+    /// Whether the caller has said all it has to say, as far as is known.
+    pub(crate) fn is_complete(&self) -> bool {
+        let state = self.0.lock();
+        state.source_ended || state.source.is_end_stream()
     }
 
     /// There will be no other attempt: nothing need be kept.
@@ -176,7 +182,6 @@ impl http_body::Body for Replayed {
 
 #[cfg(test)]
 mod tests {
-    use http_body::Body as _;
     use http_body_util::{BodyExt as _, Full};
 
     use super::*;
