@@ -7,7 +7,10 @@ import pytest
 
 sys.path.insert(0, os.environ.get("ISOBAR_STUBS", ""))
 
+from faults import Relay  # noqa: E402
 from nodes import Node, Service  # noqa: E402
+
+UNARY = "isobar.test.v1.Kinds/Unary"
 
 
 class World:
@@ -50,3 +53,37 @@ def own_world(tmp_path):
     yield world
     for process in reversed(world.started):
         process.kill()
+
+
+class Mesh:
+    """Processes of one test, ended whatever happens."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.started = []
+
+    def keep(self, process):
+        self.started.append(process)
+        return process
+
+    def service(self, name, **options):
+        return self.keep(Service(self.directory, name, **options))
+
+    def relay(self, service):
+        return self.keep(Relay(service.address))
+
+    def node(self, name, region, **options):
+        directory = self.directory / name
+        ca = self.directory / "ca"
+        return self.keep(Node(directory, name, region, ca, idempotent=[UNARY], **options))
+
+    def again(self, node):
+        return self.keep(node.again())
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    mesh = Mesh(tmp_path)
+    yield mesh
+    for process in reversed(mesh.started):
+        process.stop() if isinstance(process, Relay) else process.kill()

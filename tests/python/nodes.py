@@ -38,6 +38,12 @@ def wait_for(what, check, timeout=LONG):
         time.sleep(0.02)
 
 
+def wait_for_peers(node, *peers):
+    """Waits until `node` knows how pressed each of `peers` is."""
+    names = [f'isobar_peer_present{{peer="{p.name}",region="{p.region}"}}' for p in peers]
+    wait_for("load of the peers", lambda: all(node.metric(name) == 1 for name in names))
+
+
 def listens(port: int) -> bool:
     with socket.socket() as s:
         s.settimeout(1)

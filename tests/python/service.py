@@ -64,6 +64,7 @@ class Kinds(kinds_pb2_grpc.KindsServicer):
         via = ", ".join(v for k, v in metadata if k == "via")
         if via:
             initial.append(("x-saw-via", via))
+        initial += [("x-saw-" + k, v) for k, v in metadata if k in ("traceparent", "priority")]
         if initial:
             await context.send_initial_metadata(initial)
         context.set_trailing_metadata([(k, v) for k, v in metadata if k.startswith("x-trail-")])

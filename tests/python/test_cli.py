@@ -11,7 +11,7 @@ import grpc
 import pytest
 from nodes import BINARY, LONG, ROOT, Node, free_port
 
-GOOD = '[node]\nname = "a"\n[listen]\nclients = "127.0.0.1:0"\npeers = "127.0.0.1:0"\nmetrics = "127.0.0.1:0"\n'
+GOOD = '[node]\nname = "a"\n[listen]\nclients = "127.0.0.1:0"\npeers = "127.0.0.1:0"\ngossip = "127.0.0.1:0"\nmetrics = "127.0.0.1:0"\n'
 
 
 def isobar(*arguments, cwd=None):
@@ -236,7 +236,7 @@ def test_the_human_output_says_where_and_how(tmp_path):
         env={"PATH": "/usr/bin:/bin"},
     ) as process:
         try:
-            lines = [process.stdout.readline() for _ in range(7)]
+            lines = [process.stdout.readline() for _ in range(8)]
         finally:
             process.terminate()
     text = "".join(lines)

@@ -4,49 +4,12 @@ import signal
 import time
 
 import grpc
-import pytest
-from faults import Relay
 from isobar.test.v1 import kinds_pb2 as pb
 from isobar.test.v1 import kinds_pb2_grpc
 from load import OK, Load, failed, shares
-from nodes import LONG, Node, Service, wait_for
+from nodes import LONG, free_port, wait_for, wait_for_peers
 
-UNARY = "isobar.test.v1.Kinds/Unary"
 QUICK = {"interval": "500ms", "timeout": "300ms", "failures": 3, "successes": 2}
-
-
-class Mesh:
-    """Processes of one test, ended whatever happens."""
-
-    def __init__(self, directory):
-        self.directory = directory
-        self.started = []
-
-    def keep(self, process):
-        self.started.append(process)
-        return process
-
-    def service(self, name, **options):
-        return self.keep(Service(self.directory, name, **options))
-
-    def relay(self, service):
-        return self.keep(Relay(service.address))
-
-    def node(self, name, region, **options):
-        directory = self.directory / name
-        ca = self.directory / "ca"
-        return self.keep(Node(directory, name, region, ca, idempotent=[UNARY], **options))
-
-    def again(self, node):
-        return self.keep(node.again())
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    mesh = Mesh(tmp_path)
-    yield mesh
-    for process in reversed(mesh.started):
-        process.stop() if isinstance(process, Relay) else process.kill()
 
 
 def three_nodes(mesh):
@@ -55,9 +18,7 @@ def three_nodes(mesh):
     b = mesh.node("b", "us", engines=[first.engine(slots=64)])
     c = mesh.node("c", "us", engines=[second.engine(slots=64)])
     a = mesh.node("a", "eu", peers=[b, c])
-    wait_for("load of both peers", lambda: all(
-        a.metric(f'isobar_peer_present{{peer="{peer}",region="us"}}') == 1 for peer in "bc"
-    ))
+    wait_for_peers(a, b, c)
     return a, b, c, (first, second)
 
 
@@ -223,9 +184,7 @@ def test_shares_follow_slots_at_full_load(mesh):
     b = mesh.node("b", "us", engines=[services["one"].engine(slots=8), services["two"].engine(slots=16)])
     c = mesh.node("c", "us", engines=[services["three"].engine(slots=24)])
     a = mesh.node("a", "eu", peers=[b, c])
-    wait_for("load of both peers", lambda: all(
-        a.metric(f'isobar_peer_present{{peer="{peer}",region="us"}}') == 1 for peer in "bc"
-    ))
+    wait_for_peers(a, b, c)
     load = Load([a], closed=sum(slots.values()), delay_ms=250, deadline=10).start()
     time.sleep(15)
     calls = [call for call in load.stop() if call.at > 3]
@@ -242,8 +201,6 @@ def test_rolling_restart_of_three_nodes_loses_nothing(mesh):
     nodes = []
     names = ("a", "b", "c")
     # Each lists the two others, whose ports must be known before they run.
-    from nodes import free_port
-
     listens = {
         name: {
             port: f"127.0.0.1:{free_port()}" for port in ("clients", "peers", "gossip", "metrics")

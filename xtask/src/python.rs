@@ -75,6 +75,6 @@ fn generate_stubs(interpreter: &Path, stubs: &Path) -> anyhow::Result<()> {
             .current_dir(root())
             .args(["-m", "grpc_tools.protoc", "-I", "proto"])
             .args([out("python_out"), out("grpc_python_out")])
-            .arg("isobar/test/v1/kinds.proto"),
+            .args(["isobar/test/v1/kinds.proto", "xds/data/orca/v3/orca_load_report.proto"]),
     )
 }

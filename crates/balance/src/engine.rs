@@ -138,6 +138,12 @@ impl Engine {
         self.health.next_check()
     }
 
+    /// Whether it passes its health checks, as far as it was checked.
+    #[must_use]
+    pub fn is_healthy(&self) -> bool {
+        self.health.verdict() == Verdict::Up
+    }
+
     /// Whether it may be sent calls.
     #[must_use]
     pub fn standing(&self, now: Instant) -> Standing {

@@ -116,11 +116,13 @@ async fn http(authority: &str, path: &PathAndQuery) -> Result<(), String> {
         .body(Empty::<Bytes>::new())
         .map_err(|error| error.to_string())?;
     let answering = sender.send_request(request);
-    let answer: Response<_> = tokio::select! {
-        answer = answering => answer.map_err(|error| error.to_string())?,
-        ended = connection => {
-            let why = ended.err().map(|error| error.to_string());
-            return Err(why.unwrap_or_else(|| "the connection ended".to_owned()));
+    tokio::pin!(answering, connection);
+    let mut open = true;
+    // The connection carries the answer, and may end with it in one go.
+    let answer: Response<_> = loop {
+        tokio::select! {
+            answer = &mut answering => break answer.map_err(|error| error.to_string())?,
+            _ = &mut connection, if open => open = false,
         }
     };
     if answer.status().is_success() {

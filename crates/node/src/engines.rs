@@ -44,6 +44,11 @@ impl Engine {
         self.machine.lock().load(clock::now())
     }
 
+    /// Whether it passes its health checks.
+    pub(crate) fn is_healthy(&self) -> bool {
+        self.machine.lock().is_healthy()
+    }
+
     /// Whether it may be sent calls.
     pub(crate) fn standing(&self) -> Standing {
         self.machine.lock().standing(clock::now())

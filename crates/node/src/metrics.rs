@@ -277,7 +277,7 @@ impl Collector for State {
             self.engines(&mut encoder, "engine_slots", help, |e| e.load().slots.map(f64::from))?;
             let help = "Whether an engine of this node passes its health checks";
             self.engines(&mut encoder, "engine_healthy", help, |engine| {
-                truth(engine.standing() != Standing::Down)
+                truth(engine.is_healthy())
             })?;
             let help = "Whether an engine of this node is ejected because calls to it broke off";
             self.engines(&mut encoder, "engine_ejected", help, |engine| {

@@ -34,6 +34,8 @@ struct State {
     held: HeldBytes,
     buffers: Buffers,
     attempt: u32,
+    /// How many of the kept pieces the current attempt has read.
+    read: usize,
 }
 
 #[derive(Clone, Debug)]
@@ -64,6 +66,7 @@ impl Replay {
             held: HeldBytes::default(),
             buffers,
             attempt: 0,
+            read: 0,
         })))
     }
 
@@ -72,10 +75,11 @@ impl Replay {
         let attempt = {
             let mut state = self.0.lock();
             state.attempt += 1;
+            state.read = 0;
             state.attempt
         };
         // Unlocked: a new body is asked at once whether it has ended.
-        Body::new(Replayed { state: self.0.clone(), attempt, next: 0 })
+        Body::new(Replayed { state: self.0.clone(), attempt })
     }
 
     /// Whether another attempt would get the whole body.
@@ -91,12 +95,22 @@ impl Replay {
 
     /// There will be no other attempt: nothing need be kept.
     pub(crate) fn commit(&self) {
-        // What the current attempt has yet to read of the kept stays until it reads on.
-        self.0.lock().keeping = false;
+        let mut state = self.0.lock();
+        state.keeping = false;
+        state.forget();
     }
 }
 
 impl State {
+    /// Gives back what nobody will read again: all that is kept, once the last attempt has read it.
+    fn forget(&mut self) {
+        if !self.keeping && self.read >= self.kept.len() {
+            self.kept = Vec::new();
+            self.held = HeldBytes::default();
+            self.read = 0;
+        }
+    }
+
     /// Keeps `piece` for later attempts, unless it is too much.
     fn keep(&mut self, piece: &Piece) {
         let size = match piece {
@@ -111,8 +125,7 @@ impl State {
         } else {
             self.lost = true;
             self.keeping = false;
-            self.kept = Vec::new();
-            self.held = HeldBytes::default();
+            self.forget();
         }
     }
 }
@@ -122,8 +135,6 @@ impl State {
 struct Replayed {
     state: Arc<Mutex<State>>,
     attempt: u32,
-    /// The next of the kept pieces.
-    next: usize,
 }
 
 impl http_body::Body for Replayed {
@@ -131,16 +142,16 @@ impl http_body::Body for Replayed {
     type Error = Status;
 
     fn poll_frame(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let this = &mut *self;
-        let mut state = this.state.lock();
-        if state.attempt != this.attempt {
+        let mut state = self.state.lock();
+        if state.attempt != self.attempt {
             return Poll::Ready(Some(Err(TransportError::cancelled().into())));
         }
-        if let Some(piece) = state.kept.get(this.next).cloned() {
-            this.next += 1;
+        if let Some(piece) = state.kept.get(state.read).cloned() {
+            state.read += 1;
+            state.forget();
             return Poll::Ready(Some(Ok(piece.frame())));
         }
         if state.source_ended {
@@ -158,21 +169,23 @@ impl http_body::Body for Replayed {
                 Err(_) => return Poll::Ready(None),
             },
         };
+        // Read before it is kept: what cannot be kept any more is given back at once.
+        state.read = state.kept.len();
         state.keep(&piece);
-        this.next = state.kept.len();
+        state.read = state.kept.len();
         Poll::Ready(Some(Ok(piece.frame())))
     }
 
     fn is_end_stream(&self) -> bool {
         let state = self.state.lock();
         state.attempt == self.attempt
-            && self.next >= state.kept.len()
+            && state.read >= state.kept.len()
             && (state.source_ended || state.source.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
         let state = self.state.lock();
-        if self.next == 0 && state.bytes == 0 {
+        if state.read == 0 && state.bytes == 0 {
             state.source.size_hint()
         } else {
             SizeHint::default()
@@ -260,9 +273,13 @@ mod tests {
     async fn after_a_commit_nothing_more_is_kept() {
         let buffers = Buffers::new(1 << 20);
         let replay = Replay::new(frames(&["abc", "def"]), true, buffers.clone());
-        let body = replay.body();
+        let mut body = replay.body();
+        let frame = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await;
+        assert_eq!(frame.unwrap().unwrap().into_data().unwrap(), "abc");
+        assert_eq!(buffers.left(), (1 << 20) - 3);
         replay.commit();
-        assert_eq!(all(body).await.unwrap(), "abcdef");
+        assert_eq!(buffers.left(), 1 << 20, "what was read is given back at once");
+        assert_eq!(all(body).await.unwrap(), "def");
         assert_eq!(buffers.left(), 1 << 20);
     }
 }

@@ -157,9 +157,9 @@ mod tests {
             let (progress, mut watching) = Progress::new();
             progress.sent(MS);
             if mute {
-                progress.mute()
+                progress.mute();
             } else {
-                progress.acknowledged()
+                progress.acknowledged();
             }
             watching.admitted().await;
             assert_eq!(watching.is_acknowledged(), !mute);
