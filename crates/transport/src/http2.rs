@@ -19,7 +19,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::oneshot,
+    sync::{Notify, oneshot},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Status, body::Body};
@@ -32,6 +32,9 @@ use crate::{
 
 /// An idle outgoing connection is looked at this often.
 const IDLE_CHECK: Duration = Duration::from_secs(1);
+
+/// How often a new outgoing connection is looked at until the server's SETTINGS have come.
+const SETTINGS_CHECK: Duration = Duration::from_millis(1);
 
 /// Runs what hyper spawns as tasks somebody awaits.
 #[derive(Clone, Debug)]
@@ -135,6 +138,8 @@ impl Client {
         let mut builder = hyper::client::conn::http2::Builder::new(Tracked(tasks.clone()));
         builder
             .timer(TokioTimer::new())
+            // None until the server's SETTINGS say how many: what hyper assumes until then would be queued without a bound.
+            .initial_max_send_streams(0)
             .initial_stream_window_size(limits.stream_window_bytes)
             .initial_connection_window_size(limits.connection_window_bytes)
             .max_send_buf_size(limits.stream_window_bytes as usize)
@@ -157,10 +162,18 @@ impl Client {
         let (in_flight, streams) = (client.in_flight.clone(), client.streams.clone());
         let (unread, closed) = (client.unread.clone(), client.closed.clone());
         let idle_timeout = limits.idle_timeout;
+        let greeted = Arc::new(Notify::new());
+        let greeting = greeted.clone();
         tasks.spawn(async move {
+            // hyper does not wake us when SETTINGS come: until the first have, we look.
+            let mut look = tokio::time::interval(SETTINGS_CHECK);
             let run = std::future::poll_fn(|cx| {
                 let ended = Pin::new(&mut connection).poll(cx);
-                streams.store(connection.current_max_send_streams(), Ordering::Relaxed);
+                let allowed = connection.current_max_send_streams();
+                if streams.swap(allowed, Ordering::Relaxed) == 0 && allowed > 0 {
+                    greeting.notify_one();
+                }
+                while allowed == 0 && ended.is_pending() && look.poll_tick(cx).is_ready() {}
                 ended
             });
             tokio::select! {
@@ -175,7 +188,18 @@ impl Client {
             }
             closed.cancel();
         });
-        Ok(client)
+        let settled = async {
+            tokio::select! {
+                () = greeted.notified() => Ok(client.clone()),
+                () = client.closed.cancelled() => {
+                    Err(TransportError::Closed("the server closed the new connection".into()))
+                }
+            }
+        };
+        tokio::time::timeout(limits.handshake_timeout, settled).await.unwrap_or_else(|_| {
+            client.close();
+            Err(TransportError::Closed("the server sent no HTTP/2 SETTINGS in time".into()))
+        })
     }
 
     /// Whether new calls may be made on it.

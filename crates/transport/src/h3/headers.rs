@@ -334,6 +334,16 @@ mod tests {
     }
 
     #[test]
+    fn small_pieces_are_copied_next_to_their_header_and_large_ones_are_not() {
+        let mut out = BytesMut::new();
+        assert_eq!(put_data(&mut out, Bytes::from_static(b"abc"), 4), None);
+        assert_eq!(&out[..], b"\x00\x03abc");
+        let whole = put_data(&mut out, Bytes::from_static(b"abcd"), 4);
+        assert_eq!(whole.as_deref(), Some(&b"abcd"[..]));
+        assert_eq!(&out[..], b"\x00\x03abc\x00\x04");
+    }
+
+    #[test]
     fn host_must_agree_with_authority_and_may_replace_it() {
         assert!(request(&[("host", "a:1")]).is_ok());
         assert_eq!(

@@ -26,18 +26,20 @@ use super::{
 use crate::{Acknowledge, Limits, Progress, TransportError, h3::Code};
 
 /// Carries UDP between a client and `server` until it is cut.
-struct Relay {
-    address: SocketAddr,
+pub(super) struct Relay {
+    pub(super) address: SocketAddr,
     cut: Arc<AtomicBool>,
+    mute: Arc<AtomicBool>,
 }
 
 impl Relay {
-    async fn new(server: SocketAddr) -> Self {
+    pub(super) async fn new(server: SocketAddr) -> Self {
         let front = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let back = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         back.connect(server).await.unwrap();
-        let relay = Self { address: front.local_addr().unwrap(), cut: Arc::default() };
-        let cut = relay.cut.clone();
+        let address = front.local_addr().unwrap();
+        let relay = Self { address, cut: Arc::default(), mute: Arc::default() };
+        let (cut, mute) = (relay.cut.clone(), relay.mute.clone());
         tokio::spawn(async move {
             let (mut there, mut here) = (vec![0; 1 << 16], vec![0; 1 << 16]);
             let mut client = None;
@@ -49,7 +51,9 @@ impl Relay {
                         back.send(&there[..length]).await
                     }
                     Ok(length) = back.recv(&mut here) => match client {
-                        Some(client) if !cut.load(Ordering::Relaxed) => {
+                        Some(client)
+                            if !cut.load(Ordering::Relaxed) && !mute.load(Ordering::Relaxed) =>
+                        {
                             front.send_to(&here[..length], client).await
                         }
                         _ => continue,
@@ -61,6 +65,11 @@ impl Relay {
             }
         });
         relay
+    }
+
+    /// Nothing comes back any more.
+    pub(super) fn mute(&self) {
+        self.mute.store(true, Ordering::Relaxed);
     }
 
     fn cut(&self) {
