@@ -238,9 +238,10 @@ def pem_of(address: str) -> str:
 class Service(Process):
     """The test service (service.py)."""
 
-    def __init__(self, directory: Path, name: str = "service", factor: float = 1.0):
+    def __init__(self, directory: Path, name="service", factor=1.0, health=False):
         script = Path(__file__).with_name("service.py")
         arguments = [sys.executable, script, "--factor", factor]
+        arguments += ["--health"] if health else []
         super().__init__(name, Path(directory), arguments)
         self.address = f"127.0.0.1:{self.first_line()}"
 

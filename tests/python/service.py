@@ -4,6 +4,7 @@ Request metadata `x-echo-NAME` comes back as initial metadata, `x-trail-NAME` as
 the seconds the service was given. Prints its port when it is ready.
 
 `--factor N` makes every delay N times as long. From SIGUSR1 to SIGUSR2 every call is refused with RESOURCE_EXHAUSTED.
+With `--health` it offers gRPC health checking, SERVING but from one SIGHUP to the next.
 """
 
 import argparse
@@ -50,6 +51,7 @@ class Kinds(kinds_pb2_grpc.KindsServicer):
         self.starts = {}
         self.factor = factor
         self.refuses = False
+        self.sick = False
 
     async def begin(self, context):
         """Notes the call and answers its metadata; returns a watch over its end."""
@@ -151,13 +153,25 @@ class Kinds(kinds_pb2_grpc.KindsServicer):
 async def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--factor", type=float, default=1.0)
-    kinds = Kinds(parser.parse_args().factor)
+    parser.add_argument("--health", action="store_true")
+    arguments = parser.parse_args()
+    kinds = Kinds(arguments.factor)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGUSR1, lambda: setattr(kinds, "refuses", True))
     loop.add_signal_handler(signal.SIGUSR2, lambda: setattr(kinds, "refuses", False))
+    loop.add_signal_handler(signal.SIGHUP, lambda: setattr(kinds, "sick", not kinds.sick))
     unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     server = grpc.aio.server(options=unlimited)
     kinds_pb2_grpc.add_KindsServicer_to_server(kinds, server)
+    if arguments.health:
+
+        async def check(_request, _context):
+            # HealthCheckResponse: status NOT_SERVING or SERVING.
+            return b"\x08\x02" if kinds.sick else b"\x08\x01"
+
+        method = grpc.unary_unary_rpc_method_handler(check)
+        service = grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": method})
+        server.add_generic_rpc_handlers((service,))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(port, flush=True)

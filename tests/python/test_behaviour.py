@@ -14,6 +14,7 @@ from threading import Thread
 
 import grpc
 import pytest
+from faults import Relay
 from h3 import connected
 from isobar.test.v1 import kinds_pb2 as pb
 from isobar.test.v1 import kinds_pb2_grpc
@@ -103,7 +104,7 @@ def test_a_full_mesh_refuses_with_who_why_and_when_to_come_back(mesh):
     trailers = dict(error.trailing_metadata())
     assert 50 <= int(trailers["grpc-retry-pushback-ms"]) <= 10_000
     assert b"google.rpc.RetryInfo" in trailers["grpc-status-details-bin"]
-    assert trailers["x-isobar-flags"] == "refused"
+    assert trailers["x-isobar-flags"] == "refused, full"
     refusals = 'isobar_calls_refused_total{side="%s",reason="full"}'
     wait_for("the books", lambda: a.metric(refusals % "ingress") + b.metric(refusals % "egress") >= 1)
     # Neither the engine nor the peer is thought broken for it.
@@ -152,6 +153,97 @@ def test_a_peer_without_a_gossip_address_is_still_called(mesh):
     del listed["gossip"]
     a = mesh.node("a", "eu", peers=[listed])
     assert stub_at(a).Unary(pb.Request(text="x"), timeout=LONG).text == "x"
+
+
+def test_a_peer_without_a_gossip_address_that_restarts_is_called_again(mesh):
+    service = mesh.service("engine")
+    b = mesh.node("b", "us", engines=[service.engine()])
+    listed = b.as_peer()
+    del listed["gossip"]
+    a = mesh.node("a", "eu", peers=[listed])
+    stub = stub_at(a)
+    stub.Unary(pb.Request(), timeout=LONG)
+    b.kill()
+
+    def outcome():
+        try:
+            stub.Unary(pb.Request(), timeout=LONG)
+        except grpc.RpcError as error:
+            return error.code()
+        return None
+
+    for _ in range(5):
+        assert outcome() == grpc.StatusCode.UNAVAILABLE, "it may be there again: not NOT_FOUND"
+    mesh.again(b)
+    wait_for("calls", lambda: outcome() is None, 10)
+
+
+def test_where_udp_is_blocked_every_kind_of_call_crosses_over_tcp(mesh):
+    """The peer's port is reached through a relay that carries TCP and no UDP."""
+    service = mesh.service("engine")
+    b = mesh.node("b", "us", engines=[service.engine(slots=8)])
+    relay = mesh.keep(Relay(b.peers))
+    a = mesh.node("a", "eu", peers=[b.as_peer() | {"peers": relay.address}])
+    wait_for_peers(a, b)
+    stub = stub_at(a)
+    assert stub.Unary(pb.Request(text="x"), timeout=LONG).text == "x"
+    requests = [pb.Request(text=text) for text in "abc"]
+    assert stub.ClientStream(iter(requests), timeout=LONG).text == "abc"
+    assert [r.text for r in stub.Bidi(iter(requests), timeout=LONG)] == list("abc")
+    stream = stub.ServerStream(pb.StreamRequest(count=100), timeout=LONG)
+    assert len(list(stream)) == 100
+    assert b.metric('isobar_calls_total{side="egress",code="OK"}') == 4
+
+
+def test_a_call_is_started_three_times_at_most_however_many_engines_fail(mesh):
+    services = [mesh.service(name) for name in ("one", "two", "three", "four", "five")]
+    engines = [service.engine(slots=8) for service in services]
+    b = mesh.node("b", "us", engines=engines[:3])
+    c = mesh.node("c", "us", engines=engines[3:])
+    a = mesh.node("a", "eu", peers=[b, c])
+    wait_for_peers(a, b, c)
+    for service in services:
+        service.popen.send_signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub_at(a).Unary(pb.Request(), timeout=LONG)
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert caught.value.details() == "server busy", "the engine's own word"
+    attempts = 'isobar_attempts_total{to="engine"}'
+    assert b.metric(attempts) + c.metric(attempts) == 3
+    assert a.metric('isobar_peer_ejected{peer="b",region="us"}') == 0
+
+
+def test_a_client_whose_upload_breaks_off_harms_no_engine(mesh):
+    a, b, _ = pair(mesh, slots=64)
+
+    async def test():
+        for _ in range(5):
+            async with connected(a.clients, a.ca) as client:
+                calls = [client.start("/isobar.test.v1.Kinds/ClientStream") for _ in range(5)]
+                for call in calls:
+                    call.send(pb.Request(text="half").SerializeToString())
+                await asyncio.sleep(0.2)
+                for call in calls:
+                    call.cancel()
+
+    asyncio.run(asyncio.wait_for(test(), LONG))
+    stub_at(a).Unary(pb.Request(), timeout=LONG)
+    assert a.metric('isobar_peer_ejected{peer="b",region="us"}') == 0
+    assert b.metric('isobar_engine_ejected{engine="engine"}') == 0
+    assert b.metric('isobar_engine_slots{engine="engine"}') == 64
+
+
+def test_metadata_at_its_limit_harms_no_peer(mesh):
+    a, b, _ = pair(mesh)
+    stub = stub_at(a)
+    for size in range(15_700, 16_400, 50):
+        try:
+            stub.Unary(pb.Request(), timeout=LONG, metadata=(("x-large", "v" * size),))
+        except grpc.RpcError as error:
+            assert error.code() != grpc.StatusCode.DEADLINE_EXCEEDED
+    assert stub.Unary(pb.Request(text="x"), timeout=LONG).text == "x"
+    assert a.metric('isobar_peer_ejected{peer="b",region="us"}') == 0
 
 
 def test_an_engine_of_its_own_comes_before_a_peers(mesh):
@@ -267,10 +359,11 @@ class Health(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("kind", ["http:/healthz", "tcp", "grpc"])
+@pytest.mark.parametrize("kind", ["http:/healthz", "tcp", "grpc", "auto", "hung"])
 def test_an_engine_leaves_and_returns_by_each_kind_of_check(mesh, kind):
-    service = mesh.service("engine")
-    health = {"interval": "200ms", "timeout": "500ms", "failures": 2, "successes": 2, "kind": kind}
+    service = mesh.service("engine", health=kind != "hung")
+    health = {"interval": "200ms", "timeout": "500ms", "failures": 2, "successes": 2}
+    health["kind"] = "grpc" if kind == "hung" else kind
     server = None
     address = service.address
     if kind.startswith("http"):
@@ -289,13 +382,17 @@ def test_an_engine_leaves_and_returns_by_each_kind_of_check(mesh, kind):
             handler.status = 500
         elif kind == "tcp":
             service.kill()
-        else:
+        elif kind == "hung":
             service.popen.send_signal(signal.SIGSTOP)
+        else:
+            service.popen.send_signal(signal.SIGHUP)
         wait_for("the engine to leave", lambda: node.metric(healthy) == 0)
         if server:
             handler.status = 204
-        elif kind == "grpc":
+        elif kind == "hung":
             service.popen.send_signal(signal.SIGCONT)
+        elif kind != "tcp":
+            service.popen.send_signal(signal.SIGHUP)
         if kind != "tcp":
             wait_for("the engine to return", lambda: node.metric(healthy) == 1)
     finally:

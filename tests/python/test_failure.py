@@ -35,6 +35,15 @@ def starts(services, calls):
     return counts
 
 
+def check_starts(services, calls):
+    """Nothing that may run only once began twice, and what ended well began once."""
+    counts = starts(services, calls)
+    assert max(counts.values()) == 1
+    for call in calls:
+        if call.kind == "once" and call.code == OK:
+            assert counts[call.name] == 1, call
+
+
 def check_deadlines(calls, load):
     for call in calls:
         if call.kind != "stream":
@@ -61,8 +70,9 @@ def test_kill_of_the_owning_node(mesh):
     assert len(calls) > 1000
     assert failed(calls, "unary") == []
     check_deadlines(calls, load)
-    assert set(starts(services, calls).values()) <= {0, 1}
+    check_starts(services, calls)
     # Those that may run only once and were running there fail; nobody else does.
+    assert len(failed(calls, "once")) < 10, failed(calls, "once")
     for call in calls:
         if call.kind == "once" and call.code != OK:
             assert call.code == grpc.StatusCode.UNAVAILABLE, call
@@ -86,7 +96,7 @@ def test_pause_of_the_owning_node(mesh):
     calls = load.stop()
     assert failed(calls, "unary") == []
     check_deadlines(calls, load)
-    assert set(starts(services, calls).values()) <= {0, 1}
+    check_starts(services, calls)
     settled = [c for c in calls if back - 6 < c.at < back - 1]
     assert failed(settled, "once") == [], "two seconds after the pause began nobody is sent there"
 
@@ -152,6 +162,7 @@ def test_a_busy_engine_is_never_ejected_and_gets_its_share_back(mesh):
         assert healthy(node, "first") == 1
         assert node.metric('isobar_engine_ejected{engine="first"}') == 0
         time.sleep(0.5)
+    asked = node.metric('isobar_attempts_failed_total{to="engine",outcome="busy"}')
     first.popen.send_signal(signal.SIGUSR2)
     free = load.now()
     wait_for("its traffic", lambda: served_since(load, free, "a.eu/first"), 10)
@@ -160,6 +171,8 @@ def test_a_busy_engine_is_never_ejected_and_gets_its_share_back(mesh):
     assert failed(calls, "unary") == []
     elsewhere = shares([c for c in calls if busy + 1 < c.at < free])
     assert elsewhere["a.eu/second"] > 0.99, elsewhere
+    # It is asked now and then, and no more.
+    assert asked < 60, asked
     after = shares([c for c in calls if c.at > load.now() - 4])
     assert after["a.eu/first"] > 0.3, after
 
@@ -180,9 +193,11 @@ def test_an_engine_that_is_twenty_times_slower_gets_little(mesh):
 
 def test_shares_follow_slots_at_full_load(mesh):
     services = {name: mesh.service(name) for name in ("one", "two", "three")}
-    slots = {"b.us/one": 8, "b.us/two": 16, "c.us/three": 24}
-    b = mesh.node("b", "us", engines=[services["one"].engine(slots=8), services["two"].engine(slots=16)])
-    c = mesh.node("c", "us", engines=[services["three"].engine(slots=24)])
+    slots = {"b.us/one": 6, "b.us/two": 10, "c.us/three": 32}
+    engines = {name: services[name].engine(slots=slots[f"{node}.us/{name}"])
+               for node, name in (("b", "one"), ("b", "two"), ("c", "three"))}
+    b = mesh.node("b", "us", engines=[engines["one"], engines["two"]])
+    c = mesh.node("c", "us", engines=[engines["three"]])
     a = mesh.node("a", "eu", peers=[b, c])
     wait_for_peers(a, b, c)
     load = Load([a], closed=sum(slots.values()), delay_ms=250, deadline=10).start()
@@ -192,8 +207,10 @@ def test_shares_follow_slots_at_full_load(mesh):
     for engine, count in slots.items():
         want = count / sum(slots.values())
         assert abs(share[engine] - want) < 0.1 * want, share
-    refused = {c.code for c in calls if c.code != OK}
-    assert refused <= {grpc.StatusCode.RESOURCE_EXHAUSTED}, refused
+    refused = [c for c in calls if c.code != OK]
+    assert {c.code for c in refused} <= {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    print(f"{len(refused)} of {len(calls)} refused")
+    assert len(refused) < 0.1 * len(calls), f"{len(refused)} of {len(calls)}"
 
 
 def test_rolling_restart_of_three_nodes_loses_nothing(mesh):

@@ -123,10 +123,13 @@ impl Engine {
         passed: bool,
         rng: &mut impl Rng,
     ) -> Option<HealthChange> {
+        let before = self.health.verdict();
         let change = self.health.checked(now, passed, rng);
         if change == Some(HealthChange::Returned) {
             self.returned = Some(now);
-            // What attempts came to before it left says nothing about it now.
+        }
+        if before != Verdict::Up && self.health.verdict() == Verdict::Up {
+            // What attempts came to while it was away says nothing about it now.
             self.breaker = Breaker::default();
         }
         change
@@ -328,6 +331,17 @@ mod tests {
         assert_eq!(world.free(), 4);
         world.now += SLOW_START;
         assert_eq!(world.free(), 40);
+    }
+
+    #[test]
+    fn an_engine_that_has_just_started_is_not_held_to_what_was_before() {
+        let mut world = world(8);
+        world.check(false);
+        world.call(Outcome::Broken);
+        assert!(world.call(Outcome::Broken));
+        world.check(true);
+        assert_eq!(world.engine.standing(world.now), Standing::Usable);
+        assert_eq!(world.free(), 8, "it starts with all of its slots");
     }
 
     #[test]

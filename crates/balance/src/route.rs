@@ -20,7 +20,8 @@ pub enum Fit {
 pub enum Standing {
     /// It may.
     Usable,
-    /// Attempts at it were broken. Ignored when too many are ejected: then the fault is more likely ours.
+    /// Attempts at it were broken. Asked only when no usable server has room, and too many are ejected for each of them to
+    /// be at fault.
     Ejected,
     /// It fails its health checks, drains, or is silent.
     Down,
@@ -31,8 +32,25 @@ pub enum Standing {
 pub enum Place {
     /// An engine of this node, by its number.
     Own(usize),
-    /// A peer, by its number. Which of its engines runs the call is the peer's choice.
-    Peer(usize),
+    /// A peer, by its number, for the sake of one of its engines. Which of them runs the call is the peer's choice.
+    Peer {
+        /// The peer.
+        node: usize,
+        /// Its engine; `None`: its engines are not known.
+        engine: Option<usize>,
+    },
+}
+
+impl Place {
+    /// Whether both are the same engine here, or the same peer.
+    #[must_use]
+    pub fn is_same(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::Own(a), Self::Own(b)) => a == b,
+            (Self::Peer { node: a, .. }, Self::Peer { node: b, .. }) => a == b,
+            _ => false,
+        }
+    }
 }
 
 /// One server that could take a call.
@@ -71,21 +89,24 @@ pub fn choose(servers: &[Server], rng: &mut impl Rng) -> Option<Place> {
 
 fn choose_among(servers: &[Server], fit: Fit, rng: &mut impl Rng) -> Option<Place> {
     let suited = || servers.iter().filter(move |server| server.fit == fit);
-    let ignores_ejections = ignores_ejections(suited());
-    let usable = || {
-        suited().filter(move |server| match server.standing {
-            Standing::Usable => true,
-            Standing::Ejected => ignores_ejections,
-            Standing::Down => false,
-        })
-    };
-    let own = usable()
+    let usable = || suited().filter(|server| server.standing == Standing::Usable);
+    let ejected = || suited().filter(|server| server.standing == Standing::Ejected);
+    with_room(usable, rng)
+        .or_else(|| if ignores_ejections(suited()) { with_room(ejected, rng) } else { None })
+}
+
+/// An own server with room, else a peer's, else a peer's where calls have probably ended.
+fn with_room<'a, I: Iterator<Item = &'a Server>>(
+    servers: impl Fn() -> I,
+    rng: &mut impl Rng,
+) -> Option<Place> {
+    let own = servers()
         .filter(|server| matches!(server.place, Place::Own(_)) && server.free >= 1.0)
         .min_by(|a, b| a.utilisation.total_cmp(&b.utilisation));
     if let Some(own) = own {
         return Some(own.place);
     }
-    let peers = || usable().filter(|server| matches!(server.place, Place::Peer(_)));
+    let peers = || servers().filter(|server| matches!(server.place, Place::Peer { .. }));
     sample(peers().filter(|s| s.free >= 1.0).map(|s| (s.place, s.free)), rng).or_else(|| {
         let departed = peers().filter(|s| s.departures >= DEPARTURES_MIN);
         sample(departed.map(|s| (s.place, s.departures)), rng)
@@ -113,8 +134,11 @@ fn sample<P: Copy>(weighted: impl Iterator<Item = (P, f64)>, rng: &mut impl Rng)
     let mut total = 0.0;
     let mut chosen = None;
     for (place, weight) in weighted {
+        if !weight.is_finite() || weight <= 0.0 {
+            continue;
+        }
         total += weight;
-        if weight > 0.0 && rng.random_range(0.0..total) < weight {
+        if rng.random_range(0.0..total) < weight {
             chosen = Some(place);
         }
     }
@@ -143,7 +167,7 @@ mod tests {
     }
 
     fn peer(i: usize, free: f64) -> Server {
-        server(Place::Peer(i), free)
+        server(Place::Peer { node: i, engine: Some(0) }, free)
     }
 
     fn with(standing: Standing, server: Server) -> Server {
@@ -156,7 +180,7 @@ mod tests {
         for _ in 0..10_000 {
             let place = choose(servers, &mut rng).map(|place| match place {
                 Place::Own(i) => i,
-                Place::Peer(i) => 100 + i,
+                Place::Peer { node, .. } => 100 + node,
             });
             *counts.entry(place).or_default() += 1;
         }
@@ -212,6 +236,23 @@ mod tests {
         assert_eq!(counts(&all).len(), 2, "ejections are ignored");
         let alone = [out(own(0, 4.0, 0.0))];
         assert_eq!(counts(&alone), [(Some(0), 10_000)].into());
+    }
+
+    #[test]
+    fn ejected_servers_are_asked_only_when_no_usable_one_has_room() {
+        let out = |server| with(Standing::Ejected, server);
+        let servers = [out(own(0, 4.0, 0.0)), out(own(1, 4.0, 0.0)), peer(0, 1.0)];
+        assert_eq!(counts(&servers), [(Some(100), 10_000)].into());
+        let full = [out(own(0, 4.0, 0.0)), out(own(1, 4.0, 0.0)), peer(0, 0.0)];
+        assert_eq!(counts(&full), [(Some(0), 10_000)].into());
+    }
+
+    #[test]
+    fn absurd_figures_of_a_peer_harm_nobody() {
+        let absurd = Server { departures: f64::INFINITY, ..peer(0, 0.0) };
+        let nan = Server { free: f64::NAN, departures: f64::NAN, ..peer(1, 0.0) };
+        assert_eq!(counts(&[absurd, nan]), [(None, 10_000)].into());
+        assert_eq!(counts(&[absurd, nan, peer(2, 1.0)]), [(Some(102), 10_000)].into());
     }
 
     #[test]

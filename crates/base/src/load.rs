@@ -22,7 +22,16 @@ pub struct Load {
 /// Slots assumed of an engine that has not said: only the order among engines matters.
 pub const ASSUMED_SLOTS: u32 = 64;
 
+/// No engine ends more calls per second.
+const RATE_MAX: f64 = 1e6;
+
 impl Load {
+    /// A rate somebody else claims: one that is no number, or below nothing, says nothing.
+    #[must_use]
+    pub fn rate(claimed: f64) -> f64 {
+        if claimed.is_finite() { claimed.clamp(0.0, RATE_MAX) } else { 0.0 }
+    }
+
     /// Free slots. An engine without a limit always has one.
     #[must_use]
     pub fn free(&self) -> u32 {

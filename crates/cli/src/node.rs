@@ -54,11 +54,14 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         return checked(options, &config);
     }
     // The control side: one thread, apart from the workers, so that a busy data plane never delays it.
-    tokio::runtime::Builder::new_current_thread()
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .context("cannot make a runtime")?
-        .block_on(serve(options, &config, &identity, certificate, &ca))
+        .context("cannot make a runtime")?;
+    let outcome = runtime.block_on(serve(options, &config, &identity, certificate, &ca));
+    // Names that are being looked up are not waited for.
+    runtime.shutdown_background();
+    outcome
 }
 
 /// Logs to standard error, what `ISOBAR_LOG` asks for: `info` by default.

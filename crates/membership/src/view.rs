@@ -42,6 +42,8 @@ struct Node {
 struct Heard {
     at: Instant,
     next: Duration,
+    /// Half the way there and back.
+    one_way: Duration,
 }
 
 #[derive(Clone, Debug)]
@@ -83,6 +85,16 @@ impl View {
         Self { nodes: vec![Node::default(); nodes] }
     }
 
+    /// A new link to node `index` begins, to its process `epoch`. If that is another than before, all that was known is
+    /// forgotten: the certificate is proof enough, whatever the clocks say.
+    pub fn greet(&mut self, index: usize, epoch: u64) {
+        if let Some(node) = self.nodes.get_mut(index)
+            && node.newest.0 != epoch
+        {
+            *node = Node { newest: (epoch, 0), ..Node::default() };
+        }
+    }
+
     /// What node `index` serves, as its process `epoch` said. Returns whether that is news.
     pub fn describe(&mut self, index: usize, epoch: u64, descriptor: Descriptor) -> bool {
         let Some(node) = self.nodes.get_mut(index) else { return false };
@@ -112,7 +124,8 @@ impl View {
             return false;
         }
         node.newest = (frame.epoch, frame.sequence);
-        node.heard = Some(Heard { at: now, next: frame.next });
+        let one_way = rtt / 2;
+        node.heard = Some(Heard { at: now, next: frame.next, one_way });
         node.draining = frame.draining;
         node.cut_off = None;
         // Figures of a descriptor we do not hold cannot be told apart; that the node speaks still counts.
@@ -124,7 +137,7 @@ impl View {
         if !is_known {
             return true;
         }
-        let age = frame.sample_age + rtt / 2;
+        let age = frame.sample_age + one_way;
         let sampled = now.checked_sub(age).unwrap_or(now);
         let before = std::mem::take(&mut node.engines).into_iter().map(Some);
         let before = before.chain(std::iter::repeat_with(|| None));
@@ -135,7 +148,7 @@ impl View {
             .map(|(load, before)| {
                 let fresh = Engine { load: *load, sampled, sends: VecDeque::new() };
                 let Some(mut engine) = before else { return fresh };
-                engine.sampled_at(sampled, *load);
+                engine.sampled_at(sampled, one_way, *load);
                 engine
             })
             .collect();
@@ -144,33 +157,31 @@ impl View {
 
     /// A reply from engine `engine` of node `index` said how pressed it is, at `now`.
     pub fn reply(&mut self, index: usize, engine: usize, load: Load, now: Instant) {
-        if let Some(engine) = self.nodes.get_mut(index).and_then(|n| n.engines.get_mut(engine)) {
-            engine.sampled_at(now, load);
+        let Some(node) = self.nodes.get_mut(index) else { return };
+        let one_way = node.heard.map_or(Duration::ZERO, |heard| heard.one_way);
+        if let Some(engine) = node.engines.get_mut(engine) {
+            engine.sampled_at(now.checked_sub(one_way).unwrap_or(now), one_way, load);
         }
     }
 
-    /// Node `index` said that it has no room: so it is, until it says otherwise.
-    pub fn busy(&mut self, index: usize, now: Instant) {
+    /// Node `index` said that these of its engines have no room: so it is, until it says otherwise.
+    pub fn busy(&mut self, index: usize, engines: &[usize], now: Instant) {
         let Some(node) = self.nodes.get_mut(index) else { return };
-        for engine in &mut node.engines {
+        for engine in engines {
+            let Some(engine) = node.engines.get_mut(*engine) else { continue };
             let full = Load {
                 in_flight: engine.load.in_flight.max(engine.load.slots.unwrap_or(0)),
                 slots: Some(engine.load.slots.unwrap_or(engine.load.in_flight)),
                 ..engine.load
             };
-            engine.sampled_at(now, full);
+            engine.sampled_at(now, Duration::ZERO, full);
         }
     }
 
-    /// This node sent a call to node `index`, for engine `engine` if it was chosen for one.
-    pub fn sent(&mut self, index: usize, engine: Option<usize>, now: Instant) {
-        let Some(node) = self.nodes.get_mut(index) else { return };
-        // A call for no engine in particular goes to the one with most room, as the node itself would choose.
-        let engine = engine.or_else(|| {
-            let free = |i: &usize| node.engines[*i].load.free();
-            (0..node.engines.len()).max_by_key(free)
-        });
-        if let Some(engine) = engine.and_then(|engine| node.engines.get_mut(engine)) {
+    /// This node sent a call to node `index`, for the sake of its engine `engine`.
+    pub fn sent(&mut self, index: usize, engine: usize, now: Instant) {
+        let engine = self.nodes.get_mut(index).and_then(|node| node.engines.get_mut(engine));
+        if let Some(engine) = engine {
             if engine.sends.len() >= SENDS_MAX {
                 engine.sends.pop_front();
             }
@@ -223,14 +234,14 @@ impl View {
 }
 
 impl Engine {
-    /// Newer figures: own sends they count already are forgotten.
-    fn sampled_at(&mut self, sampled: Instant, load: Load) {
+    /// Newer figures: own sends they count already, those that had arrived by then, are forgotten.
+    fn sampled_at(&mut self, sampled: Instant, one_way: Duration, load: Load) {
         if sampled < self.sampled {
             return;
         }
         self.load = load;
         self.sampled = sampled;
-        while self.sends.front().is_some_and(|sent| *sent <= sampled) {
+        while self.sends.front().is_some_and(|sent| *sent + one_way <= sampled) {
             self.sends.pop_front();
         }
     }
@@ -326,10 +337,10 @@ mod tests {
         let now = base::clock::now();
         let mut view = view(now);
         for i in 0..5 {
-            view.sent(0, Some(0), now + i * 10 * MS);
+            view.sent(0, 0, now + i * 10 * MS);
         }
         assert_eq!(in_flight(&view, now + 50 * MS), 15);
-        // Taken at 25 ms: it counts the sends of 0, 10 and 20 ms.
+        // Taken at 25 ms: it counts the sends of 0, 10 and 20 ms, which take 5 ms.
         view.frame(0, &frame(1, 2, 13), RTT, now + 30 * MS);
         assert_eq!(in_flight(&view, now + 50 * MS), 15);
         view.frame(0, &frame(1, 3, 15), RTT, now + 100 * MS);
@@ -340,18 +351,22 @@ mod tests {
     fn replies_replace_older_figures_and_older_frames_replace_no_reply() {
         let now = base::clock::now();
         let mut view = view(now);
+        // Sent 3 ms before the reply comes: it cannot count that yet.
+        view.sent(0, 0, now + 17 * MS);
         view.reply(0, 0, load(30), now + 20 * MS);
-        assert_eq!(in_flight(&view, now + 20 * MS), 30);
+        assert_eq!(in_flight(&view, now + 20 * MS), 31);
+        view.reply(0, 0, load(30), now + 30 * MS);
+        assert_eq!(in_flight(&view, now + 30 * MS), 30);
         let old = LoadFrame { sample_age: 50 * MS, ..frame(1, 2, 5) };
-        view.frame(0, &old, RTT, now + 25 * MS);
-        assert_eq!(in_flight(&view, now + 25 * MS), 30);
+        view.frame(0, &old, RTT, now + 35 * MS);
+        assert_eq!(in_flight(&view, now + 35 * MS), 30);
     }
 
     #[test]
     fn a_busy_answer_means_no_room_until_the_next_figures() {
         let now = base::clock::now();
         let mut view = view(now);
-        view.busy(0, now + MS);
+        view.busy(0, &[0], now + MS);
         assert_eq!(view.seen(0, 0, now + MS).unwrap().load.free(), 0);
         view.frame(0, &frame(1, 2, 50), RTT, now + 50 * MS);
         assert_eq!(view.seen(0, 0, now + 50 * MS).unwrap().load.free(), 14);
@@ -386,6 +401,21 @@ mod tests {
     }
 
     #[test]
+    fn a_node_whose_clock_went_back_is_believed_on_a_new_link() {
+        let now = base::clock::now();
+        let mut view = View::new(1);
+        view.describe(0, 100, descriptor(1));
+        view.frame(0, &frame(100, 7, 10), RTT, now);
+        view.greet(0, 100);
+        assert_eq!(in_flight(&view, now), 10, "the same process");
+        view.greet(0, 50);
+        assert_eq!(view.presence(0, now), Presence::Unknown);
+        assert!(view.describe(0, 50, descriptor(1)));
+        assert!(view.frame(0, &frame(50, 1, 3), RTT, now));
+        assert_eq!(in_flight(&view, now), 3);
+    }
+
+    #[test]
     fn draining_is_said_and_heard() {
         let now = base::clock::now();
         let mut view = view(now);
@@ -408,7 +438,7 @@ mod tests {
         let now = base::clock::now();
         let mut view = view(now);
         for _ in 0..100_000 {
-            view.sent(0, None, now + MS);
+            view.sent(0, 0, now + MS);
         }
         assert_eq!(view.nodes[0].engines[0].sends.len(), SENDS_MAX);
     }

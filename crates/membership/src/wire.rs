@@ -227,9 +227,7 @@ fn engine_from_wire(engine: &wire::Engine) -> Result<EngineDescriptor, WireError
 }
 
 fn load_from_wire(load: &wire::EngineLoad) -> Load {
-    // A rate that is no number, or below nothing, says nothing.
-    let drain_rate = f64::from(load.drain_rate);
-    let drain_rate = if drain_rate.is_finite() { drain_rate.max(0.0) } else { 0.0 };
+    let drain_rate = Load::rate(f64::from(load.drain_rate));
     Load {
         in_flight: load.in_flight,
         queued: load.queued,

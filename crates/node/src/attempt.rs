@@ -15,14 +15,14 @@ use http::{HeaderMap, Request, Response, StatusCode};
 use http_body::{Body as _, Frame, SizeHint};
 use tonic::{Code, Status, body::Body};
 use transport::{
-    Progress, TransportError, Watching,
+    Acknowledge, Progress, TransportError, Watching,
     grpc::{self, End},
 };
 
 use crate::{
     hop,
-    peers::PeerCall,
-    refusal::{Pushback, Refusal},
+    record::Record,
+    refusal::{self, Pushback, Refusal, Who},
     replay::Replay,
     router::Route,
 };
@@ -47,6 +47,8 @@ pub(crate) struct Failed {
     pub(crate) pushback: Pushback,
     /// Retries made further on.
     pub(crate) retries_below: u32,
+    /// Whoever it was sent to is there and turned it away unread: it may be sent there once more.
+    pub(crate) is_rejected: bool,
     /// What the caller gets when there is no other attempt.
     pub(crate) answer: Answer,
 }
@@ -56,10 +58,28 @@ pub(crate) struct Failed {
 pub(crate) enum Answer {
     /// What the engine or the peer said, to be passed on as it is.
     Reply(Response<Body>),
-    /// The answer broke off behind its head.
-    Broken(Status),
     /// What this node says.
     Refusal(Refusal),
+}
+
+impl Answer {
+    /// The reply a caller gets.
+    pub(crate) fn into_reply(self, who: &Who, record: &mut Record) -> Response<Body> {
+        match self {
+            Self::Reply(reply) => reply,
+            Self::Refusal(refusal) => {
+                tracing::debug!(%refusal, "refused");
+                record.refused(refusal.label());
+                refusal.response(who)
+            }
+        }
+    }
+}
+
+impl From<Refusal> for Answer {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refusal(refusal)
+    }
 }
 
 impl Failed {
@@ -69,6 +89,7 @@ impl Failed {
             may_have_run,
             pushback: Pushback::None,
             retries_below: 0,
+            is_rejected: false,
             answer: Answer::Refusal(refusal),
         }
     }
@@ -85,10 +106,20 @@ impl Route {
         match self {
             Self::Engine(slot, _) => {
                 let sent = slot.send(request).await;
-                let attempt = at_engine(sent, || slot.engine().target.name().to_owned());
-                let attempt = opened(attempt, idempotent, replay).await;
+                let name = slot.engine().target.name().to_owned();
+                let attempt = at_engine(sent, &name);
+                let mut attempt = opened(attempt, &name, false, idempotent, replay).await;
+                if let Attempt::Failed(failed) = &mut attempt
+                    && replay.has_failed()
+                {
+                    failed.outcome = Outcome::Caller;
+                }
                 match &attempt {
                     Attempt::Answered(_) => slot.replied(),
+                    // It closes a connection that is old, or full: that is no failure.
+                    Attempt::Failed(failed) if failed.is_rejected => {
+                        slot.ended(Outcome::Caller, None);
+                    }
                     Attempt::Failed(failed) => slot.ended(failed.outcome, failed.pushback.wait()),
                 }
                 attempt
@@ -100,92 +131,98 @@ impl Route {
                     sent = call.send(request) => Some(sent),
                     () = watching.clone().overdue() => None,
                 };
+                let name = call.name();
                 let Some(sent) = sent else {
                     call.broken(false);
-                    let refusal = Refusal::Unacknowledged { target: call.name() };
+                    let refusal = Refusal::Unacknowledged { target: name };
                     // A body that was held back has not been sent, so nothing can have begun.
                     return Attempt::Failed(Failed::refusal(Outcome::Broken, idempotent, refusal));
                 };
-                match &sent {
-                    Ok(_) => call.replied(),
-                    Err(error) => blame(call, error),
-                }
+                let has_answered = sent.is_ok();
                 let held_back = !idempotent && !watching.is_admitted();
-                let attempt = at_peer(sent, || call.name(), held_back);
-                let attempt = opened(attempt, idempotent, replay).await;
-                if let Attempt::Failed(failed) = &attempt {
-                    match &failed.answer {
-                        Answer::Broken(status) => {
-                            if let Some(error) = TransportError::of(status) {
-                                blame(call, error);
-                            }
-                        }
-                        // The peer itself refused: none of its engines has room, not just one.
-                        Answer::Reply(_)
-                            if failed.outcome == Outcome::Busy && !failed.may_have_run =>
-                        {
-                            call.busy();
-                        }
-                        Answer::Reply(_) | Answer::Refusal(_) => {}
+                let attempt = at_peer(sent, &name, held_back);
+                let mut attempt = opened(attempt, &name, true, idempotent, replay).await;
+                if has_answered {
+                    call.replied();
+                }
+                let Attempt::Failed(failed) = &mut attempt else { return attempt };
+                if replay.has_failed() {
+                    failed.outcome = Outcome::Caller;
+                }
+                match &failed.answer {
+                    Answer::Refusal(Refusal::Transport { error, .. })
+                        if failed.outcome == Outcome::Broken && !failed.is_rejected =>
+                    {
+                        call.broken(matches!(error, TransportError::Silent(_)));
                     }
+                    // The peer itself refused: none of its engines that suit has room, not just one.
+                    Answer::Reply(reply) if hop::has_flag(reply.headers(), hop::FULL) => {
+                        call.busy();
+                    }
+                    Answer::Reply(_) | Answer::Refusal(_) => {}
                 }
                 attempt
             }
         }
     }
 
-    /// The call is over: what it says about whoever served it.
-    pub(crate) fn ended(&mut self, end: &End<'_>) {
-        let outcome = outcome_of(end);
+    /// The call is over: what it says about whoever served it. `replay` is its request.
+    pub(crate) fn ended(&mut self, end: &End<'_>, replay: &Replay) {
+        let outcome = if replay.has_failed() { Outcome::Caller } else { outcome_of(end) };
         match self {
             Self::Engine(slot, _) => {
                 let pushback = end.trailers.map_or(Pushback::None, Pushback::read);
                 slot.ended(outcome, pushback.wait());
             }
             // A peer whose engine dies ends the reply with a status; one that breaks it off is failing itself.
-            Self::Peer(call) if end.broke_off => call.broken(false),
+            Self::Peer(call) if end.broke_off && outcome == Outcome::Broken => call.broken(false),
             Self::Peer(_) => {}
         }
-    }
-}
-
-/// What a failed call says about a peer.
-fn blame(call: &PeerCall, error: &TransportError) {
-    let says_nothing = matches!(error, TransportError::Cancelled(_) | TransportError::Full { .. });
-    if !says_nothing && !error.is_rejection() {
-        call.broken(matches!(error, TransportError::Silent(_)));
     }
 }
 
 /// Waits behind the head of an answer for its first piece, where the call may be made again: a head alone is nothing a
 /// caller can use, and some servers send it long before they fail. Not while the caller may have more to say, for it may
 /// wait for the head.
-async fn opened(attempt: Attempt, idempotent: bool, replay: &Replay) -> Attempt {
+async fn opened(
+    attempt: Attempt,
+    target: &str,
+    to_peer: bool,
+    idempotent: bool,
+    replay: &Replay,
+) -> Attempt {
     let reply = match attempt {
         Attempt::Answered(reply) if idempotent && replay.is_complete() => reply,
         other => return other,
     };
     let (head, mut body) = reply.into_parts();
+    let retries_below = if to_peer { hop::previous_attempts(&head.headers) } else { 0 };
     let first = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await;
-    let failed = |outcome, pushback, answer| {
-        Attempt::Failed(Failed { outcome, may_have_run: true, pushback, retries_below: 0, answer })
-    };
     match first {
-        Some(Err(status)) if status.code() == Code::Cancelled => {
-            failed(Outcome::Caller, Pushback::None, Answer::Broken(status))
+        Some(Err(status)) => {
+            let error = TransportError::of(&status).cloned();
+            let error =
+                error.unwrap_or_else(|| TransportError::Closed(status.message().to_owned()));
+            match transport_failure(error, target, to_peer, false) {
+                Attempt::Failed(failed) => Attempt::Failed(Failed { retries_below, ..failed }),
+                answered @ Attempt::Answered(_) => answered,
+            }
         }
-        Some(Err(status)) => failed(Outcome::Broken, Pushback::None, Answer::Broken(status)),
         Some(Ok(frame)) => {
             let trailers = frame.trailers_ref();
-            let status =
-                trailers.and_then(grpc::status_code).map(|code| Outcome::of_status(code.into()));
+            let code = trailers.and_then(grpc::status_code);
             let pushback = trailers.map_or(Pushback::None, Pushback::read);
             let body = Body::new(Opened { first: Some(frame), rest: body });
             let reply = Response::from_parts(head, body);
-            match status {
-                Some(outcome @ (Outcome::Busy | Outcome::Broken)) => {
-                    failed(outcome, pushback, Answer::Reply(reply))
-                }
+            match code.map(|code| Outcome::of_status(code.into())) {
+                Some(outcome @ (Outcome::Busy | Outcome::Broken)) => Attempt::Failed(Failed {
+                    outcome,
+                    may_have_run: true,
+                    pushback,
+                    retries_below,
+                    is_rejected: false,
+                    answer: Answer::Reply(reply),
+                }),
                 _ => Attempt::Answered(reply),
             }
         }
@@ -247,69 +284,86 @@ fn prepared(
     Request::from_parts(head, Body::new(HeldBack::new(body, watching)))
 }
 
-fn at_engine(
-    sent: Result<Response<Body>, TransportError>,
-    name: impl FnOnce() -> String,
-) -> Attempt {
+fn at_engine(sent: Result<Response<Body>, TransportError>, target: &str) -> Attempt {
     let mut reply = match sent {
         Ok(reply) => reply,
-        Err(error) => return transport_failure(error, name(), false, false),
+        Err(error) => return transport_failure(error, target, false, false),
     };
     hop::strip(reply.headers_mut());
+    if let Some(outcome) = http_outcome(&reply) {
+        let refusal = Refusal::Http { target: target.to_owned(), status: reply.status() };
+        return Attempt::Failed(Failed::refusal(outcome, true, refusal));
+    }
     // Only a reply that is nothing but a status can fail an attempt.
     let Some(code) = only_status(&reply) else { return Attempt::Answered(reply) };
     let outcome = Outcome::of_status(code.into());
     if matches!(outcome, Outcome::Ok | Outcome::Caller) {
         return Attempt::Answered(reply);
     }
-    let pushback = Pushback::read(reply.headers());
-    let answer = Answer::Reply(reply);
-    Attempt::Failed(Failed { outcome, may_have_run: true, pushback, retries_below: 0, answer })
+    Attempt::Failed(Failed {
+        outcome,
+        may_have_run: true,
+        pushback: Pushback::read(reply.headers()),
+        retries_below: 0,
+        is_rejected: false,
+        answer: Answer::Reply(reply),
+    })
 }
 
-fn at_peer(
-    sent: Result<Response<Body>, TransportError>,
-    name: impl FnOnce() -> String,
-    held_back: bool,
-) -> Attempt {
+/// What an HTTP status that a proxy before an engine answers with means; `None`: it is passed on.
+fn http_outcome(reply: &Response<Body>) -> Option<Outcome> {
+    match reply.status() {
+        _ if grpc::is_grpc(reply.headers()) => None,
+        status if refusal::is_busy(status) => Some(Outcome::Busy),
+        StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT => Some(Outcome::Broken),
+        _ => None,
+    }
+}
+
+fn at_peer(sent: Result<Response<Body>, TransportError>, target: &str, held_back: bool) -> Attempt {
     let reply = match sent {
         Ok(reply) => reply,
-        Err(error) => return transport_failure(error, name(), true, held_back),
+        Err(error) => return transport_failure(error, target, true, held_back),
     };
     let Some(code) = only_status(&reply) else { return Attempt::Answered(reply) };
-    let refused = hop::is_refused(reply.headers());
+    let headers = reply.headers();
+    let is_refused = hop::has_flag(headers, hop::REFUSED);
     let outcome = match Outcome::of_status(code.into()) {
+        // Its engine failed, in a way whose status does not show it.
+        _ if hop::has_flag(headers, hop::BROKEN) => Outcome::Broken,
         // Nobody there serves it, and it says so itself: somebody else may.
-        Outcome::Caller if refused && code == Code::NotFound => Outcome::Broken,
+        Outcome::Caller if is_refused && code == Code::NotFound => Outcome::Broken,
         Outcome::Ok | Outcome::Caller => return Attempt::Answered(reply),
         outcome => outcome,
     };
     Attempt::Failed(Failed {
         outcome,
-        may_have_run: !refused,
-        pushback: Pushback::None,
-        retries_below: hop::previous_attempts(reply.headers()),
+        may_have_run: !is_refused,
+        // When a peer asks to come back later, it speaks for itself, and another is tried now.
+        pushback: if is_refused { Pushback::None } else { Pushback::read(headers) },
+        retries_below: hop::previous_attempts(headers),
+        is_rejected: false,
         answer: Answer::Reply(reply),
     })
 }
 
 fn transport_failure(
     error: TransportError,
-    target: String,
+    target: &str,
     to_peer: bool,
     held_back: bool,
 ) -> Attempt {
     let outcome = match &error {
-        TransportError::Cancelled(_) => Outcome::Caller,
+        TransportError::Cancelled(_)
+        | TransportError::RequestTooLong { .. }
+        | TransportError::Unread(_) => Outcome::Caller,
         TransportError::Full { .. } => Outcome::Busy,
         _ => Outcome::Broken,
     };
     let may_have_run = !error.is_retry_safe() && !held_back;
-    Attempt::Failed(Failed::refusal(
-        outcome,
-        may_have_run,
-        Refusal::Transport { target, to_peer, error },
-    ))
+    let is_rejected = error.is_rejection();
+    let refusal = Refusal::Transport { target: target.to_owned(), to_peer, error };
+    Attempt::Failed(Failed { is_rejected, ..Failed::refusal(outcome, may_have_run, refusal) })
 }
 
 /// The status of a reply that is nothing but that ("Trailers-Only").
@@ -358,15 +412,17 @@ impl http_body::Body for HeldBack {
 /// How long a peer that holds a body back may take to send it, once its call was acknowledged.
 const RELEASED_WITHIN: Duration = Duration::from_secs(10);
 
-/// Whether the ingress holds the body of a call back.
-pub(crate) fn is_held_back(headers: &HeaderMap) -> bool {
-    headers.contains_key(http::header::EXPECT)
-}
-
 /// Waits until a call whose body the ingress holds back may begin: until its first piece, which is taken off. An error
-/// means that the ingress has given the call up.
-pub(crate) async fn released(headers: &mut HeaderMap, body: &mut Body) -> Result<(), Refusal> {
-    if headers.remove(http::header::EXPECT).is_none() {
+/// means that the ingress has given the call up. Over HTTP/2 nothing is acknowledged, so nothing is held back.
+pub(crate) async fn released(
+    headers: &mut HeaderMap,
+    body: &mut Body,
+    acknowledge: Option<&Acknowledge>,
+) -> Result<(), Refusal> {
+    let is_held_back = headers.remove(http::header::EXPECT).is_some();
+    let Some(acknowledge) = acknowledge else { return Ok(()) };
+    acknowledge.send();
+    if !is_held_back {
         return Ok(());
     }
     let first = std::future::poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx));
@@ -403,47 +459,78 @@ mod tests {
         reply
     }
 
-    fn name() -> String {
-        "engine e".to_owned()
-    }
-
     #[test]
     fn busy_and_unavailable_fail_an_attempt_and_other_statuses_are_answers() {
         for (status, want) in [("8", Outcome::Busy), ("14", Outcome::Broken)] {
-            let failed = failed(at_engine(Ok(reply(&[("grpc-status", status)])), name));
+            let failed = failed(at_engine(Ok(reply(&[("grpc-status", status)])), "e"));
             assert_eq!((failed.outcome, failed.may_have_run), (want, true));
         }
         for status in ["0", "2", "3", "5", "13"] {
-            let attempt = at_engine(Ok(reply(&[("grpc-status", status)])), name);
+            let attempt = at_engine(Ok(reply(&[("grpc-status", status)])), "e");
             assert!(matches!(attempt, Attempt::Answered(_)), "{status}");
         }
-        assert!(matches!(at_engine(Ok(reply(&[])), name), Attempt::Answered(_)));
+        assert!(matches!(at_engine(Ok(reply(&[])), "e"), Attempt::Answered(_)));
     }
 
     #[test]
     fn a_peer_that_refuses_has_run_nothing() {
         let full = reply(&[("grpc-status", "8"), ("x-isobar-flags", "refused")]);
-        assert!(!failed(at_peer(Ok(full), name, false)).may_have_run);
+        assert!(!failed(at_peer(Ok(full), "e", false)).may_have_run);
         let engine_full = reply(&[("grpc-status", "8"), ("grpc-previous-rpc-attempts", "2")]);
-        let failed_there = failed(at_peer(Ok(engine_full), name, false));
+        let failed_there = failed(at_peer(Ok(engine_full), "e", false));
         assert!(failed_there.may_have_run);
         assert_eq!(failed_there.retries_below, 2);
     }
 
     #[test]
+    fn an_engines_own_failure_behind_a_peer_is_a_failure_whatever_its_status() {
+        let reset = reply(&[("grpc-status", "13"), ("x-isobar-flags", "broken")]);
+        let failed = failed(at_peer(Ok(reset), "e", false));
+        assert_eq!((failed.outcome, failed.may_have_run), (Outcome::Broken, true));
+    }
+
+    #[test]
+    fn http_statuses_of_proxies_are_busy_or_broken() {
+        for (status, want) in [
+            (429, Outcome::Busy),
+            (503, Outcome::Busy),
+            (502, Outcome::Broken),
+            (504, Outcome::Broken),
+        ] {
+            let mut http = reply(&[("content-type", "text/html")]);
+            *http.status_mut() = StatusCode::from_u16(status).unwrap();
+            assert_eq!(failed(at_engine(Ok(http), "e")).outcome, want, "{status}");
+        }
+        let mut other = reply(&[]);
+        *other.status_mut() = StatusCode::NOT_FOUND;
+        assert!(matches!(at_engine(Ok(other), "e"), Attempt::Answered(_)));
+    }
+
+    #[test]
+    fn what_callers_do_is_nobodys_failure() {
+        for error in [
+            TransportError::cancelled(),
+            TransportError::RequestTooLong { limit_bytes: 1 },
+            TransportError::Unread(Duration::from_secs(5)),
+        ] {
+            assert_eq!(failed(at_peer(Err(error), "e", false)).outcome, Outcome::Caller);
+        }
+    }
+
+    #[test]
     fn a_peer_that_serves_nothing_of_the_kind_is_not_the_last_word() {
         let none = reply(&[("grpc-status", "5"), ("x-isobar-flags", "refused")]);
-        assert_eq!(failed(at_peer(Ok(none), name, false)).outcome, Outcome::Broken);
-        let engines_own = at_peer(Ok(reply(&[("grpc-status", "5")])), name, false);
+        assert_eq!(failed(at_peer(Ok(none), "e", false)).outcome, Outcome::Broken);
+        let engines_own = at_peer(Ok(reply(&[("grpc-status", "5")])), "e", false);
         assert!(matches!(engines_own, Attempt::Answered(_)));
     }
 
     #[test]
     fn what_was_not_sent_has_not_run() {
         let dial = || TransportError::Dial { target: "x".into(), reason: "y".into() };
-        assert!(!failed(at_engine(Err(dial()), name)).may_have_run);
+        assert!(!failed(at_engine(Err(dial()), "e")).may_have_run);
         let closed = || TransportError::Closed("z".into());
-        assert!(failed(at_engine(Err(closed()), name)).may_have_run);
-        assert!(!failed(at_peer(Err(closed()), name, true)).may_have_run, "its body was held back");
+        assert!(failed(at_engine(Err(closed()), "e")).may_have_run);
+        assert!(!failed(at_peer(Err(closed()), "e", true)).may_have_run, "its body was held back");
     }
 }

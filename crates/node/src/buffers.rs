@@ -15,6 +15,9 @@ pub(crate) struct Buffers(Arc<Semaphore>);
 #[derive(Debug, Default)]
 pub(crate) struct HeldBytes(Option<OwnedSemaphorePermit>);
 
+/// What one piece of a body takes beyond its bytes: many small pieces are not for free.
+pub(crate) const PIECE_BYTES: usize = 128;
+
 /// A call is admitted only while this much is left: what one call may hold back for one reason.
 pub(crate) const PER_CALL_BYTES: usize = 1 << 20;
 
@@ -28,9 +31,9 @@ impl Buffers {
         self.0.available_permits() >= PER_CALL_BYTES
     }
 
-    /// Takes `bytes` more into `held`; `false`: there is not that much left.
+    /// Takes a piece of `bytes` into `held`; `false`: there is not that much left.
     pub(crate) fn take(&self, bytes: usize, held: &mut HeldBytes) -> bool {
-        let permit = u32::try_from(bytes)
+        let permit = u32::try_from(bytes.saturating_add(PIECE_BYTES))
             .ok()
             .and_then(|bytes| self.0.clone().try_acquire_many_owned(bytes).ok());
         match (permit, &mut held.0) {

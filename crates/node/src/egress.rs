@@ -63,25 +63,33 @@ pub(crate) struct Parts {
 
 /// Told the end of a call: the books first, then the slot is free.
 struct Held {
+    parts: Arc<Parts>,
     record: Record,
-    route: Route,
+    /// Who served it, and its request; `None`: it was refused.
+    served: Option<(Route, Replay)>,
+}
+
+impl Held {
+    /// Says how pressed the engine is that served the call, or all of them when none did.
+    fn report(&self, headers: &mut HeaderMap) {
+        let report = match &self.served {
+            Some((Route::Engine(slot, _), _)) => orca::of_engine(&slot.load_after()),
+            _ => orca::of_all(&self.parts.router.all_loads()),
+        };
+        headers.insert(orca::REPORT, report);
+    }
 }
 
 impl OnEnd for Held {
     fn trailers(&mut self, trailers: &mut HeaderMap) {
-        report(&self.route, trailers);
+        self.report(trailers);
     }
 
     fn ended(&mut self, end: End<'_>) {
         self.record.ended(&end);
-        self.route.ended(&end);
-    }
-}
-
-/// Says how pressed the engine is that served a call.
-fn report(route: &Route, trailers: &mut HeaderMap) {
-    if let Route::Engine(slot, _) = route {
-        trailers.insert(orca::REPORT, orca::of_engine(&slot.load_after()));
+        if let Some((route, replay)) = &mut self.served {
+            route.ended(&end, replay);
+        }
     }
 }
 
@@ -89,49 +97,38 @@ impl Egress {
     async fn serve(self, request: Request<Body>) -> Response<Body> {
         let parts = &self.0;
         let mut record = Record::begin(&parts.metrics, &parts.log, Side::Egress, &request);
-        match self.admit(request, &mut record).await {
-            Ok((mut reply, deadline, route)) => {
+        let (mut reply, deadline, served) = match self.admit(request, &mut record).await {
+            Ok((reply, deadline, served)) => {
                 record.answered(reply.headers().get(hop::SERVED_BY));
-                if grpc::status_code(reply.headers()).is_some() {
-                    report(&route, reply.headers_mut());
-                }
-                grpc::ending(reply, deadline, "engine", Held { record, route }, &parts.overdue)
+                (reply, deadline, Some(served))
             }
-            Err(Answer::Reply(mut reply)) => {
-                let code = grpc::status_code(reply.headers()).unwrap_or(tonic::Code::Unknown);
+            Err(answer) => {
+                let mut reply = answer.into_reply(&parts.who, &mut record);
                 hop::set_previous_attempts(reply.headers_mut(), record.retries());
-                record.ended(&End::with(code));
-                grpc::ending(reply, None, "engine", (), &parts.overdue)
+                (reply, None, None)
             }
-            Err(Answer::Broken(status)) => {
-                record.ended(&End { code: status.code(), trailers: None, broke_off: true });
-                grpc::refusal(&status)
-            }
-            Err(Answer::Refusal(refusal)) => {
-                tracing::debug!(%refusal, "refused");
-                record.refused(refusal.label());
-                record.ended(&End::with(refusal.outcome()));
-                let mut response = refusal.response(&parts.who);
-                hop::set_previous_attempts(response.headers_mut(), record.retries());
-                response
-            }
+        };
+        let held = Held { parts: parts.clone(), record, served };
+        if grpc::status_code(reply.headers()).is_some() {
+            held.report(reply.headers_mut());
         }
+        grpc::ending(reply, deadline, "engine", held, &parts.overdue)
     }
 
     async fn admit(
         &self,
         request: Request<Body>,
         record: &mut Record,
-    ) -> Result<(Response<Body>, Option<Deadline>, Route), Answer> {
+    ) -> Result<(Response<Body>, Option<Deadline>, (Route, Replay)), Answer> {
         if !grpc::is_grpc(request.headers()) {
             return Err(Refusal::NotGrpc.into());
         }
         hop::guard(request.headers(), &self.0.own).map_err(Refusal::Loop)?;
         let deadline = hop::deadline(request.headers()).map_err(Refusal::from)?;
-        let (reply, route) = grpc::until(deadline, self.answer(request, deadline, record))
+        let (reply, route, replay) = grpc::until(deadline, self.answer(request, deadline, record))
             .await
             .map_err(|_| Refusal::Deadline)??;
-        Ok((reply, deadline, route))
+        Ok((reply, deadline, (route, replay)))
     }
 
     /// Attempts until one is answered, or there may be no other.
@@ -140,7 +137,7 @@ impl Egress {
         request: Request<Body>,
         deadline: Option<Deadline>,
         record: &mut Record,
-    ) -> Result<(Response<Body>, Route), Answer> {
+    ) -> Result<(Response<Body>, Route, Replay), Answer> {
         let parts = &self.0;
         let (mut head, body) = request.into_parts();
         let before = hop::previous_attempts(&head.headers);
@@ -153,12 +150,11 @@ impl Egress {
             || parts.idempotent.iter().any(|pattern| pattern.covers(&path));
         let by_model =
             parts.router.depends_on_model() && inference::kserve_model_field(&path).is_some();
-        let acknowledge = head.extensions.get::<Acknowledge>().cloned().unwrap_or_default();
+        let acknowledge = head.extensions.get::<Acknowledge>().cloned();
         let mut body = body;
-        if by_model && attempt::is_held_back(&head.headers) {
-            // The body comes only when the call is acknowledged, and who serves it is in the body.
-            acknowledge.send();
-            attempt::released(&mut head.headers, &mut body).await?;
+        if by_model {
+            // Who serves it is in the body, which may come late, and not before the call is acknowledged.
+            attempt::released(&mut head.headers, &mut body, acknowledge.as_ref()).await?;
         }
         let (wanted, mut body) = if by_model {
             let found = model::find(&path, &head.headers, body, &parts.buffers).await;
@@ -171,8 +167,9 @@ impl Egress {
         }
         let ask = Ask { path, wanted };
         let mut route = parts.router.route(&ask, &[])?;
-        acknowledge.send();
-        attempt::released(&mut head.headers, &mut body).await?;
+        if !by_model {
+            attempt::released(&mut head.headers, &mut body, acknowledge.as_ref()).await?;
+        }
 
         let replay = Replay::new(body, idempotent, parts.buffers.clone());
         let (mut tried, mut retries) = (Vec::new(), 0);
@@ -193,12 +190,14 @@ impl Egress {
                         reply.headers_mut().insert(hop::SERVED_BY, served_by);
                     }
                     hop::set_previous_attempts(reply.headers_mut(), retries);
-                    return Ok((reply, route));
+                    return Ok((reply, route, replay));
                 }
                 Attempt::Failed(failed) => failed,
             };
             parts.metrics.failed(To::Engine, failed.outcome);
-            tried.push(route.place());
+            if !failed.is_rejected || retries > 0 {
+                tried.push(route.place());
+            }
             let may_retry = matches!(failed.outcome, Outcome::Busy | Outcome::Broken)
                 && failed.pushback != Pushback::Never
                 && (idempotent || !failed.may_have_run)

@@ -33,8 +33,9 @@ use crate::{engines::Engine, peers::Board};
 
 /// Nodes that may subscribe. Further ones are turned down.
 const SUBSCRIBERS_MAX: usize = 128;
-/// Handshakes in progress at most.
+/// Handshakes in progress at most, and above how many the other end must first prove its address.
 const HANDSHAKES_MAX: usize = 64;
+const PROVE_ABOVE: usize = 16;
 /// The first frames of a link must have come within this.
 const HELLO_WITHIN: Duration = Duration::from_secs(5);
 /// A subscriber that has heard nothing for so long dials anew: the other end speaks once a second at the least.
@@ -47,6 +48,7 @@ const REDIAL_MAX: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct Voice {
     pub(crate) own: SpiffeId,
+    pub(crate) descriptor: Descriptor,
     /// The process: greater after each start.
     pub(crate) epoch: u64,
     pub(crate) engines: Arc<[Arc<Engine>]>,
@@ -100,10 +102,7 @@ impl Gossip {
 
 /// Serves those who dial: the figures of this node, pushed when they change and now and then.
 async fn speak(links: &Links, voice: Voice, hello: &Hello) {
-    let descriptor = Descriptor {
-        version: 1,
-        engines: voice.engines.iter().map(|engine| engine.describe()).collect(),
-    };
+    let descriptor = voice.descriptor.clone();
     let (said, saying) = watch::channel(Bytes::new());
     let speaker = Arc::new(Speaker {
         hello: encode(&Frame::Hello(hello.clone())).into(),
@@ -125,6 +124,14 @@ async fn speak(links: &Links, voice: Voice, hello: &Hello) {
                 incoming.refuse();
                 continue;
             }
+            // Who makes up addresses takes no place from those who have one.
+            let under_way = subscribers.len().saturating_sub(speaker.audience.len());
+            let incoming = if under_way >= PROVE_ABOVE {
+                let Some(proved) = incoming.proved() else { continue };
+                proved
+            } else {
+                incoming
+            };
             subscribers.spawn(serve(incoming, speaker.clone(), saying.clone()));
         }
     };
@@ -188,7 +195,11 @@ struct Audience {
 
 impl Audience {
     fn is_empty(&self) -> bool {
-        self.links.lock().is_empty()
+        self.len() == 0
+    }
+
+    fn len(&self) -> usize {
+        self.links.lock().len()
     }
 
     /// Takes a subscriber in; `None`: there are too many. A node that dials anew replaces its older link.
@@ -319,10 +330,14 @@ async fn listen(
 ) -> Result<String, String> {
     link.send_whole(encode(&Frame::Hello(own.clone())).into()).await.map_err(|e| e.to_string())?;
     let (_, hello) = greeted(link, &own.trust_domain).await?;
+    board.greet(subscription.index, hello.epoch);
+    let mut heard = false;
     loop {
         let frame = match tokio::time::timeout(SILENT_AFTER, link.receive()).await {
             Ok(Ok(frame)) => frame,
-            Ok(Err(error)) => return Ok(error.to_string()),
+            // A link that never worked is not dialled again and again at once.
+            Ok(Err(error)) if heard => return Ok(error.to_string()),
+            Ok(Err(error)) => return Err(error.to_string()),
             Err(_) => return Ok(format!("nothing heard for {SILENT_AFTER:?}")),
         };
         match decode(&frame) {
@@ -331,6 +346,7 @@ async fn listen(
             }
             Ok(Frame::Load(load)) if load.epoch == hello.epoch => {
                 board.frame(subscription.index, &load, link.rtt());
+                heard = true;
             }
             Ok(Frame::Load(_)) => return Err("a load frame of another epoch".to_owned()),
             Ok(Frame::Hello(_)) => return Err("a second hello".to_owned()),

@@ -15,6 +15,10 @@ pub(crate) const SERVED_BY: HeaderName = HeaderName::from_static("x-isobar-serve
 pub(crate) const FLAGS: HeaderName = HeaderName::from_static("x-isobar-flags");
 /// The word in [`FLAGS`] for a call that no engine has seen.
 pub(crate) const REFUSED: &str = "refused";
+/// The word in [`FLAGS`] for a call refused because every engine that suits it is full.
+pub(crate) const FULL: &str = "full";
+/// The word in [`FLAGS`] for a call whose engine failed, whatever the status says.
+pub(crate) const BROKEN: &str = "broken";
 /// How many attempts were made before this one (gRFC A6); in a reply, how many retries it took.
 pub(crate) const PREVIOUS_ATTEMPTS: HeaderName =
     HeaderName::from_static("grpc-previous-rpc-attempts");
@@ -91,10 +95,10 @@ pub(crate) fn strip_request(headers: &mut HeaderMap) {
     }
 }
 
-/// Whether a peer's reply says that no engine has seen the call.
-pub(crate) fn is_refused(headers: &HeaderMap) -> bool {
+/// Whether a peer's reply carries the word `flag`.
+pub(crate) fn has_flag(headers: &HeaderMap, flag: &str) -> bool {
     let flags = headers.get(FLAGS).and_then(|flags| flags.to_str().ok()).unwrap_or_default();
-    flags.split(',').any(|flag| flag.trim() == REFUSED)
+    flags.split(',').any(|word| word.trim() == flag)
 }
 
 /// The attempts a call or a reply says were made before. More than a digit says nothing.

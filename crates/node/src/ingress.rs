@@ -67,13 +67,14 @@ pub(crate) struct Parts {
 struct Held {
     parts: Arc<Parts>,
     record: Record,
-    route: Route,
+    /// Who served it, and its request; `None`: it was refused.
+    served: Option<(Route, Replay)>,
     served_by: Option<HeaderValue>,
 }
 
 impl OnEnd for Held {
     fn trailers(&mut self, trailers: &mut HeaderMap) {
-        if let Route::Peer(call) = &self.route
+        if let Some((Route::Peer(call), _)) = &self.served
             && let Some((_, engine)) =
                 self.served_by.as_ref().and_then(|by| by.to_str().ok()?.split_once('/'))
         {
@@ -84,7 +85,9 @@ impl OnEnd for Held {
 
     fn ended(&mut self, end: End<'_>) {
         self.record.ended(&end);
-        self.route.ended(&end);
+        if let Some((route, replay)) = &mut self.served {
+            route.ended(&end, replay);
+        }
     }
 }
 
@@ -99,37 +102,19 @@ impl Ingress {
             .get::<CallInfo>()
             .is_some_and(|info| matches!(info.protocol, Protocol::H2 | Protocol::H1));
         let mut record = Record::begin(&parts.metrics, &parts.log, Side::Ingress, &request);
-        let mut response = match self.admit(request, &mut record).await {
-            Ok((mut reply, deadline, route)) => {
-                let served_by = reply.headers().get(hop::SERVED_BY).cloned();
-                record.answered(served_by.as_ref());
-                if grpc::status_code(reply.headers()).is_some() {
-                    reply.headers_mut().insert(orca::REPORT, parts.report());
-                }
-                let held = Held { parts: parts.clone(), record, route, served_by };
-                grpc::ending(reply, deadline, "engine", held, &parts.overdue)
+        let (mut reply, deadline, served) = match self.admit(request, &mut record).await {
+            Ok((reply, deadline, served)) => {
+                record.answered(reply.headers().get(hop::SERVED_BY));
+                (reply, deadline, Some(served))
             }
-            Err(Answer::Reply(mut reply)) => {
-                let code = grpc::status_code(reply.headers()).unwrap_or(tonic::Code::Unknown);
-                record.ended(&End::with(code));
-                reply.headers_mut().insert(orca::REPORT, parts.report());
-                grpc::ending(reply, None, "engine", (), &parts.overdue)
-            }
-            Err(Answer::Broken(status)) => {
-                record.ended(&End { code: status.code(), trailers: None, broke_off: true });
-                grpc::refusal(&status)
-            }
-            Err(Answer::Refusal(refusal)) => {
-                tracing::debug!(%refusal, "refused");
-                record.refused(refusal.label());
-                record.ended(&End::with(refusal.outcome()));
-                let mut response = refusal.response(&parts.who);
-                if grpc::status_code(response.headers()).is_some() {
-                    response.headers_mut().insert(orca::REPORT, parts.report());
-                }
-                response
-            }
+            Err(answer) => (answer.into_reply(&parts.who, &mut record), None, None),
         };
+        let served_by = reply.headers().get(hop::SERVED_BY).cloned();
+        if grpc::status_code(reply.headers()).is_some() {
+            reply.headers_mut().insert(orca::REPORT, parts.report());
+        }
+        let held = Held { parts: parts.clone(), record, served, served_by };
+        let mut response = grpc::ending(reply, deadline, "engine", held, &parts.overdue);
         if over_tls_tcp {
             response.headers_mut().insert(header::ALT_SVC, parts.alt_svc.clone());
         }
@@ -140,7 +125,7 @@ impl Ingress {
         &self,
         mut request: Request<Body>,
         record: &mut Record,
-    ) -> Result<(Response<Body>, Option<Deadline>, Route), Answer> {
+    ) -> Result<(Response<Body>, Option<Deadline>, (Route, Replay)), Answer> {
         if !grpc::is_grpc(request.headers()) {
             return Err(Refusal::NotGrpc.into());
         }
@@ -153,10 +138,10 @@ impl Ingress {
         if !self.0.buffers.have_room() {
             return Err(Refusal::NoMemory.into());
         }
-        let (reply, route) = grpc::until(deadline, self.answer(request, deadline, record))
+        let (reply, route, replay) = grpc::until(deadline, self.answer(request, deadline, record))
             .await
             .map_err(|_| Refusal::Deadline)??;
-        Ok((reply, deadline, route))
+        Ok((reply, deadline, (route, replay)))
     }
 
     /// Attempts until one is answered, or there may be no other.
@@ -165,7 +150,7 @@ impl Ingress {
         request: Request<Body>,
         deadline: Option<Deadline>,
         record: &mut Record,
-    ) -> Result<(Response<Body>, Route), Answer> {
+    ) -> Result<(Response<Body>, Route, Replay), Answer> {
         let parts = &self.0;
         let (head, body) = request.into_parts();
         let path = head.uri.path();
@@ -184,17 +169,9 @@ impl Ingress {
         let replay = Replay::new(body, true, parts.buffers.clone());
         parts.router.arrived();
 
-        let (mut tried, mut retries, mut last) = (Vec::new(), 0, None);
+        let mut route = parts.router.route(&ask, &[])?;
+        let (mut tried, mut retries) = (Vec::new(), 0);
         loop {
-            let mut route = match parts.router.route(&ask, &tried) {
-                Ok(route) => route,
-                // What an engine or a peer said is better than that there is no other.
-                Err(refusal) => return Err(last.unwrap_or(Answer::Refusal(refusal))),
-            };
-            if last.take().is_some() {
-                parts.metrics.retried();
-                record.retried();
-            }
             let mut next = Request::new(replay.body());
             *next.method_mut() = head.method.clone();
             *next.uri_mut() = head.uri.clone();
@@ -213,25 +190,30 @@ impl Ingress {
                     }
                     let below = hop::previous_attempts(reply.headers());
                     hop::set_previous_attempts(reply.headers_mut(), retries + below);
-                    return Ok((reply, route));
+                    return Ok((reply, route, replay));
                 }
                 Attempt::Failed(failed) => failed,
             };
             parts.metrics.failed(to, failed.outcome);
-            tried.push(route.place());
+            if !failed.is_rejected || retries > 0 {
+                tried.push(route.place());
+            }
             retries += 1 + failed.retries_below;
             let may_retry = matches!(failed.outcome, Outcome::Busy | Outcome::Broken)
                 && failed.pushback != Pushback::Never
                 && (idempotent || !failed.may_have_run)
                 && retries <= RETRIES_MAX
                 && replay.is_whole()
-                && Router::has_time(deadline)
-                && parts.router.take_retry();
-            if !may_retry {
+                && Router::has_time(deadline);
+            let another = if may_retry { parts.router.route(&ask, &tried).ok() } else { None };
+            // What an engine or a peer said is better than that there is no other.
+            let Some(another) = another.filter(|_| parts.router.take_retry()) else {
                 return Err(failed.answer);
-            }
+            };
             tracing::debug!(outcome = failed.outcome.as_str(), ?to, "tried again elsewhere");
-            last = Some(failed.answer);
+            parts.metrics.retried();
+            record.retried();
+            route = another;
         }
     }
 }
@@ -240,12 +222,6 @@ impl Parts {
     /// How pressed this node is: all it can reach, as one.
     fn report(&self) -> HeaderValue {
         self.report.value(clock::now(), || self.router.all_loads())
-    }
-}
-
-impl From<Refusal> for Answer {
-    fn from(refusal: Refusal) -> Self {
-        Self::Refusal(refusal)
     }
 }
 

@@ -14,7 +14,7 @@ use inference::{Encoding, ModelReader, Progress, kserve_model_field};
 use tonic::{Status, body::Body};
 
 use crate::{
-    buffers::{Buffers, HeldBytes, PER_CALL_BYTES},
+    buffers::{Buffers, HeldBytes, PER_CALL_BYTES, PIECE_BYTES},
     refusal::Refusal,
 };
 
@@ -68,7 +68,7 @@ pub(crate) async fn find(
         let frame = frame.map_err(LookError::Broken)?;
         if let Some(data) = frame.data_ref() {
             reader.push(data);
-            held_bytes += data.len();
+            held_bytes += data.len() + PIECE_BYTES;
             if !buffers.take(data.len(), &mut look.held) {
                 return Err(LookError::NoRoom);
             }

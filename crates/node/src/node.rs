@@ -17,6 +17,7 @@ use balance::RetryBudget;
 use base::{NodeName, RegionName, clock};
 use http::HeaderValue;
 use identity::{ExpectedPeer, IdentityError, NodeIdentity};
+use membership::{Descriptor, Frame, STREAM_BYTES_MAX};
 use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -73,6 +74,16 @@ pub enum NodeError {
     /// The certificates cannot be used.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// What the node would say of its engines is longer than other nodes read.
+    #[error(
+        "this node's engines and models make {bytes} bytes, and other nodes read {most}: split them among nodes"
+    )]
+    Descriptor {
+        /// How long it is.
+        bytes: usize,
+        /// The most that is read.
+        most: usize,
+    },
     /// A worker cannot start.
     #[error("a worker cannot start: {0}")]
     Worker(String),
@@ -161,6 +172,8 @@ impl Node {
             metrics: metrics.local_addr().unwrap_or(listen.metrics),
         };
 
+        let draining = Arc::new(AtomicBool::new(false));
+        let gossip = gossip(config, identity, &plan, links, draining.clone())?;
         let plan = Arc::new(plan);
         let workers = start_workers(&plan, &mut ports, addresses).await?;
         let mut control = Control::new(&plan, log)?;
@@ -172,7 +185,7 @@ impl Node {
                 }
             });
         }
-        let (ready, draining) = (plan.ready.clone(), Arc::new(AtomicBool::new(false)));
+        let ready = plan.ready.clone();
         let router = control.check_engines(&plan);
         let admin = Admin {
             metrics: plan.metrics.clone(),
@@ -180,7 +193,6 @@ impl Node {
         };
         // The metrics port stays up while the node drains: that is when it is looked at.
         control.tasks.spawn(admin.serve(metrics, CancellationToken::new()));
-        let gossip = gossip(config, identity, &plan, links, draining.clone())?;
         control.gossip.spawn(gossip.run(control.stop.clone()));
         ready.store(true, Ordering::Relaxed);
         let drain_timeout = config.node.drain_timeout.into();
@@ -201,8 +213,9 @@ impl Node {
         draining.store(true, Ordering::Relaxed);
         tokio::pin!(at_once);
         // Peers and load balancers hear it before clients are told to go elsewhere.
+        let heard = HEARD_WITHIN.min(drain_timeout);
         let is_hurried = tokio::select! {
-            () = tokio::time::sleep(HEARD_WITHIN.min(drain_timeout)) => false,
+            () = tokio::time::sleep(heard) => false,
             () = &mut at_once => true,
         };
         control.drain.cancel();
@@ -216,7 +229,7 @@ impl Node {
             _ = &mut joined => {}
             () = async {
                 tokio::select! {
-                    () = tokio::time::sleep(drain_timeout) => {
+                    () = tokio::time::sleep(drain_timeout.saturating_sub(heard)) => {
                         tracing::warn!("calls are still in progress after the drain timeout; ending them");
                     }
                     () = at_once, if !is_hurried => {}
@@ -268,8 +281,9 @@ impl Control {
         self.pool.close();
         self.checking.outgoing.close();
         self.checking.outgoing.wait().await;
-        if let Err(error) = tokio::task::spawn_blocking(move || self.log.join()).await {
-            tracing::error!(%error, "the access log did not end cleanly");
+        let written = tokio::task::spawn_blocking(move || self.log.join());
+        if tokio::time::timeout(GOOD_BYE, written).await.is_err() {
+            tracing::warn!("nobody reads the access log; the rest of it is lost");
         }
     }
 }
@@ -326,7 +340,16 @@ fn gossip(
         })
         .collect::<Result<_, IdentityError>>()?;
     let since_epoch = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let descriptor = Descriptor {
+        version: 1,
+        engines: plan.engines.iter().map(|engine| engine.describe()).collect(),
+    };
+    let bytes = membership::encode(&Frame::Descriptor(descriptor.clone())).len();
+    if bytes > STREAM_BYTES_MAX {
+        return Err(NodeError::Descriptor { bytes, most: STREAM_BYTES_MAX });
+    }
     let voice = Voice {
+        descriptor,
         own: identity.id().clone(),
         epoch: u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX),
         engines: plan.engines.clone(),

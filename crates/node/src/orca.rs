@@ -56,13 +56,13 @@ pub(crate) fn read(trailers: &HeaderMap, known: Load) -> Option<Load> {
     let report = OrcaLoadReport::decode(decoded(encoded)?).ok()?;
     let figure = |name: &str| report.named_metrics.get(name).copied().and_then(whole);
     let in_flight = figure(IN_FLIGHT)?;
-    let drain_rate = report.rps_fractional;
-    Some(Load {
-        in_flight,
-        slots: figure(SLOTS),
-        drain_rate: if drain_rate.is_finite() { drain_rate.max(0.0) } else { known.drain_rate },
-        ..known
-    })
+    let drain_rate = Load::rate(report.rps_fractional);
+    Some(Load { in_flight, slots: figure(SLOTS), drain_rate, ..known })
+}
+
+/// The report of several engines together.
+pub(crate) fn of_all(load: &Load) -> HeaderValue {
+    value(&report(load))
 }
 
 /// A count, if that is what it is.

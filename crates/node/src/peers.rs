@@ -136,6 +136,7 @@ impl Board {
         for (index, peer) in state.peers.iter().enumerate() {
             let presence = state.view.presence(index, now);
             for (engine, offer) in peer.offers.iter().enumerate() {
+                let place = Place::Peer { node: index, engine: Some(engine) };
                 let Some(fit) = offer.as_ref().and_then(|offer| offer.fit(ask)) else { continue };
                 let Some(seen) = state.view.seen(index, engine, now) else { continue };
                 let standing = match presence {
@@ -146,7 +147,7 @@ impl Board {
                     Presence::Draining | Presence::Silent | Presence::Unknown => Standing::Down,
                 };
                 let server = Server {
-                    place: Place::Peer(index),
+                    place,
                     fit,
                     standing,
                     utilisation: seen.load.utilisation(),
@@ -159,23 +160,50 @@ impl Board {
         servers
     }
 
-    /// The peer of which nothing is known that has fewest of our calls; for when nobody known can take a call.
+    /// The peers of which nothing is known, for when nobody known can take a call: the one with fewest of our calls, whose
+    /// breaker allows it if any does.
     pub(crate) fn unknown(&self, tried: &[Place]) -> Option<usize> {
         let state = self.state.lock();
         let now = clock::now();
+        let was_tried = |index: usize| {
+            tried.iter().any(|place| place.is_same(Place::Peer { node: index, engine: None }))
+        };
         (0..self.names.len())
-            .filter(|index| !tried.contains(&Place::Peer(*index)))
+            .filter(|index| !was_tried(*index))
             .filter(|index| state.view.presence(*index, now) == Presence::Unknown)
-            .filter(|index| state.peers[*index].breaker.allows(now))
-            .min_by_key(|index| state.peers[*index].in_flight)
+            .min_by_key(|index| {
+                let peer = &state.peers[*index];
+                (!peer.breaker.allows(now), peer.in_flight)
+            })
     }
 
-    fn began(&self, index: usize) {
+    /// Whether there is a peer that has not said what it serves.
+    pub(crate) fn has_unknown(&self) -> bool {
+        let state = self.state.lock();
+        let now = clock::now();
+        (0..self.names.len()).any(|index| {
+            state.view.descriptor(index).is_none()
+                || state.view.presence(index, now) == Presence::Unknown
+        })
+    }
+
+    /// A link to peer `index` begins, to its process `epoch`.
+    pub(crate) fn greet(&self, index: usize, epoch: u64) {
+        self.state.lock().view.greet(index, epoch);
+    }
+
+    /// A call begins, for the sake of engine `engine`; returns the engines of the peer that suit it.
+    fn began(&self, index: usize, engine: Option<usize>, ask: &Ask) -> Vec<usize> {
         let mut state = self.state.lock();
         let now = clock::now();
-        state.view.sent(index, None, now);
-        state.peers[index].breaker.begin(now);
-        state.peers[index].in_flight += 1;
+        if let Some(engine) = engine {
+            state.view.sent(index, engine, now);
+        }
+        let peer = &mut state.peers[index];
+        peer.breaker.begin(now);
+        peer.in_flight += 1;
+        let suits = |offer: &Option<Offer>| offer.as_ref().is_some_and(|o| o.fit(ask).is_some());
+        peer.offers.iter().enumerate().filter(|(_, o)| suits(o)).map(|(i, _)| i).collect()
     }
 
     fn ended(&self, index: usize) {
@@ -187,8 +215,8 @@ impl Board {
         self.state.lock().peers[index].breaker.replied();
     }
 
-    fn busy(&self, index: usize) {
-        self.state.lock().view.busy(index, clock::now());
+    fn busy(&self, index: usize, engines: &[usize]) {
+        self.state.lock().view.busy(index, engines, clock::now());
     }
 
     fn broken(&self, index: usize, now: Instant, cut_off: bool) {
@@ -230,6 +258,8 @@ pub(crate) struct PeerCall {
     board: Arc<Board>,
     channel: Channel,
     index: usize,
+    /// The engines of the peer that suit the call.
+    suited: Vec<usize>,
 }
 
 impl Drop for PeerCall {
@@ -262,9 +292,9 @@ impl PeerCall {
         self.board.replied(self.index);
     }
 
-    /// The peer answered that it has no room.
+    /// The peer answered that no engine that suits the call has room.
     pub(crate) fn busy(&self) {
-        self.board.busy(self.index);
+        self.board.busy(self.index, &self.suited);
     }
 
     /// The peer did not answer as it should. `cut_off`: nothing comes from it at all.
@@ -297,10 +327,10 @@ impl Peers {
         self.board.has_models.load(Ordering::Relaxed)
     }
 
-    /// Begins a call to peer `index`.
-    pub(crate) fn begin(&self, index: usize) -> Option<PeerCall> {
+    /// Begins a call to peer `index`, for the sake of its engine `engine` if its engines are known.
+    pub(crate) fn begin(&self, index: usize, engine: Option<usize>, ask: &Ask) -> Option<PeerCall> {
         let channel = self.channels.get(index)?.clone();
-        self.board.began(index);
-        Some(PeerCall { board: self.board.clone(), channel, index })
+        let suited = self.board.began(index, engine, ask);
+        Some(PeerCall { board: self.board.clone(), channel, index, suited })
     }
 }

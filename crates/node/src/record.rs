@@ -1,7 +1,7 @@
 //! What is written down of a call: counts and latencies for everybody, a line in the access log for a sample.
 
 use std::{
-    io::{self, Write as _},
+    io,
     net::SocketAddr,
     sync::{
         Arc,
@@ -42,7 +42,7 @@ struct Sampler {
 pub(crate) struct LogWriter(Option<JoinHandle<()>>);
 
 impl LogWriter {
-    /// Waits until everything is written.
+    /// Waits until everything is written. Blocks.
     pub(crate) fn join(self) {
         if let Some(thread) = self.0
             && thread.join().is_err()
@@ -65,8 +65,7 @@ impl AccessLog {
         let writer =
             std::thread::Builder::new().name("access-log".to_owned()).spawn(move || {
                 for line in waiting {
-                    // Without standard error there is nobody left to tell.
-                    drop(io::stderr().lock().write_all(line.as_bytes()));
+                    write_whole(line.as_bytes());
                 }
             })?;
         let rng = Mutex::new(StdRng::seed_from_u64(seed));
@@ -83,6 +82,19 @@ impl AccessLog {
     /// Lines dropped because nobody took them.
     pub(crate) fn dropped(&self) -> u64 {
         self.0.as_ref().map_or(0, |sampler| sampler.dropped.load(Ordering::Relaxed))
+    }
+}
+
+/// Writes to standard error past the lock that everybody else who logs waits for: a reader that does not read may hold up
+/// this thread, and no other.
+fn write_whole(mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        match rustix::io::write(rustix::stdio::stderr(), bytes) {
+            Ok(written) => bytes = &bytes[written..],
+            Err(rustix::io::Errno::INTR) => {}
+            // Without standard error there is nobody left to tell.
+            Err(_) => return,
+        }
     }
 }
 

@@ -85,6 +85,14 @@ pub(crate) enum Refusal {
         /// What happened.
         error: TransportError,
     },
+    /// An engine, or a proxy before it, answered with an HTTP status instead of gRPC.
+    #[error("{target} answered with HTTP status {status}")]
+    Http {
+        /// Which engine.
+        target: String,
+        /// The status.
+        status: StatusCode,
+    },
     /// The request broke off before it could be routed. The caller went away, or its connection did.
     #[error("the request broke off: {message}")]
     Broken {
@@ -115,7 +123,11 @@ impl Refusal {
             Self::NoEngine { .. } => Code::NotFound,
             Self::Full { .. } | Self::NoMemory | Self::TooManyRetries => Code::ResourceExhausted,
             Self::Unusable { .. } | Self::Unacknowledged { .. } => Code::Unavailable,
+            // Whoever cancelled, it was not the caller.
+            Self::Transport { error, .. } if error.code() == Code::Cancelled => Code::Unavailable,
             Self::Transport { error, .. } => error.code(),
+            Self::Http { status, .. } if is_busy(*status) => Code::ResourceExhausted,
+            Self::Http { .. } => Code::Unavailable,
             Self::Broken { code, .. } => *code,
             Self::Deadline => Code::DeadlineExceeded,
         }
@@ -139,7 +151,9 @@ impl Refusal {
             Self::Transport { to_peer: true, error, .. } if error.is_retry_safe() => {
                 RefusalReason::PeerUnreachable
             }
-            Self::Transport { .. } | Self::Broken { .. } => RefusalReason::Unspecified,
+            Self::Transport { .. } | Self::Http { .. } | Self::Broken { .. } => {
+                RefusalReason::Unspecified
+            }
             Self::Deadline => RefusalReason::Deadline,
         }
     }
@@ -157,6 +171,7 @@ impl Refusal {
             Self::TooManyRetries => "too_many_retries",
             Self::Unacknowledged { .. } => "unacknowledged",
             Self::Transport { .. } => "transport",
+            Self::Http { .. } => "http",
             Self::Broken { .. } => "broken_request",
             Self::Deadline => "deadline",
         }
@@ -167,7 +182,9 @@ impl Refusal {
             Self::NoEngine { what } | Self::Full { what, .. } | Self::Unusable { what } => {
                 shown(what, SHOWN_CHARS_MAX)
             }
-            Self::Transport { target, .. } | Self::Unacknowledged { target } => target.clone(),
+            Self::Transport { target, .. }
+            | Self::Http { target, .. }
+            | Self::Unacknowledged { target } => target.clone(),
             Self::NotGrpc
             | Self::NotOverHttp1
             | Self::Timeout(_)
@@ -185,6 +202,7 @@ impl Refusal {
         match self {
             Self::Full { retry_after, .. } => Some(*retry_after),
             Self::NoMemory | Self::TooManyRetries | Self::Unusable { .. } => Some(RETRY_AFTER),
+            Self::Http { status, .. } if is_busy(*status) => Some(RETRY_AFTER),
             _ => None,
         }
     }
@@ -193,7 +211,7 @@ impl Refusal {
     fn is_unseen(&self) -> bool {
         match self {
             Self::Transport { error, .. } => error.is_retry_safe(),
-            Self::Unacknowledged { .. } | Self::Deadline => false,
+            Self::Http { .. } | Self::Unacknowledged { .. } | Self::Deadline => false,
             _ => true,
         }
     }
@@ -233,8 +251,16 @@ impl Refusal {
         }
         let mut response = grpc::refusal(&self.status(who));
         let headers = response.headers_mut();
-        if self.is_unseen() {
-            headers.insert(hop::FLAGS, HeaderValue::from_static(hop::REFUSED));
+        let flags = [
+            (self.is_unseen(), hop::REFUSED),
+            (matches!(self, Self::Full { .. }), hop::FULL),
+            (matches!(self, Self::Transport { .. }), hop::BROKEN),
+        ];
+        let flags: Vec<&str> = flags.iter().filter(|(is, _)| *is).map(|(_, flag)| *flag).collect();
+        if let Ok(flags) = HeaderValue::try_from(flags.join(", "))
+            && !flags.is_empty()
+        {
+            headers.insert(hop::FLAGS, flags);
         }
         if let Some(wait) = self.retry_after() {
             let ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
@@ -242,11 +268,11 @@ impl Refusal {
         }
         response
     }
+}
 
-    /// The gRPC code of the reply.
-    pub(crate) fn outcome(&self) -> Code {
-        self.code()
-    }
+/// Whether an engine that answers with this HTTP status has no room, rather than failing.
+pub(crate) fn is_busy(status: StatusCode) -> bool {
+    matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
 }
 
 fn any(type_url: &str, message: &impl prost::Message) -> prost_types::Any {
@@ -336,9 +362,11 @@ mod tests {
         let full = Refusal::Full { what: "m".into(), retry_after: Duration::from_millis(120) };
         let reply = full.response(&who);
         assert_eq!(reply.headers()["grpc-retry-pushback-ms"], "120");
-        assert!(hop::is_refused(reply.headers()));
+        assert!(hop::has_flag(reply.headers(), hop::REFUSED));
+        assert!(hop::has_flag(reply.headers(), hop::FULL));
         let late = Refusal::Deadline.response(&who);
-        assert!(!hop::is_refused(late.headers()) && !late.headers().contains_key(PUSHBACK));
+        assert!(!late.headers().contains_key(hop::FLAGS));
+        assert!(!late.headers().contains_key(PUSHBACK));
     }
 
     #[test]

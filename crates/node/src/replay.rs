@@ -15,16 +15,18 @@ use parking_lot::Mutex;
 use tonic::{Status, body::Body};
 use transport::TransportError;
 
-use crate::buffers::{Buffers, HeldBytes, PER_CALL_BYTES};
+use crate::buffers::{Buffers, HeldBytes, PER_CALL_BYTES, PIECE_BYTES};
 
 /// The body of one call, for all its attempts.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Replay(Arc<Mutex<State>>);
 
 #[derive(Debug)]
 struct State {
     source: Body,
     source_ended: bool,
+    /// The caller's side broke off: nobody else is to blame for what follows.
+    source_failed: bool,
     /// What was read from the source, in order; empty once it need not or cannot be kept.
     kept: Vec<Piece>,
     keeping: bool,
@@ -59,6 +61,7 @@ impl Replay {
         Self(Arc::new(Mutex::new(State {
             source: body,
             source_ended: false,
+            source_failed: false,
             kept: Vec::new(),
             keeping: keep,
             lost: false,
@@ -93,6 +96,11 @@ impl Replay {
         state.source_ended || state.source.is_end_stream()
     }
 
+    /// Whether the caller's side broke off.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.0.lock().source_failed
+    }
+
     /// There will be no other attempt: nothing need be kept.
     pub(crate) fn commit(&self) {
         let mut state = self.0.lock();
@@ -117,7 +125,7 @@ impl State {
             Piece::Data(data) => data.len(),
             Piece::Trailers(_) => 0,
         };
-        self.bytes += size;
+        self.bytes += size + PIECE_BYTES;
         let fits =
             self.keeping && self.bytes <= PER_CALL_BYTES && self.buffers.take(size, &mut self.held);
         if fits {
@@ -161,7 +169,17 @@ impl http_body::Body for Replayed {
             state.source_ended = true;
             return Poll::Ready(None);
         };
-        let piece = match frame?.into_data() {
+        let frame = match frame {
+            Ok(frame) => frame,
+            Err(error) => {
+                tracing::debug!(%error, "the request broke off");
+                state.source_failed = true;
+                state.lost = true;
+                // To everybody further on the caller has gone away, whatever befell it.
+                return Poll::Ready(Some(Err(TransportError::cancelled().into())));
+            }
+        };
+        let piece = match frame.into_data() {
             Ok(data) => Piece::Data(data),
             Err(frame) => match frame.into_trailers() {
                 Ok(trailers) => Piece::Trailers(trailers),
@@ -214,6 +232,21 @@ mod tests {
         }
     }
 
+    /// A body that fails at once.
+    struct Broken;
+
+    impl http_body::Body for Broken {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+            Poll::Ready(Some(Err(Status::internal("reset"))))
+        }
+    }
+
     fn frames(pieces: &[&'static str]) -> Body {
         let trailers = HeaderMap::from_iter([(http::header::TE, "x".parse().unwrap())]);
         let data = pieces.iter().map(|piece| Frame::data(Bytes::from_static(piece.as_bytes())));
@@ -253,7 +286,7 @@ mod tests {
 
     #[tokio::test]
     async fn without_budget_a_body_is_sent_once() {
-        let buffers = Buffers::new(2);
+        let buffers = Buffers::new(PIECE_BYTES + 2);
         let replay = Replay::new(frames(&["abc"]), true, buffers.clone());
         assert_eq!(all(replay.body()).await.unwrap(), "abc");
         assert!(!replay.is_whole());
@@ -264,9 +297,27 @@ mod tests {
         let buffers = Buffers::new(1 << 20);
         let replay = Replay::new(frames(&["abc", "def"]), true, buffers.clone());
         assert_eq!(all(replay.body()).await.unwrap(), "abcdef");
-        assert_eq!(buffers.left(), (1 << 20) - 6);
+        assert_eq!(buffers.left(), (1 << 20) - 6 - 3 * PIECE_BYTES);
         drop(replay);
         assert_eq!(buffers.left(), 1 << 20);
+    }
+
+    #[tokio::test]
+    async fn many_small_pieces_are_not_for_free() {
+        let buffers = Buffers::new(64 << 20);
+        let one = Bytes::from_static(b"x");
+        let many: Vec<_> = (0..100_000).map(|_| Frame::data(one.clone())).collect();
+        let replay = Replay::new(Body::new(Pieces(many.into_iter())), true, buffers);
+        assert_eq!(replay.body().collect().await.unwrap().to_bytes().len(), 100_000);
+        assert!(!replay.is_whole(), "they would take more than a megabyte");
+    }
+
+    #[tokio::test]
+    async fn a_request_that_breaks_off_is_the_callers_doing() {
+        let replay = Replay::new(Body::new(Broken), true, Buffers::new(1 << 20));
+        let error = replay.body().collect().await.unwrap_err();
+        assert_eq!(error.code(), tonic::Code::Cancelled);
+        assert!(replay.has_failed() && !replay.is_whole());
     }
 
     #[tokio::test]
@@ -276,7 +327,7 @@ mod tests {
         let mut body = replay.body();
         let frame = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await;
         assert_eq!(frame.unwrap().unwrap().into_data().unwrap(), "abc");
-        assert_eq!(buffers.left(), (1 << 20) - 3);
+        assert_eq!(buffers.left(), (1 << 20) - 3 - PIECE_BYTES);
         replay.commit();
         assert_eq!(buffers.left(), 1 << 20, "what was read is given back at once");
         assert_eq!(all(body).await.unwrap(), "def");

@@ -46,7 +46,7 @@ impl Route {
     pub(crate) fn place(&self) -> Place {
         match self {
             Self::Engine(_, place) => *place,
-            Self::Peer(call) => Place::Peer(call.index()),
+            Self::Peer(call) => Place::Peer { node: call.index(), engine: None },
         }
     }
 }
@@ -88,7 +88,8 @@ impl Router {
         loop {
             let mut servers = self.servers(ask);
             // They still count among those that serve it: what is full or failed is not missing.
-            for (server, _) in servers.iter_mut().filter(|(s, _)| tried.contains(&s.place)) {
+            let was_tried = |server: &Server| tried.iter().any(|t| t.is_same(server.place));
+            for (server, _) in servers.iter_mut().filter(|(server, _)| was_tried(server)) {
                 server.standing = Standing::Down;
             }
             let candidates: Vec<Server> = servers.iter().map(|(server, _)| *server).collect();
@@ -98,16 +99,18 @@ impl Router {
                     // Another worker took the last slot since we looked.
                     None => tried.push(place),
                 },
-                Some(place @ Place::Peer(index)) => match self.peers.begin(index) {
-                    Some(call) => return Ok(Route::Peer(call)),
-                    None => tried.push(place),
-                },
+                Some(place @ Place::Peer { node, engine }) => {
+                    match self.peers.begin(node, engine, ask) {
+                        Some(call) => return Ok(Route::Peer(call)),
+                        None => tried.push(place),
+                    }
+                }
                 None => {
                     let unknown = self.peers.board().unknown(&tried);
                     return unknown
-                        .and_then(|index| self.peers.begin(index))
+                        .and_then(|index| self.peers.begin(index, None, ask))
                         .map(Route::Peer)
-                        .ok_or_else(|| refusal(ask, &servers));
+                        .ok_or_else(|| self.refusal(ask, &servers));
                 }
             }
         }
@@ -136,30 +139,36 @@ impl Router {
         let servers = self.servers(ask);
         let usable = servers.iter().filter(|(server, _)| server.standing == Standing::Usable);
         let free: f64 = usable.map(|(server, _)| server.free.floor()).sum();
-        if free >= 1.0 { Ok(free) } else { Err(refusal(ask, &servers)) }
+        if free >= 1.0 { Ok(free) } else { Err(self.refusal(ask, &servers)) }
     }
-}
 
-/// Why nobody takes a call.
-fn refusal(ask: &Ask, servers: &[(Server, Load)]) -> Refusal {
-    let what = ask.what();
-    if servers.is_empty() {
-        return match &ask.wanted {
-            Wanted::Unreadable(why) => Refusal::Unreadable { why: why.clone() },
-            Wanted::Nothing | Wanted::Model(_) => Refusal::NoEngine { what },
+    /// Why nobody takes a call.
+    fn refusal(&self, ask: &Ask, servers: &[(Server, Load)]) -> Refusal {
+        let what = ask.what();
+        let Some(best) = servers.iter().map(|(server, _)| server.fit).min() else {
+            return match &ask.wanted {
+                Wanted::Unreadable(why) => Refusal::Unreadable { why: why.clone() },
+                // Somebody who cannot be asked may serve it.
+                _ if self.peers.board().has_unknown() => Refusal::Unusable { what },
+                Wanted::Nothing | Wanted::Model(_) => Refusal::NoEngine { what },
+            };
         };
+        let full: Vec<&Load> = servers
+            .iter()
+            .filter(|(server, _)| server.fit == best && server.standing == Standing::Usable)
+            .map(|(_, load)| load)
+            .collect();
+        if full.is_empty() {
+            return Refusal::Unusable { what };
+        }
+        let drain_rate: f64 = full.iter().map(|load| load.drain_rate).sum();
+        // One slot is free again after as long as one call takes to end.
+        let retry_after = if drain_rate > 0.0 {
+            Duration::from_secs_f64((1.0 / drain_rate).min(RETRY_AFTER_MAX.as_secs_f64()))
+                .max(RETRY_AFTER_MIN)
+        } else {
+            RETRY_AFTER_UNKNOWN
+        };
+        Refusal::Full { what, retry_after }
     }
-    let full = servers.iter().filter(|(server, _)| server.standing == Standing::Usable);
-    let drain_rate: f64 = full.clone().map(|(_, load)| load.drain_rate).sum();
-    if full.count() == 0 {
-        return Refusal::Unusable { what };
-    }
-    // One slot is free again after as long as one call takes to end.
-    let retry_after = if drain_rate > 0.0 {
-        Duration::from_secs_f64((1.0 / drain_rate).min(RETRY_AFTER_MAX.as_secs_f64()))
-            .max(RETRY_AFTER_MIN)
-    } else {
-        RETRY_AFTER_UNKNOWN
-    };
-    Refusal::Full { what, retry_after }
 }

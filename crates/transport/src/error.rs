@@ -44,6 +44,14 @@ pub enum TransportError {
         /// The bound it broke, in bytes as RFC 9114 §4.2.2 counts them.
         limit_bytes: usize,
     },
+    /// The head of our own request is longer than the other end accepts. Nothing was sent.
+    #[error(
+        "the request's header section is longer than the {limit_bytes} bytes the other end accepts"
+    )]
+    RequestTooLong {
+        /// The bound it broke, in bytes as RFC 9114 §4.2.2 counts them.
+        limit_bytes: usize,
+    },
     /// Nobody read what the other end sent for so long that it was dropped to spare the other calls.
     #[error("nobody read the stream for {0:?}; it was given up so that other calls go on")]
     Unread(std::time::Duration),
@@ -86,6 +94,7 @@ impl TransportError {
             | Self::Silent(_)
             | Self::Malformed(_)
             | Self::HeadersTooLong { .. }
+            | Self::RequestTooLong { .. }
             | Self::Unread(_)
             | Self::Cancelled(_) => false,
         }
@@ -102,9 +111,10 @@ impl TransportError {
     pub fn code(&self) -> Code {
         match self {
             Self::Dial { .. } | Self::Closed(_) | Self::Silent(_) => Code::Unavailable,
-            Self::Full { .. } | Self::HeadersTooLong { .. } | Self::Unread(_) => {
-                Code::ResourceExhausted
-            }
+            Self::Full { .. }
+            | Self::HeadersTooLong { .. }
+            | Self::RequestTooLong { .. }
+            | Self::Unread(_) => Code::ResourceExhausted,
             Self::ResetH3(code) => match *code {
                 H3Code::EXCESSIVE_LOAD => Code::ResourceExhausted,
                 H3Code::REQUEST_REJECTED => Code::Unavailable,

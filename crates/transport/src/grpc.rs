@@ -19,6 +19,8 @@ use http_body::{Body as _, Frame, SizeHint};
 use parking_lot::Mutex;
 use tonic::{Code, Status, body::Body};
 
+use crate::TransportError;
+
 /// The name of the status field in headers and trailers.
 pub const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 /// The name of the timeout field in requests.
@@ -70,7 +72,7 @@ pub async fn until<T>(
 /// What wants to know how a call ended.
 pub trait OnEnd: Send + Unpin {
     /// The trailers of the reply are about to be sent: what this node has to add or take away. Not called for a reply
-    /// that is nothing but a head, nor for one that breaks off.
+    /// that is nothing but a head.
     fn trailers(&mut self, _trailers: &mut HeaderMap) {}
 
     /// The call is over. Called once.
@@ -84,7 +86,7 @@ pub struct End<'a> {
     pub code: Code,
     /// The trailers it came with, if the reply had any.
     pub trailers: Option<&'a HeaderMap>,
-    /// Whether the reply broke off: whoever sent it did not end it.
+    /// Whether the reply broke off: whoever sent it did not end it, and nobody here made it.
     pub broke_off: bool,
 }
 
@@ -255,8 +257,17 @@ impl<H: OnEnd> Ending<H> {
         broke_off: bool,
     ) -> Result<Frame<Bytes>, Status> {
         let code = status.code();
+        // What this end did to the stream says nothing about who sent it.
+        let broke_off = broke_off
+            && !matches!(
+                TransportError::of(&status),
+                Some(TransportError::Unread(_) | TransportError::Cancelled(_))
+            );
         let mut trailers = HeaderMap::new();
         let written = if self.grpc { status.add_header(&mut trailers) } else { Err(status) };
+        if let Some(on_end) = &mut reply.on_end {
+            on_end.trailers(&mut trailers);
+        }
         reply.end(State::Done, End { code, trailers: None, broke_off });
         written.map(|()| Frame::trailers(trailers))
     }

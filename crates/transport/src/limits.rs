@@ -23,7 +23,8 @@ pub struct Limits {
     /// clients, 8 MiB for peers.
     pub send_window_bytes: u32,
     /// Bytes of one header section or one set of trailers, as RFC 9114 §4.2.2 counts them. Beyond it a request is answered
-    /// with 431 and a response fails with RESOURCE_EXHAUSTED. Default 16 KiB.
+    /// with 431 and a response fails with RESOURCE_EXHAUSTED. Default 16 KiB for clients, 18 KiB for peers: what a hop adds
+    /// must fit on top of what it was sent.
     pub header_section_bytes: u32,
     /// Body pieces below this are copied next to their frame header, so that small views do not pin large buffers.
     /// Default 4 KiB.
@@ -99,6 +100,7 @@ impl Limits {
             idle_timeout: Duration::from_secs(60),
             ping_interval: Duration::from_millis(250),
             silence: Some(Duration::from_secs(1)),
+            header_section_bytes: 18 << 10,
             ..Self::clients()
         }
     }

@@ -134,6 +134,12 @@ impl Incoming {
         self.0.refuse();
     }
 
+    /// Asks the other end to prove its address first, if it has not; else gives itself back.
+    #[must_use]
+    pub fn proved(self) -> Option<Self> {
+        self.0.retry().err().map(|error| Self(error.into_incoming()))
+    }
+
     /// Does the handshake.
     ///
     /// # Errors

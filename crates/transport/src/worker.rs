@@ -47,9 +47,12 @@ impl Endpoints {
         for endpoint in &endpoints {
             endpoint.close(Code::NO_ERROR.into(), b"stopped");
         }
-        for endpoint in &endpoints {
-            drop(tokio::time::timeout(GOOD_BYE, endpoint.wait_idle()).await);
-        }
+        let gone = async {
+            for endpoint in &endpoints {
+                endpoint.wait_idle().await;
+            }
+        };
+        drop(tokio::time::timeout(GOOD_BYE, gone).await);
     }
 }
 
@@ -116,7 +119,8 @@ impl Workers {
                         () = stop.cancelled() => endpoints.close().await,
                     }
                 });
-                // Dropping the runtime drops what is left: TCP connections end with it.
+                // What is left ends with the runtime: TCP connections too. A name that is being looked up is not waited for.
+                runtime.shutdown_background();
             };
             threads.push(thread::Builder::new().name(format!("worker-{index}")).spawn(body)?);
         }

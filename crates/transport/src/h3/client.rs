@@ -91,7 +91,7 @@ impl Stream {
         }
         let limit = client.connection.peer_section_limit();
         let section =
-            headers::encode_request(&head, limit).map_err(|_| TransportError::HeadersTooLong {
+            headers::encode_request(&head, limit).map_err(|_| TransportError::RequestTooLong {
                 limit_bytes: limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(0),
             })?;
         let mut upload = Some(Box::pin(async move {

@@ -136,10 +136,12 @@ async fn serve_call<S>(
             std::future::pending::<()>().await;
         };
         tokio::select! {
+            biased;
+            // The caller went away: dropping the handler is the cancellation. Looked at first, so that what breaks off
+            // with it is not taken for a failure.
+            () = &mut stopped => None,
             response = service.oneshot(request) => Some(response),
             () = acknowledging => None,
-            // The caller went away: dropping the handler is the cancellation.
-            () = &mut stopped => None,
         }
     };
     let Some(Ok(response)) = handled else { return sender.reset(Code::REQUEST_CANCELLED) };
@@ -148,7 +150,8 @@ async fn serve_call<S>(
         () = &mut stopped => return sender.reset(Code::REQUEST_CANCELLED),
     };
     match outcome {
-        Ok(()) => {}
+        // Sent is not delivered: a connection that is closed now would take the rest along.
+        Ok(()) => sender.delivered().await,
         Err(Cut::Stopped | Cut::Lost) => sender.reset(Code::REQUEST_CANCELLED),
         Err(Cut::Body(status)) => {
             tracing::debug!(%status, "a reply broke off; the stream is reset");

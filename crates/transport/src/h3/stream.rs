@@ -76,6 +76,11 @@ impl Sender {
         }
     }
 
+    /// Resolves when the other end has everything, or is gone.
+    pub(crate) async fn delivered(&self) {
+        drop(self.stream.stopped().await);
+    }
+
     /// Sends `head` and then everything of `body`, then ends the stream cleanly.
     pub(crate) async fn send(&mut self, head: BytesMut, mut body: Body) -> Result<(), Cut> {
         let mut out = std::mem::take(&mut self.interim);

@@ -243,7 +243,7 @@ async fn a_header_section_beyond_the_limit_is_refused_and_harms_nobody_else() {
         match soon(world.channel().send(long)).await {
             Ok(reply) => assert_eq!(reply.status(), 431, "{way:?}"),
             Err(error) => assert!(
-                matches!(error, TransportError::HeadersTooLong { .. } | TransportError::ResetH2(_)),
+                matches!(error, TransportError::RequestTooLong { .. } | TransportError::ResetH2(_)),
                 "{way:?}: {error}"
             ),
         }

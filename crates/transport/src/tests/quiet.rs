@@ -254,6 +254,24 @@ async fn drain_is_announced_with_the_first_stream_that_is_not_served() {
 }
 
 #[tokio::test]
+async fn a_drain_waits_until_the_last_reply_is_delivered() {
+    const BYTES: usize = 8 << 20;
+    let serving = Limits { send_window_bytes: 64 << 20, ..Limits::clients() };
+    let calling = Limits { stream_window_bytes: 64 << 10, ..Limits::peers() };
+    let large = Handler::new(|_| async { Response::new(full(vec![7; BYTES])) });
+    let world = World::with(Way::H3, serving, calling, large);
+    let reply = soon(world.channel().send(request("/p.S/M", full("x")))).await.unwrap();
+    // The server has handed everything to QUIC long before the reader takes it.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    world.server.drain.cancel();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let (data, _) = collect(reply.into_body()).await.unwrap();
+    assert_eq!(data.len(), BYTES);
+    world.server.tasks.close();
+    soon(world.server.tasks.wait()).await;
+}
+
+#[tokio::test]
 async fn a_worker_that_is_stopped_tells_the_other_end() {
     let world = World::new(Way::H3, echo());
     let connection = world.raw().await;
