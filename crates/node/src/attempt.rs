@@ -10,6 +10,7 @@ use std::{
 };
 
 use balance::Outcome;
+use base::{Deadline, clock};
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response, StatusCode};
 use http_body::{Body as _, Frame, SizeHint};
@@ -82,7 +83,24 @@ impl From<Refusal> for Answer {
     }
 }
 
+/// A deadline closer than this leaves no time for another attempt.
+const TIME_FOR_ANOTHER: Duration = Duration::from_millis(5);
+
 impl Failed {
+    /// Whether the call may be tried elsewhere, as far as this failure goes.
+    pub(crate) fn allows_another(
+        &self,
+        idempotent: bool,
+        replay: &Replay,
+        deadline: Option<Deadline>,
+    ) -> bool {
+        matches!(self.outcome, Outcome::Busy | Outcome::Broken)
+            && self.pushback != Pushback::Never
+            && (idempotent || !self.may_have_run)
+            && replay.is_whole()
+            && deadline.is_none_or(|d| d.remaining(clock::now()) > TIME_FOR_ANOTHER)
+    }
+
     fn refusal(outcome: Outcome, may_have_run: bool, refusal: Refusal) -> Self {
         Self {
             outcome,

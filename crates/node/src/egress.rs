@@ -19,7 +19,6 @@
 
 use std::{convert::Infallible, pin::Pin, sync::Arc, task};
 
-use balance::Outcome;
 use base::Deadline;
 use http::{HeaderMap, Request, Response};
 use tonic::body::Body;
@@ -38,7 +37,7 @@ use crate::{
     offer::Ask,
     orca,
     record::{AccessLog, Record},
-    refusal::{Pushback, Refusal, Who},
+    refusal::{Refusal, Who},
     replay::Replay,
     router::{RETRIES_MAX, Route, Router},
 };
@@ -174,12 +173,8 @@ impl Egress {
         let replay = Replay::new(body, idempotent, parts.buffers.clone());
         let (mut tried, mut retries) = (Vec::new(), 0);
         loop {
-            let mut next = Request::new(replay.body());
-            *next.method_mut() = head.method.clone();
-            *next.uri_mut() = head.uri.clone();
-            *next.headers_mut() = head.headers.clone();
-            hop::forward(next.headers_mut(), head.version, &parts.own, deadline);
-            hop::set_previous_attempts(next.headers_mut(), before + retries);
+            let attempts = before + retries;
+            let next = hop::next(&head, replay.body(), &parts.own, deadline, attempts);
 
             parts.metrics.attempt(To::Engine);
             let failed = match route.attempt(next, idempotent, &replay).await {
@@ -198,12 +193,8 @@ impl Egress {
             if !failed.is_rejected || retries > 0 {
                 tried.push(route.place());
             }
-            let may_retry = matches!(failed.outcome, Outcome::Busy | Outcome::Broken)
-                && failed.pushback != Pushback::Never
-                && (idempotent || !failed.may_have_run)
-                && before + retries < RETRIES_MAX
-                && replay.is_whole()
-                && Router::has_time(deadline);
+            let may_retry =
+                attempts < RETRIES_MAX && failed.allows_another(idempotent, &replay, deadline);
             let again = if may_retry { parts.router.route(&ask, &tried).ok() } else { None };
             match again.filter(|_| parts.router.take_retry()) {
                 Some(another) => {

@@ -6,7 +6,8 @@
 use std::fmt;
 
 use base::{Deadline, EngineName, NodeName, RegionName, TrustDomain, clock, parse_grpc_timeout};
-use http::{HeaderMap, HeaderName, HeaderValue, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Version, header, request};
+use tonic::body::Body;
 use transport::grpc;
 
 /// The reply header that says which engine of which node answered: `<node>.<region>/<engine>`.
@@ -132,13 +133,25 @@ pub(crate) fn deadline(headers: &HeaderMap) -> Result<Option<Deadline>, base::Ti
     })
 }
 
-/// Makes the headers of a call ready for the next hop.
-pub(crate) fn forward(
-    headers: &mut HeaderMap,
-    version: Version,
+/// The call of `head` with `body`, ready for the next hop, after `attempts` attempts.
+pub(crate) fn next(
+    head: &request::Parts,
+    body: Body,
     own: &Pseudonym,
     deadline: Option<Deadline>,
-) {
+    attempts: u32,
+) -> Request<Body> {
+    let mut next = Request::new(body);
+    *next.method_mut() = head.method.clone();
+    *next.uri_mut() = head.uri.clone();
+    *next.headers_mut() = head.headers.clone();
+    forward(next.headers_mut(), head.version, own, deadline);
+    set_previous_attempts(next.headers_mut(), attempts);
+    next
+}
+
+/// Makes the headers of a call ready for the next hop.
+fn forward(headers: &mut HeaderMap, version: Version, own: &Pseudonym, deadline: Option<Deadline>) {
     // RFC 9110 §7.6.1: what speaks of one connection stays there.
     for name in [header::CONNECTION, header::TRANSFER_ENCODING, header::UPGRADE, header::HOST] {
         headers.remove(name);

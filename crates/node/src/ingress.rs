@@ -16,7 +16,6 @@
 
 use std::{convert::Infallible, pin::Pin, sync::Arc, task};
 
-use balance::Outcome;
 use base::{Deadline, clock};
 use http::{HeaderMap, HeaderValue, Request, Response, Version, header};
 use tonic::body::Body;
@@ -36,7 +35,7 @@ use crate::{
     orca::{self, NodeReport},
     probes::Probes,
     record::{AccessLog, Record},
-    refusal::{Pushback, Refusal, Who},
+    refusal::{Refusal, Who},
     replay::Replay,
     router::{RETRIES_MAX, Route, Router},
 };
@@ -172,12 +171,7 @@ impl Ingress {
         let mut route = parts.router.route(&ask, &[])?;
         let (mut tried, mut retries) = (Vec::new(), 0);
         loop {
-            let mut next = Request::new(replay.body());
-            *next.method_mut() = head.method.clone();
-            *next.uri_mut() = head.uri.clone();
-            *next.headers_mut() = head.headers.clone();
-            hop::forward(next.headers_mut(), head.version, &parts.own, deadline);
-            hop::set_previous_attempts(next.headers_mut(), retries);
+            let next = hop::next(&head, replay.body(), &parts.own, deadline, retries);
 
             let to = if matches!(route, Route::Engine(..)) { To::Engine } else { To::Peer };
             parts.metrics.attempt(to);
@@ -199,12 +193,8 @@ impl Ingress {
                 tried.push(route.place());
             }
             retries += 1 + failed.retries_below;
-            let may_retry = matches!(failed.outcome, Outcome::Busy | Outcome::Broken)
-                && failed.pushback != Pushback::Never
-                && (idempotent || !failed.may_have_run)
-                && retries <= RETRIES_MAX
-                && replay.is_whole()
-                && Router::has_time(deadline);
+            let may_retry =
+                retries <= RETRIES_MAX && failed.allows_another(idempotent, &replay, deadline);
             let another = if may_retry { parts.router.route(&ask, &tried).ok() } else { None };
             // What an engine or a peer said is better than that there is no other.
             let Some(another) = another.filter(|_| parts.router.take_retry()) else {

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use balance::{Place, RetryBudget, Server, Standing, choose};
-use base::{ASSUMED_SLOTS, Deadline, Load, clock};
+use base::{ASSUMED_SLOTS, Load, clock};
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 
@@ -21,8 +21,6 @@ pub(crate) const RETRIES_MAX: u32 = 2;
 const RETRY_AFTER_MIN: Duration = Duration::from_millis(50);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(10);
 const RETRY_AFTER_UNKNOWN: Duration = Duration::from_secs(1);
-/// A deadline closer than this leaves no time for another attempt.
-const TIME_FOR_RETRY: Duration = Duration::from_millis(5);
 
 /// Chooses engines and peers for one worker's calls. Cloneable.
 #[derive(Clone, Debug)]
@@ -75,11 +73,6 @@ impl Router {
     /// Takes a retry out of the node's budget.
     pub(crate) fn take_retry(&self) -> bool {
         self.budget.lock().take(clock::now())
-    }
-
-    /// Whether there is time for another attempt.
-    pub(crate) fn has_time(deadline: Option<Deadline>) -> bool {
-        deadline.is_none_or(|deadline| deadline.remaining(clock::now()) > TIME_FOR_RETRY)
     }
 
     /// An engine of this node with room, else a peer with room, none of `tried`; else why not.
