@@ -104,7 +104,8 @@ async fn run_node(dir: &Path, name: &str) -> anyhow::Result<()> {
     let identity = identity(dir, name)?;
     let (chain, key) = identity.server_cert();
     let node = Node::start(&config, &identity, ClientCertificate { chain, key }).await?;
-    println!("{} {}", node.addresses().clients, node.addresses().peers);
+    let addresses = node.addresses();
+    println!("{} {} {}", addresses.clients, addresses.peers, addresses.gossip);
     std::future::pending().await
 }
 
@@ -123,6 +124,12 @@ impl Started {
         Ok(Self(child, line.trim().to_owned()))
     }
 
+    /// What a node printed: for clients, for peers, for gossip.
+    fn addresses(&self) -> anyhow::Result<[&str; 3]> {
+        let addresses: Vec<_> = self.1.split(' ').collect();
+        addresses.try_into().map_err(|_| anyhow::anyhow!("a node printed {:?}", self.1))
+    }
+
     fn cpu(&self) -> anyhow::Result<Duration> {
         benches::cpu_of(self.0.id())
     }
@@ -139,7 +146,7 @@ impl Drop for Started {
 fn start_node(dir: &Path, name: &str, more: &str) -> anyhow::Result<Started> {
     let any = "\"127.0.0.1:0\"";
     let config = format!(
-        "[node]\nname = \"{name}\"\nregion = \"bench\"\n[listen]\nclients = {any}\npeers = {any}\nmetrics = {any}\n\
+        "[node]\nname = \"{name}\"\nregion = \"bench\"\n[listen]\nclients = {any}\npeers = {any}\ngossip = {any}\nmetrics = {any}\n\
          [mesh]\ntrust_domain = \"bench.example\"\n{more}"
     );
     fs::write(dir.join(format!("{name}.toml")), config)?;
@@ -156,10 +163,12 @@ fn measure(runtime: &tokio::runtime::Runtime) -> anyhow::Result<()> {
         engine.1
     );
     let b = start_node(dir, "b", &engine_key)?;
-    let (b_clients, b_peers) = b.1.split_once(' ').context("no addresses")?;
-    let peer = format!("[[mesh.peer]]\nname = \"b\"\nregion = \"bench\"\npeers = \"{b_peers}\"\n");
+    let [b_clients, b_peers, b_gossip] = b.addresses()?;
+    let peer = format!(
+        "[[mesh.peer]]\nname = \"b\"\nregion = \"bench\"\npeers = \"{b_peers}\"\ngossip = \"{b_gossip}\"\n"
+    );
     let a = start_node(dir, "a", &peer)?;
-    let (a_clients, _) = a.1.split_once(' ').context("no addresses")?;
+    let [a_clients, ..] = a.addresses()?;
 
     let ways =
         [("one node", "b", b_clients, vec![&b]), ("two nodes", "a", a_clients, vec![&a, &b])];
@@ -235,9 +244,12 @@ async fn call(channel: &Channel) -> anyhow::Result<()> {
         .header("content-type", "application/grpc")
         .header("te", "trailers")
         .body(Body::new(Full::new(Bytes::from(vec![1; BYTES]))))?;
-    let body = channel.send(request).await?.into_body().collect().await?;
-    let status = body.trailers().and_then(|trailers| trailers.get("grpc-status"));
-    anyhow::ensure!(status.is_some_and(|status| status == "0"), "no status");
+    let reply = channel.send(request).await?;
+    // A reply that is only a head is a refusal.
+    let head = reply.headers().clone();
+    let body = reply.into_body().collect().await?;
+    let end = body.trailers().unwrap_or(&head);
+    anyhow::ensure!(end.get("grpc-status").is_some_and(|status| status == "0"), "{end:?}");
     anyhow::ensure!(body.to_bytes().len() == BYTES, "wrong length");
     Ok(())
 }

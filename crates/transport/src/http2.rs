@@ -316,7 +316,7 @@ impl http_body::Body for Upload {
             self.unwanted = None;
             return Poll::Ready(Some(Err(TransportError::cancelled().into())));
         }
-        Pin::new(&mut self.body).poll_frame(cx)
+        poll_filled(&mut self.body, cx)
     }
 
     fn is_end_stream(&self) -> bool {
@@ -325,6 +325,22 @@ impl http_body::Body for Upload {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+/// The next frame that is not empty. An empty DATA frame is how some clients end a stream; passed on it would be one in
+/// mid-stream, and a server closes a connection that brings a hundred of those ("too_many_data_frames").
+fn poll_filled<B: http_body::Body<Data = Bytes> + Unpin>(
+    body: &mut B,
+    cx: &mut Context<'_>,
+) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+    loop {
+        let frame = std::task::ready!(Pin::new(&mut *body).poll_frame(cx));
+        let is_empty =
+            matches!(&frame, Some(Ok(frame)) if frame.data_ref().is_some_and(Bytes::is_empty));
+        if !is_empty {
+            return Poll::Ready(frame);
+        }
     }
 }
 
@@ -354,9 +370,7 @@ impl Stream {
             return Poll::Ready(Some(Ok(frame)));
         }
         match &mut self.body {
-            Ok(body) => {
-                Pin::new(body).poll_frame(cx).map_err(|error| TransportError::from_hyper(&error))
-            }
+            Ok(body) => poll_filled(body, cx).map_err(|error| TransportError::from_hyper(&error)),
             Err(error) => Poll::Ready(Some(Err(error.clone()))),
         }
     }

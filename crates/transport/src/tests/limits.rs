@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
+use http_body::Frame;
 use tokio::{io::AsyncReadExt as _, net::UdpSocket};
 use tonic::Code;
 
@@ -81,6 +83,24 @@ async fn tcp_connections_beyond_the_limit_are_closed() {
     let mut second = tokio::net::TcpStream::connect(world.address).await.unwrap();
     assert_eq!(soon(second.read(&mut [0; 8])).await.unwrap_or(0), 0);
     drop(held);
+}
+
+#[tokio::test]
+async fn half_closed_streams_leave_no_empty_frames_on_a_connection() {
+    for way in [Way::H2c, Way::H2] {
+        let world = World::new(way, echo());
+        // A server closes a connection that brings more than a hundred empty frames in mid-stream.
+        for _ in 0..250 {
+            let (feed, body) = fed();
+            let reply = soon(world.channel().send(request("/p.S/Bidi", body))).await.unwrap();
+            for piece in [&b""[..], b"x", b""] {
+                feed.send(Ok(Frame::data(Bytes::from_static(piece)))).await.unwrap();
+            }
+            drop(feed);
+            let (data, trailers) = collect(reply.into_body()).await.unwrap();
+            assert_eq!((&data[..], &trailers["grpc-status"]), (&b"x"[..], &"0".parse().unwrap()));
+        }
+    }
 }
 
 #[tokio::test]
