@@ -356,3 +356,141 @@ async fn listen(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use identity::{DevCa, ExpectedPeer, NodeIdentity};
+    use membership::{LoadFrame, Presence};
+    use transport::QuicKeys;
+
+    use super::*;
+    use crate::peers::PeerName;
+
+    /// Long enough for a loaded machine; a test that waits so long has failed.
+    const LONG: Duration = Duration::from_secs(20);
+
+    struct Dir(tempfile::TempDir);
+
+    impl Dir {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        fn identity(&self, name: &str) -> NodeIdentity {
+            let (mesh, now) = ("mesh.test".parse().unwrap(), clock::wall());
+            let ca = DevCa::open_or_create(self.0.path(), &mesh, now).unwrap();
+            ca.node(&"eu".parse().unwrap(), &name.parse().unwrap(), &[], now).unwrap()
+        }
+    }
+
+    fn links(identity: &NodeIdentity) -> Links {
+        let tls = identity.peer_server_config(&[]).unwrap();
+        Links::bind("127.0.0.1:0".parse().unwrap(), tls, &QuicKeys::random()).unwrap()
+    }
+
+    fn hello(node: &str, epoch: u64) -> Hello {
+        Hello {
+            trust_domain: "mesh.test".parse().unwrap(),
+            protocol: (PROTOCOL_VERSION, PROTOCOL_VERSION),
+            node: node.parse().unwrap(),
+            region: "eu".parse().unwrap(),
+            epoch,
+        }
+    }
+
+    fn load(epoch: u64, sequence: u64) -> Frame {
+        Frame::Load(LoadFrame {
+            epoch,
+            sequence,
+            descriptor_version: 1,
+            sample_age: Duration::ZERO,
+            next: Duration::from_millis(200),
+            draining: false,
+            engines: vec![],
+        })
+    }
+
+    async fn soon<T>(future: impl Future<Output = T>) -> T {
+        tokio::time::timeout(LONG, future).await.expect("it takes too long")
+    }
+
+    /// What node a makes of what peer b, whose certificate is good, says.
+    async fn heard(frames: Vec<Vec<u8>>) -> (Result<String, String>, Presence) {
+        let dir = Dir::new();
+        let (a, b) = (dir.identity("a"), dir.identity("b"));
+        let (a_links, b_links) = (links(&a), links(&b));
+        let address = b_links.address().unwrap().to_string().parse().unwrap();
+        let expect = ExpectedPeer { region: "eu".parse().unwrap(), name: "b".parse().unwrap() };
+        let subscription =
+            Subscription { index: 0, address, tls: a.peer_client_config(&[], expect).unwrap() };
+        let name = PeerName { node: "b".parse().unwrap(), region: "eu".parse().unwrap() };
+        let board = Board::new(vec![name]);
+        let speaking = async {
+            let link = b_links.accept().await.unwrap().accept().await.unwrap();
+            for frame in frames {
+                // The other end may have had enough already.
+                drop(link.send_whole(frame.into()).await);
+            }
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            link.close("done");
+        };
+        let listening = async {
+            let link = a_links.dial(&subscription.address, subscription.tls.clone()).await.unwrap();
+            let heard = listen(&link, &subscription, &hello("a", 1), &board).await;
+            link.close("done");
+            heard
+        };
+        let (heard, ()) = soon(async { tokio::join!(listening, speaking) }).await;
+        let presence = board.presence(0);
+        (heard, presence)
+    }
+
+    fn frame(frame: Frame) -> Vec<u8> {
+        encode(&frame)
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_says_hello_and_its_load_is_present() {
+        let (heard, presence) = heard(vec![
+            frame(Frame::Hello(hello("b", 7))),
+            frame(Frame::Descriptor(Descriptor { version: 1, engines: vec![] })),
+            frame(load(7, 1)),
+        ])
+        .await;
+        assert!(heard.is_ok(), "{heard:?}");
+        assert_eq!(presence, Presence::Present);
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_speaks_for_another_or_out_of_turn_is_not_believed() {
+        let good = || frame(Frame::Hello(hello("b", 7)));
+        for (frames, why) in [
+            (vec![frame(Frame::Hello(hello("c", 7))), frame(load(7, 1))], "says that it is c"),
+            (vec![frame(load(7, 1))], "no hello"),
+            (vec![good(), good()], "second hello"),
+            (vec![good(), frame(load(8, 1))], "another epoch"),
+            (vec![good(), vec![0xff; 100]], "not a frame"),
+            (vec![good(), vec![0; 200_000]], ""),
+        ] {
+            let (heard, presence) = heard(frames).await;
+            let said = heard.expect_err(why);
+            assert!(said.contains(why), "{said}");
+            assert_eq!(presence, Presence::Unknown, "{why}");
+        }
+    }
+
+    #[tokio::test]
+    async fn whoever_is_no_node_of_the_mesh_is_not_let_in() {
+        let (ours, theirs) = (Dir::new(), Dir::new());
+        let a = links(&ours.identity("a"));
+        let stranger = theirs.identity("b");
+        let expect = ExpectedPeer { region: "eu".parse().unwrap(), name: "a".parse().unwrap() };
+        let tls = stranger.peer_client_config(&[], expect).unwrap();
+        let address = a.address().unwrap().to_string().parse().unwrap();
+        let accepting = async { a.accept().await.unwrap().accept().await.map(drop) };
+        let dialler = links(&stranger);
+        let dialling = dialler.dial(&address, tls);
+        let (accepted, dialled) = soon(async { tokio::join!(accepting, dialling) }).await;
+        assert!(accepted.is_err() && dialled.is_err());
+    }
+}

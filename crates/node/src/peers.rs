@@ -177,6 +177,11 @@ impl Board {
             })
     }
 
+    #[cfg(test)]
+    pub(crate) fn presence(&self, index: usize) -> Presence {
+        self.state.lock().view.presence(index, clock::now())
+    }
+
     /// Whether there is a peer that has not said what it serves.
     pub(crate) fn has_unknown(&self) -> bool {
         let state = self.state.lock();
