@@ -123,6 +123,7 @@ def test_room_is_asked_by_model_and_bad_questions_are_explained(mesh):
     a, _, _ = pair(mesh)
     assert a.get("/room")[0] == 400
     assert a.get("/room?model=")[0] == 400
+    assert a.get("/room?method=foo")[0] == 400
     status, body = a.get("/room?model=nobody%2Fhas-it")
     # An engine that lists no models may have any.
     assert status == 200, body
@@ -133,6 +134,7 @@ def test_probes_are_answered_on_every_port_over_http1_and_grpc_is_not(mesh):
     service = mesh.service("engine")
     node = mesh.node("a", "eu", engines=[service.engine()], plaintext=True)
     context = ssl.create_default_context(cafile=node.ca)
+    assert probe(node.clients, f"/room?method={'x' * 600}", context)[0] == 400
     for address, tls in ((node.clients, context), (node.plaintext, None), (node.metrics_address, None)):
         assert probe(address, "/livez", tls) == (200, "ok\n")
         assert probe(address, "/readyz", tls) == (200, "ok\n")
@@ -144,6 +146,9 @@ def test_probes_are_answered_on_every_port_over_http1_and_grpc_is_not(mesh):
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(request, timeout=LONG)
     assert caught.value.code == 426 and "HTTP/2" in caught.value.read().decode()
+    # Nobody cancelled anything.
+    wait_for("the books", lambda: node.metric('isobar_calls_total{side="ingress",code="UNKNOWN"}') == 2)
+    assert node.metric('isobar_calls_total{side="ingress",code="CANCELLED"}') == 0
 
 
 def test_a_peer_without_a_gossip_address_is_still_called(mesh):
@@ -412,6 +417,7 @@ def test_a_draining_node_tells_its_peers_and_takes_no_calls_of_theirs(mesh):
     next(held)
     b.popen.send_signal(signal.SIGTERM)
     wait_for("draining", lambda: b.get("/readyz")[0] == 503)
+    assert json.loads(b.get(f"/room?method={METHOD}")[1])["reason"] == "draining"
     present = 'isobar_peer_present{peer="b",region="us"}'
     wait_for("the peer to hear it", lambda: a.metric(present) == 0, 1)
     stub = stub_at(a)
@@ -447,10 +453,10 @@ def test_a_drain_ends_at_the_latest_with(mesh, how):
 def test_a_full_budget_of_memory_is_busy_not_broken(mesh):
     """Requests are held back until they are answered, so that they can be sent again."""
     service = mesh.service("engine")
-    node = mesh.node("a", "eu", engines=[service.engine()], buffer_bytes=2 << 20)
+    node = mesh.node("a", "eu", engines=[service.engine()], buffer_bytes=16 << 20)
     stub = stub_at(node)
     large = pb.Request(payload=bytes(1_000_000), delay_ms=60_000)
-    held = [stub.Unary.future(large) for _ in range(2)]
+    held = [stub.Unary.future(large) for _ in range(16)]
 
     def refused():
         try:

@@ -63,11 +63,12 @@ impl Engine {
         }
     }
 
-    /// Takes a slot; `None` when there is none.
+    /// Takes a slot; `None` when there is none. One that runs nothing is always asked, whatever it said before: whether it
+    /// should be is for the router to say.
     pub fn take(&mut self, now: Instant) -> Option<Ticket> {
         let within = self.limit(now).is_none_or(|limit| self.in_flight < limit);
         if !within {
-            let is_trial = self.pressure.is_trial_due(now)
+            let is_trial = (self.pressure.is_trial_due(now) || self.in_flight == 0)
                 && self.base_limit(now).is_none_or(|limit| self.in_flight < limit);
             if !is_trial {
                 return None;

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 const WAIT_FIRST: Duration = Duration::from_millis(100);
 const WAIT_MAX: Duration = Duration::from_secs(5);
-/// An engine that answers busy so often below this share of its slots is lying: it has no room at all.
+/// An engine that answers busy so often below this share of its slots is lying: it has no room at all, and is asked only
+/// in trials, or when nobody else has room.
 const LIES_MAX: u32 = 5;
 const LIE_BELOW: f64 = 0.25;
 

@@ -93,6 +93,7 @@ fn choose_among(servers: &[Server], fit: Fit, rng: &mut impl Rng) -> Option<Plac
     let ejected = || suited().filter(|server| server.standing == Standing::Ejected);
     with_room(usable, rng)
         .or_else(|| if ignores_ejections(suited()) { with_room(ejected, rng) } else { None })
+        .or_else(|| idle(usable(), rng))
 }
 
 /// An own server with room, else a peer's, else a peer's where calls have probably ended.
@@ -111,6 +112,13 @@ fn with_room<'a, I: Iterator<Item = &'a Server>>(
         let departed = peers().filter(|s| s.departures >= DEPARTURES_MIN);
         sample(departed.map(|s| (s.place, s.departures)), rng)
     })
+}
+
+/// A server that runs nothing and still says that it has no room. It may have refused some calls for their own sake, such
+/// as those with too long a message; asking it costs less than refusing one it would take.
+fn idle<'a>(servers: impl Iterator<Item = &'a Server>, rng: &mut impl Rng) -> Option<Place> {
+    let idle = servers.filter(|server| server.free < 1.0 && server.utilisation <= 0.0);
+    sample(idle.map(|server| (server.place, 1.0)), rng)
 }
 
 /// Whether so many servers are ejected that ejections mean nothing.
@@ -156,7 +164,7 @@ mod tests {
             place,
             fit: Fit::Well,
             standing: Standing::Usable,
-            utilisation: 0.0,
+            utilisation: if free < 1.0 { 1.0 } else { 0.0 },
             free,
             departures: 0.0,
         }
@@ -245,6 +253,13 @@ mod tests {
         assert_eq!(counts(&servers), [(Some(100), 10_000)].into());
         let full = [out(own(0, 4.0, 0.0)), out(own(1, 4.0, 0.0)), peer(0, 0.0)];
         assert_eq!(counts(&full), [(Some(0), 10_000)].into());
+    }
+
+    #[test]
+    fn who_runs_nothing_and_says_it_is_full_is_asked_before_a_call_is_refused() {
+        let idle = Server { utilisation: 0.0, ..peer(0, 0.0) };
+        assert_eq!(counts(&[idle, peer(1, 0.0)]), [(Some(100), 10_000)].into());
+        assert_eq!(counts(&[idle, peer(1, 1.0)]), [(Some(101), 10_000)].into());
     }
 
     #[test]

@@ -23,6 +23,15 @@ pub(crate) fn json_line(value: &Value) -> io::Result<()> {
 
 /// Prints an error and its causes.
 pub(crate) fn error(error: &anyhow::Error) {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        // Some errors repeat their cause in their own words.
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
     // Without standard error there is nobody left to tell.
-    drop(writeln!(io::stderr().lock(), "error: {error:#}"));
+    drop(writeln!(io::stderr().lock(), "error: {text}"));
 }

@@ -75,7 +75,9 @@ impl Admin {
 
     fn answer<B>(&self, request: &Request<B>) -> Response<Full<Bytes>> {
         if request.method() != Method::GET && request.method() != Method::HEAD {
-            return probes::text(StatusCode::METHOD_NOT_ALLOWED, "GET or HEAD\n");
+            let mut response = probes::text(StatusCode::METHOD_NOT_ALLOWED, "GET or HEAD\n");
+            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+            return response;
         }
         if let Some(answer) = self.probes.answer(request.method(), request.uri()) {
             return answer;

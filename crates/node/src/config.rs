@@ -83,7 +83,7 @@ pub struct NodeConfig {
     #[serde(default = "default_drain_timeout")]
     pub drain_timeout: Timeout,
     /// How many bytes of requests the whole process may hold back, to look at their front or to send them again: a whole
-    /// number from 1048576. Above it new calls are refused as busy. Default 268435456.
+    /// number from 16777216 (16 MiB). Above it new calls are refused as busy. Default 268435456.
     #[serde(default)]
     pub buffer_bytes: BufferBytes,
 }
@@ -187,11 +187,11 @@ pub struct EngineConfig {
 #[serde(deny_unknown_fields, default)]
 pub struct HealthConfig {
     /// What a check asks: "auto" (by protocol: kserve-v2 asks ServerReady, grpc asks gRPC health), "kserve", "grpc",
-    /// "http:/path" (a GET that must answer 2xx) or "tcp" (a connection). Default "auto".
+    /// "http:/path" (a GET at the host and port of `url` that must answer 2xx) or "tcp" (a connection). Default "auto".
     pub kind: HealthKind,
-    /// Time between checks, spread by a tenth: a duration such as "10s", up to 24 hours. Default "10s".
+    /// Time between checks, spread by a tenth: a duration such as "10s", from 50 ms to 24 hours. Default "10s".
     pub interval: Timeout,
-    /// A check that takes longer has failed: a duration such as "2s", up to 24 hours. Default "2s".
+    /// A check that takes longer has failed: a duration such as "2s", from 50 ms to 24 hours. Default "2s".
     pub timeout: Timeout,
     /// Failed checks in a row after which the engine leaves, a whole number from 1. Default 3.
     pub failures: NonZeroU32,
@@ -230,7 +230,7 @@ impl HealthConfig {
 #[serde(deny_unknown_fields, default)]
 pub struct RoutingConfig {
     /// Methods that may run twice without harm, besides inference, health and reflection: a list of "package.Service"
-    /// or "package.Service/Method". Such calls are tried again elsewhere when a node or engine fails before its first
+    /// or "package.Service/Method", the same at every node. Such calls are tried again elsewhere when a node or engine fails before its first
     /// answer; others only when no engine has seen them. Default: none.
     pub idempotent: Vec<MethodPattern>,
 }

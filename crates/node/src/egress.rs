@@ -5,14 +5,15 @@
 //!  2 gRPC         anything else is answered with 415
 //!  3 hop          a call that comes back, or crossed two nodes already, is refused
 //!  4 deadline     what the ingress says is left, over everything below
-//!  5 retries      second attempts of others are refused first when they are too many
-//!  6 model        a bounded look at the front of the body, where an engine here depends on it
-//!  7 engine       the least utilised of those that serve it, if a slot is free; else busy
-//!  8 acknowledge  the ingress learns that the call is admitted, before any engine sees it
-//!  9 release      a call that may run only once begins when the ingress, having heard so, lets it
-//! 10 attempt      the call, relayed untouched both ways
-//! 11 again        at another engine here, before the first byte of an answer
-//! 12 ending       a reply that breaks off or lacks a status gets one; it says how pressed the engine is
+//!  5 memory       a node that holds back as much as it may is busy
+//!  6 retries      second attempts of others are refused first when they are too many
+//!  7 model        a bounded look at the front of the body, where an engine here depends on it
+//!  8 engine       the least utilised of those that serve it, if a slot is free; else busy
+//!  9 acknowledge  the ingress learns that the call is admitted, before any engine sees it
+//! 10 release      a call that may run only once begins when the ingress, having heard so, lets it
+//! 11 attempt      the call, relayed both ways
+//! 12 again        at another engine here, before the first byte of an answer
+//! 13 ending       a reply that breaks off or lacks a status gets one; it says how pressed the engine is
 //! ```
 //!
 //! That the caller is a node of this mesh was proved in the TLS handshake: the port accepts nobody else.
@@ -124,6 +125,9 @@ impl Egress {
         }
         hop::guard(request.headers(), &self.0.own).map_err(Refusal::Loop)?;
         let deadline = hop::deadline(request.headers()).map_err(Refusal::from)?;
+        if !self.0.buffers.have_room() {
+            return Err(Refusal::NoMemory.into());
+        }
         let (reply, route, replay) = grpc::until(deadline, self.answer(request, deadline, record))
             .await
             .map_err(|_| Refusal::Deadline)??;

@@ -1,4 +1,4 @@
-//! What a hop adds to a call and takes away: DESIGN of the wire, "hop metadata".
+//! What a hop adds to a call and takes away.
 //!
 //! Standard names first: `via` (RFC 9110 §7.6.3) guards against loops, `grpc-timeout` says what time is left. Only what has
 //! no standard is ours and begins with `x-isobar-`.

@@ -9,7 +9,7 @@
 //!  6 memory       a node that holds back as much as it may is busy
 //!  7 model        a bounded look at the front of the body, where who serves it depends on it
 //!  8 route        an engine of this node with room, else a peer's by free share, else a refusal
-//!  9 attempt      the call, relayed untouched both ways
+//!  9 attempt      the call, relayed both ways
 //! 10 again        elsewhere, before the first byte of an answer, within the node's budget
 //! 11 ending       a reply that breaks off or lacks a status gets one; it says how pressed this node is
 //! ```
@@ -99,7 +99,7 @@ impl Ingress {
         let over_tls_tcp = request
             .extensions()
             .get::<CallInfo>()
-            .is_some_and(|info| matches!(info.protocol, Protocol::H2 | Protocol::H1));
+            .is_some_and(|info| info.protocol == Protocol::H2);
         let mut record = Record::begin(&parts.metrics, &parts.log, Side::Ingress, &request);
         let (mut reply, deadline, served) = match self.admit(request, &mut record).await {
             Ok((reply, deadline, served)) => {

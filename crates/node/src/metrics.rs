@@ -281,7 +281,7 @@ impl Collector for State {
             })?;
             let help = "Whether an engine of this node is ejected because calls to it broke off";
             self.engines(&mut encoder, "engine_ejected", help, |engine| {
-                truth(engine.standing() == Standing::Ejected)
+                truth(engine.is_healthy() && engine.standing() == Standing::Ejected)
             })?;
         }
         let help = "Lines of the access log that nobody took";

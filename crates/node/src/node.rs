@@ -17,7 +17,7 @@ use balance::RetryBudget;
 use base::{NodeName, RegionName, clock};
 use http::HeaderValue;
 use identity::{ExpectedPeer, IdentityError, NodeIdentity};
-use membership::{Descriptor, Frame, STREAM_BYTES_MAX};
+use membership::Descriptor;
 use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -62,7 +62,9 @@ const CHECKING: u8 = 0xfe;
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
     /// A port cannot be bound.
-    #[error("cannot listen on {address} for {what} (`listen.{what}`): {source}")]
+    #[error(
+        "cannot listen on {address} (`listen.{what}`): stop what holds the port, or choose another"
+    )]
     Listen {
         /// The key of `[listen]`.
         what: &'static str,
@@ -74,16 +76,6 @@ pub enum NodeError {
     /// The certificates cannot be used.
     #[error(transparent)]
     Identity(#[from] IdentityError),
-    /// What the node would say of its engines is longer than other nodes read.
-    #[error(
-        "this node's engines and models make {bytes} bytes, and other nodes read {most}: split them among nodes"
-    )]
-    Descriptor {
-        /// How long it is.
-        bytes: usize,
-        /// The most that is read.
-        most: usize,
-    },
     /// A worker cannot start.
     #[error("a worker cannot start: {0}")]
     Worker(String),
@@ -344,10 +336,6 @@ fn gossip(
         version: 1,
         engines: plan.engines.iter().map(|engine| engine.describe()).collect(),
     };
-    let bytes = membership::encode(&Frame::Descriptor(descriptor.clone())).len();
-    if bytes > STREAM_BYTES_MAX {
-        return Err(NodeError::Descriptor { bytes, most: STREAM_BYTES_MAX });
-    }
     let voice = Voice {
         descriptor,
         own: identity.id().clone(),

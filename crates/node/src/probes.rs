@@ -14,6 +14,9 @@ use serde_json::json;
 
 use crate::{model::Wanted, offer::Ask, refusal::Refusal, router::Router};
 
+/// Longest method that is asked for.
+const METHOD_BYTES_MAX: usize = 512;
+
 /// Answers probes. Cloneable.
 #[derive(Clone, Debug)]
 pub(crate) struct Probes {
@@ -32,6 +35,10 @@ impl Probes {
             "/livez" => Some(text(StatusCode::OK, "ok\n")),
             "/readyz" if self.ready.load(Ordering::Relaxed) => Some(text(StatusCode::OK, "ok\n")),
             "/readyz" => Some(text(StatusCode::SERVICE_UNAVAILABLE, "draining\n")),
+            "/room" if !self.ready.load(Ordering::Relaxed) => {
+                let why = json!({ "room": false, "reason": "draining", "why": "this node drains" });
+                Some(json_answer(StatusCode::SERVICE_UNAVAILABLE, &why))
+            }
             "/room" => Some(self.room(uri.query().unwrap_or_default())),
             _ => None,
         }
@@ -39,10 +46,11 @@ impl Probes {
 
     /// Whether anybody has room for `model=M`, or for `method=/package.Service/Method`.
     fn room(&self, query: &str) -> Response<Full<Bytes>> {
+        // What is no UTF-8 is shown as such, and is the name of nothing.
         let value = |wanted: &str| {
             query.split('&').find_map(|pair| {
                 let (name, value) = pair.split_once('=')?;
-                let value = percent_decode_str(value).decode_utf8().ok()?.into_owned();
+                let value = percent_decode_str(value).decode_utf8_lossy().into_owned();
                 (name == wanted).then_some(value)
             })
         };
@@ -54,8 +62,8 @@ impl Probes {
             (Some(Err(error)), _) => {
                 return text(StatusCode::BAD_REQUEST, format!("{error}\n"));
             }
-            (None, Some(path)) => Ask { path, wanted: Wanted::Nothing },
-            (None, None) => {
+            (None, Some(path)) if is_method(&path) => Ask { path, wanted: Wanted::Nothing },
+            (None, _) => {
                 let usage = "ask /room?model=NAME or /room?method=/package.Service/Method\n";
                 return text(StatusCode::BAD_REQUEST, usage);
             }
@@ -78,6 +86,14 @@ impl Probes {
             }
         }
     }
+}
+
+/// Whether a text is the path of a gRPC method.
+fn is_method(path: &str) -> bool {
+    let parts: Vec<_> = path.split('/').collect();
+    path.len() <= METHOD_BYTES_MAX
+        && !path.chars().any(char::is_control)
+        && matches!(parts[..], ["", service, method] if !service.is_empty() && !method.is_empty())
 }
 
 fn json_answer(status: StatusCode, body: &serde_json::Value) -> Response<Full<Bytes>> {

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body_util::BodyExt as _;
 use prost::Message as _;
 use proto::{
@@ -247,6 +247,8 @@ impl Refusal {
                 http_body_util::Full::from(format!("{self}\n")).map_err(|n| match n {}),
             ));
             *response.status_mut() = status;
+            let kind = HeaderValue::from_static("text/plain; charset=utf-8");
+            response.headers_mut().insert(header::CONTENT_TYPE, kind);
             return response;
         }
         let mut response = grpc::refusal(&self.status(who));

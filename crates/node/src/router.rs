@@ -127,12 +127,21 @@ impl Router {
         Load { slots: sum.slots.filter(|slots| *slots > 0), ..sum }
     }
 
-    /// Whether anybody this node knows of has room for a call, and how many slots are free.
+    /// Whether a call would be sent to anybody, and how many slots are known to be free.
     pub(crate) fn room(&self, ask: &Ask) -> Result<f64, Refusal> {
         let servers = self.servers(ask);
-        let usable = servers.iter().filter(|(server, _)| server.standing == Standing::Usable);
-        let free: f64 = usable.map(|(server, _)| server.free.floor()).sum();
-        if free >= 1.0 { Ok(free) } else { Err(self.refusal(ask, &servers)) }
+        let best = servers.iter().map(|(server, _)| server.fit).min();
+        let free: f64 = servers
+            .iter()
+            .filter(|(server, _)| Some(server.fit) == best && server.standing == Standing::Usable)
+            .map(|(server, _)| server.free.floor())
+            .sum();
+        // A peer of which nothing is known is tried when nobody else has room.
+        if free >= 1.0 || self.peers.board().unknown(&[]).is_some() {
+            Ok(free)
+        } else {
+            Err(self.refusal(ask, &servers))
+        }
     }
 
     /// Why nobody takes a call.

@@ -307,6 +307,9 @@ impl<H: OnEnd> http_body::Body for Ending<H> {
                     let code = code.unwrap_or(this.at_end);
                     let trailers = Some(&*trailers);
                     reply.end(State::Done, End { code, trailers, broke_off: false });
+                } else if !this.grpc && reply.body.is_end_stream() {
+                    // Its length is known, and nobody asks for what comes after it.
+                    reply.end(State::Done, End::with(this.at_end));
                 }
                 Poll::Ready(Some(Ok(frame)))
             }

@@ -8,9 +8,11 @@ use std::{
     fmt, fs, io,
     net::SocketAddr,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use inference::Protocol;
+use membership::{Descriptor, EngineDescriptor, Frame, STREAM_BYTES_MAX};
 use serde_json::Value as Schema;
 use toml::{
     Table, Value,
@@ -19,6 +21,8 @@ use toml::{
 
 use super::{Config, ENTRIES_MAX, json_schema};
 
+/// Engines are not checked more often, nor given less time to answer.
+const HEALTH_MIN: Duration = Duration::from_millis(50);
 /// Longest file we read. A real one has a few kilobytes.
 const FILE_MAX_BYTES: u64 = 1 << 20;
 /// Faults listed at most; mending these comes first anyway.
@@ -264,6 +268,9 @@ impl Loader {
 
     /// Sets a key from the environment: `ISOBAR_LISTEN__CLIENTS` is `listen.clients`.
     fn variable(&mut self, name: &str, value: &str) {
+        if is_service_link(name) {
+            return;
+        }
         let place = Place::Environment(name.to_owned());
         let path = name.strip_prefix(ENVIRONMENT).unwrap_or(name).to_lowercase();
         let parts: Vec<_> = path.split(SEPARATOR).collect();
@@ -422,20 +429,43 @@ impl Loader {
             _ => {}
         }
         let listen = &config.listen;
-        let mut ports: Vec<(&str, SocketAddr)> = Vec::new();
+        // Key, address, whether it takes the port of TCP, and that of UDP.
+        let mut ports: Vec<(&str, SocketAddr, bool, bool)> = Vec::new();
         let all = [
-            ("listen.clients", Some(listen.clients)),
-            ("listen.peers", Some(listen.peers)),
-            ("listen.gossip", Some(listen.gossip)),
-            ("listen.plaintext", listen.plaintext),
-            ("listen.metrics", Some(listen.metrics)),
+            ("listen.clients", Some(listen.clients), true, true),
+            ("listen.peers", Some(listen.peers), true, true),
+            ("listen.gossip", Some(listen.gossip), false, true),
+            ("listen.plaintext", listen.plaintext, true, false),
+            ("listen.metrics", Some(listen.metrics), true, false),
         ];
-        for (key, address) in all {
+        for (key, address, tcp, udp) in all {
             let Some(address) = address else { continue };
-            if let Some((other, _)) = ports.iter().find(|(_, taken)| overlap(*taken, address)) {
+            let taken = ports.iter().find(|(_, taken, has_tcp, has_udp)| {
+                overlap(*taken, address) && ((tcp && *has_tcp) || (udp && *has_udp))
+            });
+            if let Some((other, ..)) = taken {
                 self.conflict(key, format!("{address} is taken by {other} already"));
             }
-            ports.push((key, address));
+            ports.push((key, address, tcp, udp));
+        }
+        // What others must be able to read.
+        let bytes = descriptor_bytes(config);
+        if bytes > STREAM_BYTES_MAX {
+            let problem = format!(
+                "names and models of the engines make {bytes} bytes, and other nodes read {STREAM_BYTES_MAX}: \
+                 split them among nodes"
+            );
+            self.conflict("engine", problem);
+        }
+        for (index, engine) in config.engines.iter().enumerate() {
+            for (key, wait) in
+                [("interval", engine.health.interval), ("timeout", engine.health.timeout)]
+            {
+                if Duration::from(wait) < HEALTH_MIN {
+                    let key = format!("engine[{index}].health.{key}");
+                    self.conflict(&key, format!("{wait} is shorter than {HEALTH_MIN:?}"));
+                }
+            }
         }
     }
 
@@ -445,9 +475,30 @@ impl Loader {
     }
 }
 
+/// Whether a variable is one of those Kubernetes sets for a Service called `isobar` or `isobar-…`: they are no keys.
+fn is_service_link(name: &str) -> bool {
+    let rest = name.strip_prefix(ENVIRONMENT).unwrap_or(name);
+    !rest.contains(SEPARATOR)
+        && (rest == "PORT"
+            || rest.starts_with("PORT_")
+            || rest.ends_with("_PORT")
+            || ["SERVICE_HOST", "SERVICE_PORT", "_PORT_"].iter().any(|part| rest.contains(part)))
+}
+
 /// The key serde misses, if that is what it says.
 fn missing_field(error: &toml::de::Error) -> Option<&str> {
     error.message().strip_prefix("missing field ").map(|field| field.trim_matches('`'))
+}
+
+/// How many bytes this node will say of its engines.
+fn descriptor_bytes(config: &Config) -> usize {
+    let engines = config.engines.iter().map(|engine| EngineDescriptor {
+        name: engine.name.clone(),
+        protocol: engine.protocol.to_string(),
+        models: engine.models.clone(),
+    });
+    let descriptor = Descriptor { version: u32::MAX, engines: engines.collect() };
+    membership::encode(&Frame::Descriptor(descriptor)).len()
 }
 
 /// Whether two listeners want the same port. Port 0 never does; `[::]` takes IPv4 too.

@@ -55,7 +55,7 @@ const WRONG: [(&str, &str, usize, &str); 25] = [
     ("node.drain_timeout", "[node]\ndrain_timeout = \"2 fortnights\"", 2, "a duration such as"),
     ("listen.clients", "[listen]\nclients = \"localhost\"", 2, "such as \"0.0.0.0:8443\""),
     ("listen.peers", "\n[listen]\npeers = \"1.2.3.4\"", 3, "such as \"0.0.0.0:8444\""),
-    ("node.buffer_bytes", "[node]\nbuffer_bytes = 1000", 2, "from 1048576"),
+    ("node.buffer_bytes", "[node]\nbuffer_bytes = 1000", 2, "from 16777216"),
     ("listen.gossip", "[listen]\ngossip = 8445", 2, "such as \"0.0.0.0:8445\""),
     ("routing.idempotent", "[routing]\nidempotent = \"p.S\"", 2, "package.Service"),
     ("log.access", "[log]\naccess = 1.5", 2, "from 0 to 1"),
@@ -321,6 +321,17 @@ fn a_variable_replaces_a_list_and_its_faults_are_its_own() {
     let error = dir.load(&[("ISOBAR_ENGINE", bad)]).unwrap_err().to_string();
     assert!(error.contains("environment variable ISOBAR_ENGINE: engine[0].name"), "{error}");
     assert!(dir.load(&[("ISOBAR_LOG", "debug")]).is_ok());
+    // What Kubernetes sets for Services called isobar and isobar-gpu.
+    for name in [
+        "ISOBAR_SERVICE_HOST",
+        "ISOBAR_SERVICE_PORT_GRPC",
+        "ISOBAR_PORT",
+        "ISOBAR_PORT_8443_TCP_ADDR",
+        "ISOBAR_GPU_SERVICE_HOST",
+        "ISOBAR_GPU_PORT_8443_UDP",
+    ] {
+        assert!(dir.load(&[(name, "tcp://10.0.0.1:8443")]).is_ok(), "{name}");
+    }
 }
 
 #[test]
@@ -354,6 +365,9 @@ fn addresses_of_two_families_do_not_contradict() {
     };
     assert!(listen("0.0.0.0:8443", "[::1]:8443").is_ok());
     assert!(listen("[::]:8443", "127.0.0.1:8443").is_err());
+    let gossip = |address| load(&format!("[node]\nname = \"a\"\n[listen]\ngossip = \"{address}\""));
+    assert!(gossip("127.0.0.1:9464").is_ok(), "metrics is TCP, gossip UDP");
+    assert!(gossip("127.0.0.1:8443").is_err());
 }
 
 #[test]
@@ -382,6 +396,10 @@ fn what_contradicts_itself_is_refused() {
             format!("{ENGINE}protocol = \"grpc\"\nmodels = [\"m\"]"),
             "node.toml:7: engine[0].models: an engine of protocol grpc",
         ),
+        (
+            format!("{ENGINE}health = {{ interval = \"1ns\" }}"),
+            "node.toml:6: engine[0].health.interval: 1ns is shorter than 50ms",
+        ),
         (PEER.replace("\"b\"", "\"a\""), "mesh.peer[0].name: a is this node itself"),
         ("[tls]\ncert = \"c\"".into(), "tls.cert: it needs tls.key"),
         ("[tls]\nkey = \"k\"".into(), "tls.key: it needs tls.cert"),
@@ -397,6 +415,16 @@ fn what_contradicts_itself_is_refused() {
         let error = error(&format!("{name}{text}"));
         assert!(error.contains(want), "{want} is not in {error}");
     }
+    let engine = |i| {
+        format!(
+            "[[engine]]\nname = \"e{i}\"\nurl = \"http://e:1\"\nmodels = [\"{}\"]\n",
+            "m".repeat(500)
+        )
+    };
+    let long: String = (0..200).map(engine).collect();
+    assert!(
+        error(&format!("{name}{long}")).contains("engine: names and models of the engines make")
+    );
     let many: String =
         (0..1025).map(|i| format!("[[engine]]\nname = \"e{i}\"\nurl = \"http://e:1\"\n")).collect();
     assert!(error(&format!("{name}{many}")).contains("1025 are more than 1024"));

@@ -207,6 +207,11 @@ impl FromStr for HealthKind {
         if !path.starts_with('/') {
             return Err(ValueError::new("its path does not begin with /"));
         }
+        if path.starts_with("//") {
+            return Err(ValueError::new(
+                "it names a host: write http:/path, host and port are those of `url`",
+            ));
+        }
         path.parse().map(Self::Http).map_err(|_| ValueError::new("its path is not one of a URL"))
     }
 }
@@ -263,9 +268,9 @@ impl FromStr for MethodPattern {
 pub struct BufferBytes(usize);
 
 impl BufferBytes {
-    const LEAST: usize = 1 << 20;
+    const LEAST: usize = 16 << 20;
     /// What a counting semaphore can count.
-    const MOST: usize = usize::MAX >> 3;
+    const MOST: usize = 1 << 40;
 
     /// How many.
     #[must_use]
@@ -285,7 +290,11 @@ impl<'de> Deserialize<'de> for BufferBytes {
         let bytes = i64::deserialize(deserializer)?;
         match usize::try_from(bytes) {
             Ok(bytes @ Self::LEAST..=Self::MOST) => Ok(Self(bytes)),
-            _ => Err(de::Error::custom("it is below 1048576")),
+            _ => Err(de::Error::custom(format!(
+                "it is not between {} and {}",
+                Self::LEAST,
+                Self::MOST
+            ))),
         }
     }
 }
@@ -300,7 +309,7 @@ impl JsonSchema for BufferBytes {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "type": "integer", "minimum": Self::LEAST })
+        json_schema!({ "type": "integer", "minimum": Self::LEAST, "maximum": Self::MOST })
     }
 }
 
@@ -483,7 +492,7 @@ mod tests {
         for good in ["auto", "kserve", "grpc", "tcp", "http:/health?full=1"] {
             assert_eq!(good.parse::<HealthKind>().unwrap().to_string(), good);
         }
-        for bad in ["", "Auto", "http:", "http:health", "https:/x", "http:/a b"] {
+        for bad in ["", "Auto", "http:", "http:health", "https:/x", "http:/a b", "http://x/y"] {
             assert!(bad.parse::<HealthKind>().is_err(), "{bad}");
         }
     }
