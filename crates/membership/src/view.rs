@@ -189,6 +189,19 @@ impl View {
         }
     }
 
+    /// The call this node sent at `began` for the sake of engine `engine` of node `index` is over: it is not added to the
+    /// figures any more, and taken from those that count it. `reported`: its reply brought figures, which do not.
+    pub fn ended(&mut self, index: usize, engine: usize, began: Instant, reported: bool) {
+        let Some(node) = self.nodes.get_mut(index) else { return };
+        let one_way = node.heard.map_or(Duration::ZERO, |heard| heard.one_way);
+        let Some(engine) = node.engines.get_mut(engine) else { return };
+        if let Ok(place) = engine.sends.binary_search(&began) {
+            engine.sends.remove(place);
+        } else if !reported && began + one_way <= engine.sampled {
+            engine.load.in_flight = engine.load.in_flight.saturating_sub(1);
+        }
+    }
+
     /// Nothing came over a connection to node `index` although something was due.
     pub fn cut_off(&mut self, index: usize, now: Instant) {
         if let Some(node) = self.nodes.get_mut(index) {
@@ -345,6 +358,36 @@ mod tests {
         assert_eq!(in_flight(&view, now + 50 * MS), 15);
         view.frame(0, &frame(1, 3, 15), RTT, now + 100 * MS);
         assert_eq!(in_flight(&view, now + 100 * MS), 15);
+    }
+
+    #[test]
+    fn own_sends_that_have_ended_count_no_more() {
+        let now = base::clock::now();
+        let mut view = view(now);
+        for i in 0..5 {
+            view.sent(0, 0, now + i * MS);
+        }
+        for i in [3, 1] {
+            view.ended(0, 0, now + i * MS, false);
+        }
+        assert_eq!(in_flight(&view, now + 9 * MS), 13);
+    }
+
+    #[test]
+    fn own_calls_the_figures_count_are_taken_from_them_when_they_end() {
+        let now = base::clock::now();
+        let mut view = view(now);
+        view.sent(0, 0, now + MS);
+        // Taken at 25 ms, when the call was there.
+        view.frame(0, &frame(1, 2, 11), RTT, now + 30 * MS);
+        assert_eq!(in_flight(&view, now + 30 * MS), 11);
+        view.ended(0, 0, now + MS, false);
+        assert_eq!(in_flight(&view, now + 40 * MS), 10);
+        // The figures a reply brings do not count its own call.
+        view.sent(0, 0, now + 50 * MS);
+        view.reply(0, 0, load(10), now + 70 * MS);
+        view.ended(0, 0, now + 50 * MS, true);
+        assert_eq!(in_flight(&view, now + 70 * MS), 10);
     }
 
     #[test]

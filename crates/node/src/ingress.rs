@@ -73,7 +73,7 @@ struct Held {
 
 impl OnEnd for Held {
     fn trailers(&mut self, trailers: &mut HeaderMap) {
-        if let Some((Route::Peer(call), _)) = &self.served
+        if let Some((Route::Peer(call), _)) = &mut self.served
             && let Some((_, engine)) =
                 self.served_by.as_ref().and_then(|by| by.to_str().ok()?.split_once('/'))
         {

@@ -197,10 +197,9 @@ impl Board {
         self.state.lock().view.greet(index, epoch);
     }
 
-    /// A call begins, for the sake of engine `engine`; returns the engines of the peer that suit it.
-    fn began(&self, index: usize, engine: Option<usize>, ask: &Ask) -> Vec<usize> {
+    /// A call begins at `now`, for the sake of engine `engine`; returns the engines of the peer that suit it.
+    fn began(&self, index: usize, engine: Option<usize>, ask: &Ask, now: Instant) -> Vec<usize> {
         let mut state = self.state.lock();
-        let now = clock::now();
         if let Some(engine) = engine {
             state.view.sent(index, engine, now);
         }
@@ -211,8 +210,12 @@ impl Board {
         peer.offers.iter().enumerate().filter(|(_, o)| suits(o)).map(|(i, _)| i).collect()
     }
 
-    fn ended(&self, index: usize) {
-        let peer = &mut self.state.lock().peers[index];
+    fn ended(&self, call: &PeerCall) {
+        let mut state = self.state.lock();
+        if let Some(engine) = call.engine {
+            state.view.ended(call.index, engine, call.began, call.reported);
+        }
+        let peer = &mut state.peers[call.index];
         peer.in_flight = peer.in_flight.saturating_sub(1);
     }
 
@@ -235,18 +238,16 @@ impl Board {
         }
     }
 
-    /// A reply of peer `index` reported the load of its engine called `engine`.
-    fn learn(&self, index: usize, engine: &str, trailers: &HeaderMap) {
+    /// A reply of peer `index` reported the load of its engine called `engine`. Returns whether it did.
+    fn learn(&self, index: usize, engine: &str, trailers: &HeaderMap) -> bool {
         let mut state = self.state.lock();
-        let Some(engine) = state.peers[index].engines.iter().position(|e| e.as_str() == engine)
-        else {
-            return;
-        };
+        let engine = state.peers[index].engines.iter().position(|e| e.as_str() == engine);
         let now = clock::now();
-        let Some(known) = state.view.seen(index, engine, now) else { return };
-        if let Some(load) = orca::read(trailers, known.load) {
-            state.view.reply(index, engine, load, now);
-        }
+        let known = engine.and_then(|engine| Some((engine, state.view.seen(index, engine, now)?)));
+        let Some((engine, known)) = known else { return false };
+        let Some(load) = orca::read(trailers, known.load) else { return false };
+        state.view.reply(index, engine, load, now);
+        true
     }
 }
 
@@ -263,13 +264,18 @@ pub(crate) struct PeerCall {
     board: Arc<Board>,
     channel: Channel,
     index: usize,
+    /// The engine for whose sake the peer was chosen.
+    engine: Option<usize>,
+    began: Instant,
+    /// Whether its reply said how pressed the engine is.
+    reported: bool,
     /// The engines of the peer that suit the call.
     suited: Vec<usize>,
 }
 
 impl Drop for PeerCall {
     fn drop(&mut self) {
-        self.board.ended(self.index);
+        self.board.ended(self);
     }
 }
 
@@ -308,8 +314,8 @@ impl PeerCall {
     }
 
     /// The reply reported the load of the engine that served it.
-    pub(crate) fn learn(&self, engine: &str, trailers: &HeaderMap) {
-        self.board.learn(self.index, engine, trailers);
+    pub(crate) fn learn(&mut self, engine: &str, trailers: &HeaderMap) {
+        self.reported = self.board.learn(self.index, engine, trailers);
     }
 }
 
@@ -335,7 +341,9 @@ impl Peers {
     /// Begins a call to peer `index`, for the sake of its engine `engine` if its engines are known.
     pub(crate) fn begin(&self, index: usize, engine: Option<usize>, ask: &Ask) -> Option<PeerCall> {
         let channel = self.channels.get(index)?.clone();
-        let suited = self.board.began(index, engine, ask);
-        Some(PeerCall { board: self.board.clone(), channel, index, suited })
+        let began = clock::now();
+        let suited = self.board.began(index, engine, ask, began);
+        let board = self.board.clone();
+        Some(PeerCall { board, channel, index, engine, began, reported: false, suited })
     }
 }
