@@ -190,14 +190,14 @@ impl View {
     }
 
     /// The call this node sent at `began` for the sake of engine `engine` of node `index` is over: it is not added to the
-    /// figures any more, and taken from those that count it. `reported`: its reply brought figures, which do not.
-    pub fn ended(&mut self, index: usize, engine: usize, began: Instant, reported: bool) {
+    /// figures any more. `counted`: it ran there, so figures taken since it arrived count it, and it is taken from them.
+    pub fn ended(&mut self, index: usize, engine: usize, began: Instant, counted: bool) {
         let Some(node) = self.nodes.get_mut(index) else { return };
         let one_way = node.heard.map_or(Duration::ZERO, |heard| heard.one_way);
         let Some(engine) = node.engines.get_mut(engine) else { return };
         if let Ok(place) = engine.sends.binary_search(&began) {
             engine.sends.remove(place);
-        } else if !reported && began + one_way <= engine.sampled {
+        } else if counted && began + one_way <= engine.sampled {
             engine.load.in_flight = engine.load.in_flight.saturating_sub(1);
         }
     }
@@ -368,7 +368,7 @@ mod tests {
             view.sent(0, 0, now + i * MS);
         }
         for i in [3, 1] {
-            view.ended(0, 0, now + i * MS, false);
+            view.ended(0, 0, now + i * MS, true);
         }
         assert_eq!(in_flight(&view, now + 9 * MS), 13);
     }
@@ -381,12 +381,12 @@ mod tests {
         // Taken at 25 ms, when the call was there.
         view.frame(0, &frame(1, 2, 11), RTT, now + 30 * MS);
         assert_eq!(in_flight(&view, now + 30 * MS), 11);
-        view.ended(0, 0, now + MS, false);
+        view.ended(0, 0, now + MS, true);
         assert_eq!(in_flight(&view, now + 40 * MS), 10);
         // The figures a reply brings do not count its own call.
         view.sent(0, 0, now + 50 * MS);
         view.reply(0, 0, load(10), now + 70 * MS);
-        view.ended(0, 0, now + 50 * MS, true);
+        view.ended(0, 0, now + 50 * MS, false);
         assert_eq!(in_flight(&view, now + 70 * MS), 10);
     }
 

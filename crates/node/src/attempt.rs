@@ -163,6 +163,9 @@ impl Route {
                 if has_answered {
                     call.replied();
                 }
+                if has_answered && !matches!(&attempt, Attempt::Failed(f) if !f.may_have_run) {
+                    call.ran();
+                }
                 let Attempt::Failed(failed) = &mut attempt else { return attempt };
                 if replay.has_failed() {
                     failed.outcome = Outcome::Caller;

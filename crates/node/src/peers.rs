@@ -213,7 +213,7 @@ impl Board {
     fn ended(&self, call: &PeerCall) {
         let mut state = self.state.lock();
         if let Some(engine) = call.engine {
-            state.view.ended(call.index, engine, call.began, call.reported);
+            state.view.ended(call.index, engine, call.began, call.counted);
         }
         let peer = &mut state.peers[call.index];
         peer.in_flight = peer.in_flight.saturating_sub(1);
@@ -267,8 +267,8 @@ pub(crate) struct PeerCall {
     /// The engine for whose sake the peer was chosen.
     engine: Option<usize>,
     began: Instant,
-    /// Whether its reply said how pressed the engine is.
-    reported: bool,
+    /// Whether what the peer says of itself may count the call: it ran there, and its reply brought no newer figures.
+    counted: bool,
     /// The engines of the peer that suit the call.
     suited: Vec<usize>,
 }
@@ -313,9 +313,14 @@ impl PeerCall {
         self.board.broken(self.index, clock::now(), cut_off);
     }
 
+    /// The call ran at an engine of the peer.
+    pub(crate) fn ran(&mut self) {
+        self.counted = true;
+    }
+
     /// The reply reported the load of the engine that served it.
     pub(crate) fn learn(&mut self, engine: &str, trailers: &HeaderMap) {
-        self.reported = self.board.learn(self.index, engine, trailers);
+        self.counted &= !self.board.learn(self.index, engine, trailers);
     }
 }
 
@@ -344,6 +349,6 @@ impl Peers {
         let began = clock::now();
         let suited = self.board.began(index, engine, ask, began);
         let board = self.board.clone();
-        Some(PeerCall { board, channel, index, engine, began, reported: false, suited })
+        Some(PeerCall { board, channel, index, engine, began, counted: false, suited })
     }
 }
