@@ -421,7 +421,7 @@ def test_a_draining_node_tells_its_peers_and_takes_no_calls_of_theirs(mesh):
     wait_for("draining", lambda: b.get("/readyz")[0] == 503)
     assert json.loads(b.get(f"/room?method={METHOD}")[1])["reason"] == "draining"
     present = 'isobar_peer_present{peer="b",region="us"}'
-    wait_for("the peer to hear it", lambda: a.metric(present) == 0, 1)
+    wait_for("the peer to hear it", lambda: a.metric(present) == 0, 5)
     stub = stub_at(a)
     for _ in range(20):
         _, call = stub.Unary.with_call(pb.Request(), timeout=LONG)
