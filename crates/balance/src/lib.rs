@@ -21,4 +21,4 @@ pub use budget::RetryBudget;
 pub use engine::{Engine, Ticket};
 pub use health::{Health, HealthChange, HealthConfig, Verdict};
 pub use outcome::Outcome;
-pub use route::{Fit, Place, Server, Standing, choose, ignores_ejections};
+pub use route::{Fit, Place, Server, Standing, choose};

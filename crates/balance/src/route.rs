@@ -122,7 +122,7 @@ fn idle<'a>(servers: impl Iterator<Item = &'a Server>, rng: &mut impl Rng) -> Op
 }
 
 /// Whether so many servers are ejected that ejections mean nothing.
-pub fn ignores_ejections<'a>(servers: impl Iterator<Item = &'a Server>) -> bool {
+fn ignores_ejections<'a>(servers: impl Iterator<Item = &'a Server>) -> bool {
     let (mut all, mut usable, mut ejected) = (0u32, 0u32, 0u32);
     for server in servers {
         all += 1;

@@ -21,6 +21,7 @@ use transport::{
 };
 
 use crate::{
+    buffers::Look,
     hop,
     record::Record,
     refusal::{self, Pushback, Refusal, Who},
@@ -216,9 +217,10 @@ async fn opened(
         Attempt::Answered(reply) if idempotent && replay.is_complete() => reply,
         other => return other,
     };
-    let (head, mut body) = reply.into_parts();
+    let (head, body) = reply.into_parts();
+    let mut look = Look::new(body);
     let retries_below = if to_peer { hop::previous_attempts(&head.headers) } else { 0 };
-    let first = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await;
+    let first = std::future::poll_fn(|cx| Pin::new(&mut look.rest).poll_frame(cx)).await;
     match first {
         Some(Err(status)) => {
             let error = TransportError::of(&status).cloned();
@@ -233,8 +235,8 @@ async fn opened(
             let trailers = frame.trailers_ref();
             let code = trailers.and_then(grpc::status_code);
             let pushback = trailers.map_or(Pushback::None, Pushback::read);
-            let body = Body::new(Opened { first: Some(frame), rest: body });
-            let reply = Response::from_parts(head, body);
+            look.seen.push_back(frame);
+            let reply = Response::from_parts(head, Body::new(look));
             match code.map(|code| Outcome::of_status(code.into())) {
                 Some(outcome @ (Outcome::Busy | Outcome::Broken)) => Attempt::Failed(Failed {
                     outcome,
@@ -248,32 +250,7 @@ async fn opened(
             }
         }
         // An end without a status: the ending layer says so.
-        None => Attempt::Answered(Response::from_parts(head, body)),
-    }
-}
-
-/// A body of which the first piece was looked at.
-struct Opened {
-    first: Option<Frame<Bytes>>,
-    rest: Body,
-}
-
-impl http_body::Body for Opened {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        match self.first.take() {
-            Some(first) => Poll::Ready(Some(Ok(first))),
-            None => Pin::new(&mut self.rest).poll_frame(cx),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.first.is_none() && self.rest.is_end_stream()
+        None => Attempt::Answered(Response::from_parts(head, look.rest)),
     }
 }
 

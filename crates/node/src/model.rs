@@ -1,20 +1,15 @@
 //! Which model a call asks for: a bounded look at the front of its body, which is then relayed as it came.
 
-use std::{
-    collections::VecDeque,
-    pin::Pin,
-    task::{Context, Poll},
-};
+use std::pin::Pin;
 
 use base::ModelName;
-use bytes::Bytes;
 use http::HeaderMap;
-use http_body::{Body as _, Frame, SizeHint};
+use http_body::Body as _;
 use inference::{Encoding, ModelReader, Progress, kserve_model_field};
 use tonic::{Status, body::Body};
 
 use crate::{
-    buffers::{Buffers, HeldBytes, PER_CALL_BYTES, PIECE_BYTES},
+    buffers::{Buffers, Look, PER_CALL_BYTES, PIECE_BYTES},
     refusal::Refusal,
 };
 
@@ -57,7 +52,7 @@ pub(crate) async fn find(
     let Some(field) = kserve_model_field(path) else { return Ok((Wanted::Nothing, body)) };
     let encoding = Encoding::from_header(headers.get("grpc-encoding").map(|v| v.as_bytes()));
     let mut reader = ModelReader::new(field, encoding, PER_CALL_BYTES);
-    let mut look = Look { seen: VecDeque::new(), rest: body, held: HeldBytes::default() };
+    let mut look = Look::new(body);
     let mut held_bytes = 0;
     while *reader.progress() == Progress::NeedMore && held_bytes < PER_CALL_BYTES {
         let next = std::future::poll_fn(|cx| Pin::new(&mut look.rest).poll_frame(cx));
@@ -86,47 +81,9 @@ pub(crate) async fn find(
     Ok((wanted, Body::new(look)))
 }
 
-/// A body of which the front was looked at.
-#[derive(Debug)]
-struct Look {
-    seen: VecDeque<Frame<Bytes>>,
-    rest: Body,
-    held: HeldBytes,
-}
-
-impl http_body::Body for Look {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if let Some(frame) = self.seen.pop_front() {
-            return Poll::Ready(Some(Ok(frame)));
-        }
-        self.held = HeldBytes::default();
-        Pin::new(&mut self.rest).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.seen.is_empty() && self.rest.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        let seen: u64 = self.seen.iter().filter_map(Frame::data_ref).map(|d| d.len() as u64).sum();
-        let rest = self.rest.size_hint();
-        let mut hint = SizeHint::new();
-        hint.set_lower(rest.lower().saturating_add(seen));
-        if let Some(upper) = rest.upper().and_then(|upper| upper.checked_add(seen)) {
-            hint.set_upper(upper);
-        }
-        hint
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
     use http_body_util::{BodyExt as _, Full};
     use prost::Message as _;
     use proto::inference::ModelInferRequest;
