@@ -25,6 +25,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut set = protox::compile(&files, [root])?;
     tonic_prost_build::configure()
         .build_transport(false)
+        // A server implements what it offers; the rest answers UNIMPLEMENTED.
+        .generate_default_stubs(true)
         .bytes(SHARED_BYTES[0])
         .bytes(SHARED_BYTES[1])
         .btree_map(".")

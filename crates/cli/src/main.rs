@@ -1,9 +1,19 @@
 //! The `isobar` command. `main` alone turns errors into exit codes: 0 done, 1 the thing asked for failed, 2 usage or
 //! configuration.
 
+mod bench;
 mod ca;
+mod call;
+mod caller;
+mod load;
+mod log;
 mod node;
+mod openai;
 mod output;
+mod parent;
+mod schema;
+mod sim;
+mod target;
 
 use std::process::ExitCode;
 
@@ -21,8 +31,14 @@ struct Cli {
 enum Command {
     /// Run a node
     Node(node::Options),
+    /// Call a method of any gRPC server, with JSON in and out
+    Call(call::Options),
+    /// Put load on a server, and say how it bore it
+    Bench(bench::Options),
     /// Make and use certificate authorities
     Ca(ca::Options),
+    /// Run simulations
+    Sim(sim::Options),
     /// Print the JSON schema of the configuration file
     Schema,
 }
@@ -32,6 +48,8 @@ enum Command {
 enum Failure {
     /// The thing asked for failed.
     Failed(anyhow::Error),
+    /// The thing asked for failed, and what was printed says so.
+    Said,
     /// Usage or configuration: the user can mend it.
     Usage(anyhow::Error),
 }
@@ -52,11 +70,15 @@ fn main() -> ExitCode {
     // clap prints its own errors and exits with 2.
     let outcome = match Cli::parse().command {
         Command::Node(options) => node::run(&options),
+        Command::Call(options) => call::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Ca(options) => ca::run(&options),
+        Command::Sim(options) => sim::run(&options),
         Command::Schema => output::json(&::node::config::json_schema()).map_err(Failure::from),
     };
     let (error, code) = match outcome {
         Ok(()) => return ExitCode::SUCCESS,
+        Err(Failure::Said) => return ExitCode::FAILURE,
         Err(Failure::Failed(error)) => (error, 1),
         Err(Failure::Usage(error)) => (error, 2),
     };

@@ -12,14 +12,11 @@ use identity::{DevCa, NodeIdentity};
 use node::{Addresses, ClientCertificate, Node, config::Config};
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 
-use crate::{Failure, output};
+use crate::{Failure, log, output, parent};
 
 /// What environment variables that set keys of the configuration begin with.
 const ENVIRONMENT: &str = "ISOBAR_";
-/// The variable that says what is logged; it is not a key of the configuration.
-const LOG: &str = "ISOBAR_LOG";
 
 /// Options of `isobar node`.
 #[derive(Debug, Args)]
@@ -33,6 +30,9 @@ pub(crate) struct Options {
     /// Check the configuration and the certificates, start nothing
     #[arg(long)]
     check: bool,
+    /// End at once, without draining, when standard input is closed, and so with the process that holds it
+    #[arg(long)]
+    exit_with_stdin: bool,
     /// Print results as JSON objects, one a line, and log as JSON
     #[arg(long)]
     json: bool,
@@ -46,12 +46,15 @@ struct IdentityPaths {
 }
 
 pub(crate) fn run(options: &Options) -> Result<(), Failure> {
-    log(options.json)?;
+    log::to_stderr(tracing::Level::INFO, options.json)?;
     let config = Config::load(&options.config, &environment()).map_err(Failure::usage)?;
     let (identity, ca) = identity(options, &config)?;
     let certificate = certificate(options, &config, &identity)?;
     if options.check {
         return checked(options, &config);
+    }
+    if options.exit_with_stdin {
+        parent::exit_with_stdin()?;
     }
     // The control side: one thread, apart from the workers, so that a busy data plane never delays it.
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -64,28 +67,11 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     outcome
 }
 
-/// Logs to standard error, what `ISOBAR_LOG` asks for: `info` by default.
-fn log(as_json: bool) -> Result<(), Failure> {
-    let filter = EnvFilter::builder()
-        .with_default_directive(tracing::Level::INFO.into())
-        .with_env_var(LOG)
-        .from_env()
-        .context("ISOBAR_LOG is not a list of directives such as info,transport=debug")
-        .map_err(Failure::Usage)?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    if as_json {
-        builder.json().init();
-    } else {
-        builder.init();
-    }
-    Ok(())
-}
-
 /// The environment variables that set keys of the configuration.
 fn environment() -> Vec<(String, String)> {
     std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
-        .filter(|(name, _)| name.starts_with(ENVIRONMENT) && name != LOG)
+        .filter(|(name, _)| name.starts_with(ENVIRONMENT) && name != log::VARIABLE)
         .map(|(name, value)| (name, value.to_string_lossy().into_owned()))
         .collect()
 }

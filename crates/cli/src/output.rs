@@ -21,6 +21,12 @@ pub(crate) fn json_line(value: &Value) -> io::Result<()> {
     text(&value.to_string())
 }
 
+/// Says something beside the result.
+pub(crate) fn note(text: &str) {
+    // Without standard error there is nobody left to tell.
+    drop(writeln!(io::stderr().lock(), "{text}"));
+}
+
 /// Prints an error and its causes.
 pub(crate) fn error(error: &anyhow::Error) {
     let mut text = String::new();
@@ -32,6 +38,5 @@ pub(crate) fn error(error: &anyhow::Error) {
             text = format!("{text}: {cause}");
         }
     }
-    // Without standard error there is nobody left to tell.
-    drop(writeln!(io::stderr().lock(), "error: {text}"));
+    note(&format!("error: {text}"));
 }

@@ -51,6 +51,11 @@ pub enum IdentityError {
         /// The file.
         path: PathBuf,
     },
+    /// The machine has no roots we could believe.
+    #[error(
+        "this machine believes no certificate authority: say which to believe with --ca FILE, or install ca-certificates"
+    )]
+    NoRoots,
     /// A file holds something in a certificate's place that is none.
     #[error("{path} holds a damaged certificate ({reason}): issue it anew")]
     DamagedCertificate {

@@ -18,4 +18,4 @@ pub use dev::DevCa;
 pub use error::IdentityError;
 pub use id::{Role, SpiffeId};
 pub use node::NodeIdentity;
-pub use tls::{ExpectedPeer, client_server_config, load_server_cert};
+pub use tls::{ExpectedPeer, client_config, client_server_config, load_server_cert};

@@ -123,7 +123,7 @@ pub(crate) fn check_life(
     }
 }
 
-fn root_store(
+pub(crate) fn root_store(
     path: &Path,
     certificates: &[CertificateDer<'static>],
 ) -> Result<RootCertStore, IdentityError> {

@@ -27,10 +27,11 @@ use crate::{
     IdentityError, NodeIdentity, Role, SpiffeId,
     certificate::{Side, peer_id, verify_chain},
     files,
-    node::{Paths, check_key},
+    node::{Paths, check_key, root_store},
 };
 
 const VERSIONS: &[&SupportedProtocolVersion] = &[&TLS13];
+const CA_REMEDY: &str = "give the PEM file of the authority that signed the server's certificate";
 const SERVER_CERT_REMEDY: &str = "check `cert` and `key` in [tls]";
 
 /// The node one means to reach.
@@ -96,6 +97,43 @@ pub fn client_server_config(
     config.alpn_protocols = owned(alpn);
     config.ticketer = aws_lc_rs::Ticketer::new()?;
     Ok(config)
+}
+
+/// For calling the port of clients: ordinary TLS with a name. Believes the roots in `ca`, or those the machine believes.
+/// `own` is a certificate with its intermediates and its key, for servers that ask for one.
+///
+/// # Errors
+/// A file is missing, unreadable or holds something else; the machine believes nobody; or the TLS library refuses our key
+/// or certificate.
+pub fn client_config(
+    ca: Option<&Path>,
+    own: Option<(&Path, &Path)>,
+) -> Result<ClientConfig, IdentityError> {
+    let roots = match ca {
+        Some(ca) => root_store(ca, &files::read_certificates(ca, CA_REMEDY)?)?,
+        None => machine_roots()?,
+    };
+    let builder = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(VERSIONS)?
+        .with_root_certificates(roots);
+    Ok(match own {
+        Some((cert, key)) => {
+            let (chain, key) = load_server_cert(cert, key)?;
+            builder.with_client_auth_cert(chain, key)?
+        }
+        None => builder.with_no_client_auth(),
+    })
+}
+
+/// What the machine believes, as far as it can be used.
+fn machine_roots() -> Result<RootCertStore, IdentityError> {
+    let found = rustls_native_certs::load_native_certs();
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(found.certs);
+    if roots.is_empty() {
+        return Err(IdentityError::NoRoots);
+    }
+    Ok(roots)
 }
 
 /// Reads the certificate for a public name, with its intermediates, and its key. The key's permissions are left to

@@ -15,5 +15,5 @@ pub use report::Reporter;
 pub use view::{Presence, Seen, View};
 pub use wire::{
     DATAGRAM_BYTES_MAX, Descriptor, EngineDescriptor, Frame, Hello, LoadFrame, PROTOCOL_VERSION,
-    STREAM_BYTES_MAX, WireError, decode, encode,
+    STREAM_BYTES_MAX, WireError, decode, encode, is_service,
 };

@@ -40,6 +40,14 @@ impl Reporter {
         Self { epoch, sequence: 0, descriptor_version, last: None }
     }
 
+    /// From now on the figures are of descriptor `version`, and the next frame is due at once.
+    pub fn describes(&mut self, version: u32) {
+        if self.descriptor_version != version {
+            self.descriptor_version = version;
+            self.last = None;
+        }
+    }
+
     /// How long until the loads should be looked at again.
     #[must_use]
     pub fn interval(&self) -> Duration {

@@ -105,8 +105,17 @@ impl View {
         if is_older || epoch < node.newest.0 {
             return false;
         }
-        // A new process counts from zero; figures of the old one say nothing.
-        node.engines.clear();
+        // Figures go by place: where the engines are other ones, or of a new process, the old figures say nothing.
+        let names = |descriptor: &Descriptor| {
+            descriptor.engines.iter().map(|engine| engine.name.clone()).collect::<Vec<_>>()
+        };
+        let are_same = node
+            .descriptor
+            .as_ref()
+            .is_some_and(|(known, before)| *known == epoch && names(before) == names(&descriptor));
+        if !are_same {
+            node.engines.clear();
+        }
         node.descriptor = Some((epoch, descriptor));
         true
     }
@@ -115,6 +124,13 @@ impl View {
     #[must_use]
     pub fn descriptor(&self, index: usize) -> Option<&Descriptor> {
         self.nodes.get(index)?.descriptor.as_ref().map(|(_, descriptor)| descriptor)
+    }
+
+    /// Which descriptor of node `index` is known, by process and version.
+    #[must_use]
+    pub fn described(&self, index: usize) -> Option<(u64, u32)> {
+        let (epoch, descriptor) = self.nodes.get(index)?.descriptor.as_ref()?;
+        Some((*epoch, descriptor.version))
     }
 
     /// Node `index` said how pressed it is; `rtt` is that of the way the frame came. Returns whether it was news.
@@ -280,6 +296,7 @@ mod tests {
             name: format!("gpu-{i}").parse().unwrap(),
             protocol: "kserve-v2".into(),
             models: vec![],
+            services: vec![],
         };
         Descriptor { version: 1, engines: (0..engines).map(engine).collect() }
     }
@@ -464,6 +481,19 @@ mod tests {
         let mut view = view(now);
         view.frame(0, &LoadFrame { draining: true, ..frame(1, 2, 1) }, RTT, now);
         assert_eq!(view.presence(0, now), Presence::Draining);
+    }
+
+    #[test]
+    fn figures_outlive_a_descriptor_of_the_same_engines() {
+        let now = base::clock::now();
+        let mut view = view(now);
+        let mut services = descriptor(1);
+        services.version = 2;
+        services.engines[0].services.push("p.S".into());
+        assert!(view.describe(0, 1, services));
+        assert_eq!((in_flight(&view, now), view.described(0)), (10, Some((1, 2))));
+        assert!(view.describe(0, 1, Descriptor { version: 3, ..descriptor(2) }));
+        assert_eq!(view.seen(0, 0, now), None, "other engines");
     }
 
     #[test]

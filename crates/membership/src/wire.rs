@@ -16,6 +16,9 @@ pub const STREAM_BYTES_MAX: usize = 64 << 10;
 const ENGINES_MAX: usize = 1024;
 /// Models one engine may list.
 const MODELS_MAX: usize = 4096;
+/// Services one engine may list, and the longest name of one.
+const SERVICES_MAX: usize = 1024;
+const SERVICE_BYTES_MAX: usize = 256;
 /// What a frame may claim about time: nobody is silent on purpose for longer.
 const NEXT_MAX: Duration = Duration::from_secs(10);
 
@@ -99,6 +102,8 @@ pub struct EngineDescriptor {
     pub protocol: String,
     /// The models it serves; empty: any.
     pub models: Vec<ModelName>,
+    /// The gRPC services it reflects; empty: none are known.
+    pub services: Vec<String>,
 }
 
 /// How pressed a node is.
@@ -158,6 +163,7 @@ fn engine_to_wire(engine: &EngineDescriptor) -> wire::Engine {
         name: engine.name.to_string(),
         protocol: engine.protocol.clone(),
         models: engine.models.iter().map(ToString::to_string).collect(),
+        services: engine.services.clone(),
     }
 }
 
@@ -218,12 +224,28 @@ fn engine_from_wire(engine: &wire::Engine) -> Result<EngineDescriptor, WireError
     if engine.models.len() > MODELS_MAX {
         return Err(invalid("models", format!("more than {MODELS_MAX}")));
     }
+    if engine.services.len() > SERVICES_MAX {
+        return Err(invalid("services", format!("more than {SERVICES_MAX}")));
+    }
+    if engine.services.iter().any(|service| !is_service(service)) {
+        return Err(invalid("services", "not a name of a gRPC service"));
+    }
     let models = engine.models.iter().map(|model| model.parse().map_err(|e| invalid("models", e)));
     Ok(EngineDescriptor {
         name: engine.name.parse().map_err(|e| invalid("engine", e))?,
         protocol: engine.protocol.clone(),
         models: models.collect::<Result<_, _>>()?,
+        services: engine.services.clone(),
     })
+}
+
+/// Whether a text may stand for a service in a descriptor: a dotted name of protobuf.
+#[must_use]
+pub fn is_service(text: &str) -> bool {
+    text.len() <= SERVICE_BYTES_MAX
+        && text.split('.').all(|part| {
+            !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+        })
 }
 
 fn load_from_wire(load: &wire::EngineLoad) -> Load {
@@ -256,6 +278,7 @@ mod tests {
             name: "gpu-0".parse().unwrap(),
             protocol: "kserve-v2".into(),
             models: vec!["llama".parse().unwrap(), "meta/Llama:fp8".parse().unwrap()],
+            services: vec!["inference.GRPCInferenceService".into()],
         };
         let load = Load {
             in_flight: 40,
@@ -305,6 +328,13 @@ mod tests {
         let hello = wire::Hello { trust_domain: "Mesh!".into(), ..Default::default() };
         let bytes = wire::Frame { body: Some(Body::Hello(hello)) }.encode_to_vec();
         assert!(matches!(decode(&bytes), Err(WireError::Invalid { field: "trust_domain", .. })));
+        let many = vec!["p.S".to_owned(); SERVICES_MAX + 1];
+        for services in [many, vec!["a b".into()], vec![String::new()], vec!["x".repeat(300)]] {
+            let engine = wire::Engine { name: "e".into(), services, ..Default::default() };
+            let descriptor = wire::Descriptor { version: 1, engines: vec![engine] };
+            let bytes = wire::Frame { body: Some(Body::Descriptor(descriptor)) }.encode_to_vec();
+            assert!(matches!(decode(&bytes), Err(WireError::Invalid { field: "services", .. })));
+        }
     }
 
     #[test]

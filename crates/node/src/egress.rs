@@ -5,15 +5,16 @@
 //!  2 gRPC         anything else is answered with 415
 //!  3 hop          a call that comes back, or crossed two nodes already, is refused
 //!  4 deadline     what the ingress says is left, over everything below
-//!  5 memory       a node that holds back as much as it may is busy
-//!  6 retries      second attempts of others are refused first when they are too many
-//!  7 model        a bounded look at the front of the body, where an engine here depends on it
-//!  8 engine       the least utilised of those that serve it, if a slot is free; else busy
-//!  9 acknowledge  the ingress learns that the call is admitted, before any engine sees it
-//! 10 release      a call that may run only once begins when the ingress, having heard so, lets it
-//! 11 attempt      the call, relayed both ways
-//! 12 again        at another engine here, before the first byte of an answer
-//! 13 ending       a reply that breaks off or lacks a status gets one; it says how pressed the engine is
+//!  5 own services reflection is answered for the engines here
+//!  6 memory       a node that holds back as much as it may is busy
+//!  7 retries      second attempts of others are refused first when they are too many
+//!  8 model        a bounded look at the front of the body, where an engine here depends on it
+//!  9 engine       the least utilised of those that serve it, if a slot is free; else busy
+//! 10 acknowledge  the ingress learns that the call is admitted, before any engine sees it
+//! 11 release      a call that may run only once begins when the ingress, having heard so, lets it
+//! 12 attempt      the call, relayed both ways
+//! 13 again        at another engine here, before the first byte of an answer
+//! 14 ending       a reply that breaks off or lacks a status gets one; it says how pressed the engine is
 //! ```
 //!
 //! That the caller is a node of this mesh was proved in the TLS handshake: the port accepts nobody else.
@@ -41,6 +42,7 @@ use crate::{
     refusal::{Refusal, Who},
     replay::Replay,
     router::{RETRIES_MAX, Route, Router},
+    services::Services,
 };
 
 /// The service of the port for peers, on one worker. Cloneable.
@@ -59,13 +61,14 @@ pub(crate) struct Parts {
     pub(crate) router: Router,
     pub(crate) idempotent: Arc<[MethodPattern]>,
     pub(crate) overdue: Overdue,
+    pub(crate) services: Services,
 }
 
 /// Told the end of a call: the books first, then the slot is free.
 struct Held {
     parts: Arc<Parts>,
     record: Record,
-    /// Who served it, and its request; `None`: it was refused.
+    /// Who served it, and its request; `None`: nobody but this node.
     served: Option<(Route, Replay)>,
 }
 
@@ -100,7 +103,7 @@ impl Egress {
         let (mut reply, deadline, served) = match self.admit(request, &mut record).await {
             Ok((reply, deadline, served)) => {
                 record.answered(reply.headers().get(hop::SERVED_BY));
-                (reply, deadline, Some(served))
+                (reply, deadline, served)
             }
             Err(answer) => {
                 let mut reply = answer.into_reply(&parts.who, &mut record);
@@ -119,19 +122,23 @@ impl Egress {
         &self,
         request: Request<Body>,
         record: &mut Record,
-    ) -> Result<(Response<Body>, Option<Deadline>, (Route, Replay)), Answer> {
+    ) -> Result<(Response<Body>, Option<Deadline>, Option<(Route, Replay)>), Answer> {
         if !grpc::is_grpc(request.headers()) {
             return Err(Refusal::NotGrpc.into());
         }
         hop::guard(request.headers(), &self.0.own).map_err(Refusal::Loop)?;
         let deadline = hop::deadline(request.headers()).map_err(Refusal::from)?;
+        let request = match self.0.services.answer(request).await {
+            Ok(reply) => return Ok((reply, deadline, None)),
+            Err(request) => request,
+        };
         if !self.0.buffers.have_room() {
             return Err(Refusal::NoMemory.into());
         }
         let (reply, route, replay) = grpc::until(deadline, self.answer(request, deadline, record))
             .await
             .map_err(|_| Refusal::Deadline)??;
-        Ok((reply, deadline, (route, replay)))
+        Ok((reply, deadline, Some((route, replay))))
     }
 
     /// Attempts until one is answered, or there may be no other.

@@ -12,6 +12,7 @@ use tonic::body::Body;
 use transport::{Channel, Target, TransportError};
 
 use crate::{
+    catalog::Declared,
     config::{EngineConfig, HealthConfig},
     offer::{Ask, Offer},
 };
@@ -24,6 +25,7 @@ pub(crate) struct Engine {
     pub(crate) offer: Offer,
     pub(crate) health: HealthConfig,
     machine: Mutex<balance::Engine>,
+    declared: Mutex<Arc<Declared>>,
 }
 
 impl Engine {
@@ -36,6 +38,7 @@ impl Engine {
             offer: Offer { protocol: config.protocol, models: config.models.clone() },
             health: config.health.clone(),
             machine: Mutex::new(balance::Engine::new(config.slots, health, now, rng)),
+            declared: Mutex::default(),
         }
     }
 
@@ -60,7 +63,23 @@ impl Engine {
             name: self.name.clone(),
             protocol: self.offer.protocol.to_string(),
             models: self.offer.models.clone(),
+            services: self.declared().services.clone(),
         }
+    }
+
+    /// What it reflects.
+    pub(crate) fn declared(&self) -> Arc<Declared> {
+        self.declared.lock().clone()
+    }
+
+    /// It reflects this; returns what it did before.
+    pub(crate) fn declare(&self, declared: Declared) -> Arc<Declared> {
+        std::mem::replace(&mut *self.declared.lock(), Arc::new(declared))
+    }
+
+    /// Whether it says that it has a service or a model of this name.
+    fn is_called(&self, name: &str) -> bool {
+        self.offer.is_called(name) || self.declared().services.iter().any(|s| s == name)
     }
 
     /// How long until its next health check.
@@ -168,6 +187,12 @@ impl Engines {
             };
             Some((server, load))
         })
+    }
+
+    /// The standings of those that have a service or a model of this name.
+    pub(crate) fn standings<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Standing> + 'a {
+        let called = self.0.iter().filter(move |(engine, _)| engine.is_called(name));
+        called.map(|(engine, _)| engine.standing())
     }
 
     /// A slot of engine `index`, if one is free.

@@ -19,7 +19,7 @@ use base::{Load, clock};
 use bytes::Bytes;
 use http::uri::Authority;
 use identity::{Role, SpiffeId};
-use membership::{Descriptor, Frame, Hello, PROTOCOL_VERSION, Reporter, WireError, decode, encode};
+use membership::{Frame, Hello, PROTOCOL_VERSION, Reporter, WireError, decode, encode};
 use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use tokio::{
@@ -29,7 +29,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use transport::{Incoming, Link, Links};
 
-use crate::{engines::Engine, peers::Board};
+use crate::{catalog::Catalog, engines::Engine, peers::Board};
 
 /// Nodes that may subscribe. Further ones are turned down.
 const SUBSCRIBERS_MAX: usize = 128;
@@ -48,7 +48,7 @@ const REDIAL_MAX: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct Voice {
     pub(crate) own: SpiffeId,
-    pub(crate) descriptor: Descriptor,
+    pub(crate) catalog: Arc<Catalog>,
     /// The process: greater after each start.
     pub(crate) epoch: u64,
     pub(crate) engines: Arc<[Arc<Engine>]>,
@@ -102,13 +102,11 @@ impl Gossip {
 
 /// Serves those who dial: the figures of this node, pushed when they change and now and then.
 async fn speak(links: &Links, voice: Voice, hello: &Hello) {
-    let descriptor = voice.descriptor.clone();
     let (said, saying) = watch::channel(Bytes::new());
     let speaker = Arc::new(Speaker {
         hello: encode(&Frame::Hello(hello.clone())).into(),
         trust_domain: hello.trust_domain.clone(),
-        reporter: Mutex::new(Reporter::new(voice.epoch, descriptor.version)),
-        descriptor: encode(&Frame::Descriptor(descriptor)).into(),
+        reporter: Mutex::new(Reporter::new(voice.epoch, voice.catalog.version())),
         audience: Audience::default(),
         voice,
     });
@@ -157,7 +155,6 @@ async fn speak(links: &Links, voice: Voice, hello: &Hello) {
 #[derive(Debug)]
 struct Speaker {
     hello: Bytes,
-    descriptor: Bytes,
     trust_domain: base::TrustDomain,
     reporter: Mutex<Reporter>,
     audience: Audience,
@@ -165,9 +162,17 @@ struct Speaker {
 }
 
 impl Speaker {
+    /// What this node serves, and its version.
+    fn descriptor(&self) -> (u32, Bytes) {
+        let descriptor = self.voice.catalog.descriptor();
+        (descriptor.version, encode(&Frame::Descriptor(descriptor)).into())
+    }
+
     /// The figures, when it is time to say them.
     fn frame(&self) -> Option<Bytes> {
-        let frame = self.reporter.lock().frame(clock::now(), &self.loads(), self.draining());
+        let mut reporter = self.reporter.lock();
+        reporter.describes(self.voice.catalog.version());
+        let frame = reporter.frame(clock::now(), &self.loads(), self.draining());
         frame.map(|frame| encode(&Frame::Load(frame)).into())
     }
 
@@ -245,11 +250,17 @@ async fn serve(incoming: Incoming, speaker: Arc<Speaker>, mut saying: watch::Rec
     };
     saying.mark_unchanged();
     let speaking = async {
-        for frame in [speaker.hello.clone(), speaker.descriptor.clone(), speaker.first_frame()] {
+        let (mut told, descriptor) = speaker.descriptor();
+        for frame in [speaker.hello.clone(), descriptor, speaker.first_frame()] {
             link.send_whole(frame).await?;
         }
         while saying.changed().await.is_ok() {
             let frame = saying.borrow_and_update().clone();
+            if told != speaker.voice.catalog.version() {
+                let (version, descriptor) = speaker.descriptor();
+                link.send_whole(descriptor).await?;
+                told = version;
+            }
             link.send(frame).await?;
         }
         Ok::<_, transport::TransportError>(())
@@ -360,7 +371,7 @@ async fn listen(
 #[cfg(test)]
 mod tests {
     use identity::{DevCa, ExpectedPeer, NodeIdentity};
-    use membership::{LoadFrame, Presence};
+    use membership::{Descriptor, LoadFrame, Presence};
     use transport::QuicKeys;
 
     use super::*;

@@ -6,12 +6,13 @@
 //!  3 gRPC         anything else is answered with 415
 //!  4 hop          what only a node may say is stripped; a call that comes back is refused
 //!  5 deadline     over everything below, headers and body
-//!  6 memory       a node that holds back as much as it may is busy
-//!  7 model        a bounded look at the front of the body, where who serves it depends on it
-//!  8 route        an engine of this node with room, else a peer's by free share, else a refusal
-//!  9 attempt      the call, relayed both ways
-//! 10 again        elsewhere, before the first byte of an answer, within the node's budget
-//! 11 ending       a reply that breaks off or lacks a status gets one; it says how pressed this node is
+//!  6 own services health and reflection are answered for the whole mesh
+//!  7 memory       a node that holds back as much as it may is busy
+//!  8 model        a bounded look at the front of the body, where who serves it depends on it
+//!  9 route        an engine of this node with room, else a peer's by free share, else a refusal
+//! 10 attempt      the call, relayed both ways
+//! 11 again        elsewhere, before the first byte of an answer, within the node's budget
+//! 12 ending       a reply that breaks off or lacks a status gets one; it says how pressed this node is
 //! ```
 
 use std::{convert::Infallible, pin::Pin, sync::Arc, task};
@@ -38,6 +39,7 @@ use crate::{
     refusal::{Refusal, Who},
     replay::Replay,
     router::{RETRIES_MAX, Route, Router},
+    services::Services,
 };
 
 /// The service of the ports for clients, on one worker. Cloneable.
@@ -50,6 +52,7 @@ pub(crate) struct Parts {
     pub(crate) own: Pseudonym,
     pub(crate) who: Who,
     pub(crate) probes: Probes,
+    pub(crate) services: Services,
     pub(crate) metrics: Metrics,
     pub(crate) log: AccessLog,
     pub(crate) buffers: Buffers,
@@ -66,7 +69,7 @@ pub(crate) struct Parts {
 struct Held {
     parts: Arc<Parts>,
     record: Record,
-    /// Who served it, and its request; `None`: it was refused.
+    /// Who served it, and its request; `None`: nobody but this node.
     served: Option<(Route, Replay)>,
     served_by: Option<HeaderValue>,
 }
@@ -104,7 +107,7 @@ impl Ingress {
         let (mut reply, deadline, served) = match self.admit(request, &mut record).await {
             Ok((reply, deadline, served)) => {
                 record.answered(reply.headers().get(hop::SERVED_BY));
-                (reply, deadline, Some(served))
+                (reply, deadline, served)
             }
             Err(answer) => (answer.into_reply(&parts.who, &mut record), None, None),
         };
@@ -124,7 +127,7 @@ impl Ingress {
         &self,
         mut request: Request<Body>,
         record: &mut Record,
-    ) -> Result<(Response<Body>, Option<Deadline>, (Route, Replay)), Answer> {
+    ) -> Result<(Response<Body>, Option<Deadline>, Option<(Route, Replay)>), Answer> {
         if !grpc::is_grpc(request.headers()) {
             return Err(Refusal::NotGrpc.into());
         }
@@ -134,13 +137,17 @@ impl Ingress {
         hop::strip_request(request.headers_mut());
         hop::guard(request.headers(), &self.0.own).map_err(Refusal::Loop)?;
         let deadline = hop::deadline(request.headers()).map_err(Refusal::from)?;
+        let request = match self.0.services.answer(request).await {
+            Ok(reply) => return Ok((reply, deadline, None)),
+            Err(request) => request,
+        };
         if !self.0.buffers.have_room() {
             return Err(Refusal::NoMemory.into());
         }
         let (reply, route, replay) = grpc::until(deadline, self.answer(request, deadline, record))
             .await
             .map_err(|_| Refusal::Deadline)??;
-        Ok((reply, deadline, (route, replay)))
+        Ok((reply, deadline, Some((route, replay))))
     }
 
     /// Attempts until one is answered, or there may be no other.

@@ -6,11 +6,14 @@
 mod admin;
 mod attempt;
 mod buffers;
+mod catalog;
 mod checks;
+mod collect;
 pub mod config;
 mod egress;
 mod engines;
 mod gossip;
+mod health;
 mod hop;
 mod ingress;
 mod metrics;
@@ -21,8 +24,11 @@ mod orca;
 mod peers;
 mod probes;
 mod record;
+mod reflection;
 mod refusal;
 mod replay;
 mod router;
+mod services;
 
+pub use collect::reflect;
 pub use node::{Addresses, ClientCertificate, Node, NodeError};

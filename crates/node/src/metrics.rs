@@ -19,6 +19,7 @@ use prometheus_client::{
 };
 use telemetry::Latency;
 use tonic::Code;
+use transport::grpc;
 
 use crate::{engines::Engine, peers::Board, record::AccessLog};
 
@@ -176,7 +177,10 @@ impl Metrics {
     pub(crate) fn ended(&self, side: Side, code: Code, took: Duration) {
         let side_label = side.label();
         self.books.in_flight.get_or_create(&SideLabels { side: side_label }).dec();
-        self.books.calls.get_or_create(&CallLabels { side: side_label, code: name(code) }).inc();
+        self.books
+            .calls
+            .get_or_create(&CallLabels { side: side_label, code: grpc::code_name(code) })
+            .inc();
         self.books.duration[side as usize].0.record(took);
     }
 
@@ -314,29 +318,6 @@ impl Collector for State {
             }
         }
         Ok(())
-    }
-}
-
-/// The code as gRPC's own metrics spell it (gRFC A66).
-pub(crate) fn name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
     }
 }
 

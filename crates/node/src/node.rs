@@ -17,7 +17,6 @@ use balance::RetryBudget;
 use base::{NodeName, RegionName, clock};
 use http::HeaderValue;
 use identity::{ExpectedPeer, IdentityError, NodeIdentity};
-use membership::Descriptor;
 use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -31,11 +30,13 @@ use transport::{
 use crate::{
     admin::Admin,
     buffers::Buffers,
-    checks,
+    catalog::{Catalog, Scope},
+    checks, collect,
     config::{Config, MethodPattern, PeerConfig},
     egress::{self, Egress},
     engines::{Engine, Engines},
     gossip::{Gossip, Subscription, Voice},
+    health::Health,
     hop::Pseudonym,
     ingress::{self, Ingress},
     metrics::Metrics,
@@ -43,8 +44,10 @@ use crate::{
     peers::{Board, PeerName, Peers},
     probes::Probes,
     record::{AccessLog, LogWriter},
+    reflection::Reflection,
     refusal::Who,
     router::Router,
+    services::Services,
 };
 
 /// How many workers a node runs. One, until the sockets of a port carry a filter that sends each QUIC packet to the worker
@@ -178,7 +181,7 @@ impl Node {
             });
         }
         let ready = plan.ready.clone();
-        let router = control.check_engines(&plan);
+        let router = control.watch_engines(&plan);
         let admin = Admin {
             metrics: plan.metrics.clone(),
             probes: Probes { ready: ready.clone(), router },
@@ -254,12 +257,20 @@ impl Control {
         })
     }
 
-    /// Begins to check the engines; returns a router for who asks about room.
-    fn check_engines(&mut self, plan: &Plan) -> Router {
+    /// Begins to check the engines, and to ask them and the peers what they declare; returns a router for who asks about
+    /// room.
+    fn watch_engines(&mut self, plan: &Plan) -> Router {
         for (index, engine) in plan.engines.iter().enumerate() {
-            let channel = self.pool.channel(engine.target.clone());
+            let channel = || self.pool.channel(engine.target.clone());
             let seed = plan.seed ^ (index as u64).rotate_right(8);
-            self.tasks.spawn(checks::run(engine.clone(), channel, seed));
+            self.tasks.spawn(checks::run(engine.clone(), channel(), seed));
+            let catalog = plan.catalog.clone();
+            self.tasks.spawn(collect::engine(index, engine.clone(), channel(), catalog));
+        }
+        for (index, peer) in plan.peers.iter().enumerate() {
+            let channel = self.pool.channel(peer.clone());
+            let (board, catalog) = (plan.board.clone(), plan.catalog.clone());
+            self.tasks.spawn(collect::peer(index, channel, board, catalog));
         }
         plan.router(&self.pool, &self.pool, true, CHECKING)
     }
@@ -332,12 +343,8 @@ fn gossip(
         })
         .collect::<Result<_, IdentityError>>()?;
     let since_epoch = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let descriptor = Descriptor {
-        version: 1,
-        engines: plan.engines.iter().map(|engine| engine.describe()).collect(),
-    };
     let voice = Voice {
-        descriptor,
+        catalog: plan.catalog.clone(),
         own: identity.id().clone(),
         epoch: u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX),
         engines: plan.engines.clone(),
@@ -403,6 +410,7 @@ struct Plan {
     idempotent: Arc<[MethodPattern]>,
     engines: Arc<[Arc<Engine>]>,
     board: Arc<Board>,
+    catalog: Arc<Catalog>,
     peers: Vec<Target>,
     clients_tls: rustls::ServerConfig,
     peers_tls: rustls::ServerConfig,
@@ -448,6 +456,7 @@ impl Plan {
             buffers: Buffers::new(config.node.buffer_bytes.get()),
             budgets: [budget(), budget()],
             idempotent: config.routing.idempotent.iter().cloned().collect(),
+            catalog: Arc::new(Catalog::new(engines.clone(), board.clone())),
             engines,
             board,
             peers,
@@ -475,6 +484,10 @@ impl Plan {
         Router::new(Engines::new(channels), peers, rng, budget)
     }
 
+    fn reflection(&self, scope: Scope, worker: &Worker) -> Reflection {
+        Reflection { catalog: self.catalog.clone(), scope, drain: worker.drain.clone() }
+    }
+
     /// Runs one worker: its pools, its services, its share of the ports.
     async fn run(
         &self,
@@ -495,12 +508,22 @@ impl Plan {
             router: self.router(&to_engines, &to_peers, false, worker.index),
             idempotent: self.idempotent.clone(),
             overdue: overdue.clone(),
+            services: Services { reflection: self.reflection(Scope::Here, &worker), health: None },
         }));
         let router = self.router(&to_engines, &to_peers, true, worker.index);
         let ingress = Ingress(Arc::new(ingress::Parts {
             own: self.own.clone(),
             who: self.who.clone(),
             probes: Probes { ready: self.ready.clone(), router: router.clone() },
+            services: Services {
+                reflection: self.reflection(Scope::Mesh, &worker),
+                health: Some(Health {
+                    router: router.clone(),
+                    catalog: self.catalog.clone(),
+                    ready: self.ready.clone(),
+                    drain: worker.drain.clone(),
+                }),
+            },
             metrics: self.metrics.clone(),
             log: self.log.clone(),
             buffers: self.buffers.clone(),

@@ -7,7 +7,8 @@ use membership::EngineDescriptor;
 
 use crate::model::Wanted;
 
-/// What begins the path of every KServe v2 method.
+/// The service of KServe v2, and what begins the path of its methods.
+pub(crate) const KSERVE: &str = "inference.GRPCInferenceService";
 const KSERVE_SERVICE: &str = "/inference.GRPCInferenceService/";
 
 /// What a call asks for.
@@ -42,6 +43,12 @@ impl Offer {
     pub(crate) fn of_peer(engine: &EngineDescriptor) -> Option<Self> {
         let protocol = engine.protocol.parse().ok()?;
         Some(Self { protocol, models: engine.models.clone() })
+    }
+
+    /// Whether the engine says that it has a service or a model of this name.
+    pub(crate) fn is_called(&self, name: &str) -> bool {
+        (self.protocol == Protocol::KserveV2 && name == KSERVE)
+            || self.models.iter().any(|model| model.as_str() == name)
     }
 
     /// How well the engine suits a call; `None`: not at all.

@@ -48,9 +48,24 @@ struct Peer {
     /// What each of its engines serves; `None`: something we do not know.
     offers: Vec<Option<Offer>>,
     engines: Vec<EngineName>,
+    /// The services each of its engines reflects.
+    services: Vec<Vec<String>>,
     breaker: Breaker,
     /// Calls of this node in progress there.
     in_flight: u32,
+}
+
+impl Peer {
+    /// Whether its engine with this load may be sent calls.
+    fn standing(&self, presence: Presence, load: &Load, now: Instant) -> Standing {
+        match presence {
+            Presence::Present if !self.breaker.allows(now) => Standing::Ejected,
+            // Its node knows better, and is asked when there is nobody else.
+            Presence::Present if load.unusable => Standing::Ejected,
+            Presence::Present => Standing::Usable,
+            Presence::Draining | Presence::Silent | Presence::Unknown => Standing::Down,
+        }
+    }
 }
 
 /// What metrics say of a peer.
@@ -77,10 +92,11 @@ impl Board {
     pub(crate) fn describe(&self, index: usize, epoch: u64, descriptor: Descriptor) {
         let offers: Vec<_> = descriptor.engines.iter().map(Offer::of_peer).collect();
         let engines = descriptor.engines.iter().map(|engine| engine.name.clone()).collect();
+        let services = descriptor.engines.iter().map(|engine| engine.services.clone()).collect();
         let mut state = self.state.lock();
         if state.view.describe(index, epoch, descriptor) {
             let peer = &mut state.peers[index];
-            (peer.offers, peer.engines) = (offers, engines);
+            (peer.offers, peer.engines, peer.services) = (offers, engines, services);
             let has_models = |offer: &Offer| !offer.models.is_empty();
             let any = state.peers.iter().flat_map(|p| &p.offers).flatten().any(has_models);
             self.has_models.store(any, Ordering::Relaxed);
@@ -139,13 +155,7 @@ impl Board {
                 let place = Place::Peer { node: index, engine: Some(engine) };
                 let Some(fit) = offer.as_ref().and_then(|offer| offer.fit(ask)) else { continue };
                 let Some(seen) = state.view.seen(index, engine, now) else { continue };
-                let standing = match presence {
-                    Presence::Present if !peer.breaker.allows(now) => Standing::Ejected,
-                    // Its node knows better, and is asked when there is nobody else.
-                    Presence::Present if seen.load.unusable => Standing::Ejected,
-                    Presence::Present => Standing::Usable,
-                    Presence::Draining | Presence::Silent | Presence::Unknown => Standing::Down,
-                };
+                let standing = peer.standing(presence, &seen.load, now);
                 let server = Server {
                     place,
                     fit,
@@ -158,6 +168,46 @@ impl Board {
             }
         }
         servers
+    }
+
+    /// The standings of the engines of peers that have a service or a model of this name.
+    pub(crate) fn standings(&self, name: &str) -> Vec<Standing> {
+        let state = self.state.lock();
+        let now = clock::now();
+        let mut standings = Vec::new();
+        for (index, peer) in state.peers.iter().enumerate() {
+            let presence = state.view.presence(index, now);
+            let is_called = |(offer, services): (&Option<Offer>, &Vec<String>)| {
+                offer.as_ref().is_some_and(|offer| offer.is_called(name))
+                    || services.iter().any(|service| service == name)
+            };
+            for (engine, described) in peer.offers.iter().zip(&peer.services).enumerate() {
+                if is_called(described) {
+                    let seen = state.view.seen(index, engine, now);
+                    let standing = seen.map(|seen| peer.standing(presence, &seen.load, now));
+                    standings.push(standing.unwrap_or(Standing::Down));
+                }
+            }
+        }
+        standings
+    }
+
+    /// The models the engines of peers list.
+    pub(crate) fn models(&self) -> Vec<String> {
+        let state = self.state.lock();
+        let offers = state.peers.iter().flat_map(|peer| &peer.offers).flatten();
+        offers.flat_map(|offer| &offer.models).map(ToString::to_string).collect()
+    }
+
+    /// Which descriptor of peer `index` is known, by process and version.
+    pub(crate) fn described(&self, index: usize) -> Option<(u64, u32)> {
+        self.state.lock().view.described(index)
+    }
+
+    /// Whether an engine of peer `index` reflects services.
+    pub(crate) fn has_services(&self, index: usize) -> bool {
+        let state = self.state.lock();
+        state.peers.get(index).is_some_and(|peer| peer.services.iter().any(|s| !s.is_empty()))
     }
 
     /// The peers of which nothing is known, for when nobody known can take a call: the one with fewest of our calls, whose

@@ -18,9 +18,12 @@ use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use serde_json::json;
 use tonic::{Code, body::Body};
-use transport::{CallInfo, Protocol, grpc::End};
+use transport::{
+    CallInfo, Protocol,
+    grpc::{self, End},
+};
 
-use crate::metrics::{self, Metrics, Side};
+use crate::metrics::{Metrics, Side};
 
 /// Lines that wait to be written; beyond it lines are dropped and counted, so that a full pipe delays no call.
 const LINES_MAX: usize = 4096;
@@ -206,7 +209,7 @@ impl Record {
             "access": self.side.label(),
             "method": line.method,
             "model": line.model,
-            "code": metrics::name(end.code),
+            "code": grpc::code_name(end.code),
             "broke_off": end.broke_off,
             "refusal": line.refusal,
             "served_by": line.served_by,

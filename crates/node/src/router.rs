@@ -144,6 +144,13 @@ impl Router {
         }
     }
 
+    /// The standings of all who have a service or a model of this name.
+    pub(crate) fn standings(&self, name: &str) -> Vec<Standing> {
+        let mut standings: Vec<_> = self.engines.standings(name).collect();
+        standings.extend(self.peers.board().standings(name));
+        standings
+    }
+
     /// Why nobody takes a call.
     fn refusal(&self, ask: &Ask, servers: &[(Server, Load)]) -> Refusal {
         let what = ask.what();

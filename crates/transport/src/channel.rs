@@ -35,6 +35,14 @@ impl Channel {
         self.entry.target()
     }
 
+    /// Opens a connection, unless there is one: what a call would do first.
+    ///
+    /// # Errors
+    /// [`TransportError::Dial`], mostly; no call was made.
+    pub async fn connect(&self) -> Result<(), TransportError> {
+        self.pool.connect(&self.entry).await
+    }
+
     /// Makes a call. The authority of the request is replaced by the target's.
     ///
     /// # Errors

@@ -20,6 +20,20 @@ pub struct Target {
     name: Arc<str>,
     authority: Authority,
     tls: Option<PeerTls>,
+    via: Via,
+    server_name: Option<Arc<str>>,
+}
+
+/// Which transport a target with TLS is called over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Via {
+    /// Whichever works, QUIC first.
+    #[default]
+    Either,
+    /// HTTP/3 over QUIC alone.
+    H3,
+    /// HTTP/2 over TCP alone.
+    H2,
 }
 
 /// TLS towards a peer, made by the caller. ALPN is set here.
@@ -30,13 +44,27 @@ impl Target {
     /// A node: h3 over QUIC, h2 over TLS where UDP is blocked. `name` is for messages, `authority` is `host:port`.
     #[must_use]
     pub fn peer(name: &str, authority: Authority, tls: PeerTls) -> Self {
-        Self { name: name.into(), authority, tls: Some(tls) }
+        Self { name: name.into(), authority, tls: Some(tls), via: Via::Either, server_name: None }
+    }
+
+    /// A server with TLS, called over one transport. `server_name` is the name its certificate must have; `None`: the host
+    /// of `authority`.
+    #[must_use]
+    pub fn server(
+        name: &str,
+        authority: Authority,
+        tls: PeerTls,
+        via: Via,
+        server_name: Option<&str>,
+    ) -> Self {
+        let server_name = server_name.map(Arc::from);
+        Self { via, server_name, ..Self::peer(name, authority, tls) }
     }
 
     /// A server that speaks HTTP/2 without TLS (h2c).
     #[must_use]
     pub fn plaintext(name: &str, authority: Authority) -> Self {
-        Self { name: name.into(), authority, tls: None }
+        Self { name: name.into(), authority, tls: None, via: Via::H2, server_name: None }
     }
 
     /// The name, for messages.
@@ -51,9 +79,14 @@ impl Target {
         &self.authority
     }
 
-    /// Whether it can be reached over QUIC.
-    pub(crate) fn speaks_quic(&self) -> bool {
-        self.tls.is_some()
+    /// Whether QUIC is worth another try while TCP is in use.
+    pub(crate) fn prefers_quic(&self) -> bool {
+        self.via == Via::Either
+    }
+
+    /// The name its certificate must have.
+    fn tls_name(&self) -> &str {
+        self.server_name.as_deref().unwrap_or_else(|| host(&self.authority))
     }
 
     /// The scheme its requests name.
@@ -104,8 +137,10 @@ impl Dialer {
     }
 
     async fn race(&self, target: &Target) -> Result<Connection, TransportError> {
-        if target.tls.is_none() {
-            return self.dial_tcp(target).await;
+        match target.via {
+            Via::H2 => return self.dial_tcp(target).await,
+            Via::H3 => return self.dial_quic(target).await,
+            Via::Either => {}
         }
         let quic = self.dial_quic(target);
         tokio::pin!(quic);
@@ -148,14 +183,13 @@ impl Dialer {
         };
         let config = quic::client_config(*tls.clone(), &self.limits)
             .map_err(|error| failure(target, error))?;
-        let host = host(&target.authority);
         let mut last = failure(target, "its name has no address");
         let addresses = self.resolve(target).await?;
         let share = self.share(addresses.len());
         for address in addresses {
             let connecting = self
                 .endpoint
-                .connect_with(config.clone(), address, host)
+                .connect_with(config.clone(), address, target.tls_name())
                 .map_err(|error| failure(target, error));
             let connected = match connecting {
                 Ok(connecting) => tokio::time::timeout(share, connecting).await,
@@ -224,7 +258,7 @@ impl Dialer {
         };
         let mut tls = *tls.clone();
         tls.alpn_protocols = vec![b"h2".to_vec()];
-        let name = ServerName::try_from(host(&target.authority).to_owned())
+        let name = ServerName::try_from(target.tls_name().to_owned())
             .map_err(|error| failure(target, error))?;
         let stream = tokio_rustls::TlsConnector::from(Arc::new(tls))
             .connect(name, stream)

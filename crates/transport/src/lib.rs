@@ -26,7 +26,7 @@ mod unread;
 mod worker;
 
 pub use channel::Channel;
-pub use dial::{Dialer, PeerTls, Target};
+pub use dial::{Dialer, PeerTls, Target, Via};
 pub use error::{CancelSource, TransportError};
 pub use limits::Limits;
 pub use link::{Incoming, Link, Links};

@@ -92,6 +92,14 @@ impl Pool {
         Channel::new(self.clone(), entry.clone())
     }
 
+    /// Opens a connection to the target, unless there is one.
+    pub(crate) async fn connect(&self, entry: &Arc<Entry>) -> Result<(), TransportError> {
+        match self.choose(entry) {
+            Some(_) => Ok(()),
+            None => self.dial(entry).await,
+        }
+    }
+
     /// Closes every connection; calls in progress fail.
     pub fn close(&self) {
         for entry in self.0.entries.lock().values() {
@@ -130,7 +138,7 @@ impl Pool {
                 self.dial(entry).await?;
                 continue;
             };
-            if !connection.is_quic() && entry.target.speaks_quic() {
+            if !connection.is_quic() && entry.target.prefers_quic() {
                 self.probe_quic(entry, base::clock::now());
             }
             match connection.place().await {
@@ -186,7 +194,7 @@ impl Pool {
         let (pool, entry) = (self.clone(), entry.clone());
         self.0.dialer.tasks().spawn(async move {
             let dialled = pool.0.dialer.dial(&entry.target).await.map(|connection| {
-                if !connection.is_quic() && entry.target.speaks_quic() {
+                if !connection.is_quic() && entry.target.prefers_quic() {
                     tracing::info!(target = entry.target.name(), "QUIC did not answer; using TCP");
                 }
                 entry.connections.lock().push(connection);

@@ -19,6 +19,8 @@ use toml::{
     de::{DeArray, DeTable, DeValue},
 };
 
+use crate::catalog::NAMES_BYTES_MAX;
+
 use super::{Config, ENTRIES_MAX, json_schema};
 
 /// Engines are not checked more often, nor given less time to answer.
@@ -496,9 +498,11 @@ fn descriptor_bytes(config: &Config) -> usize {
         name: engine.name.clone(),
         protocol: engine.protocol.to_string(),
         models: engine.models.clone(),
+        services: Vec::new(),
     });
     let descriptor = Descriptor { version: u32::MAX, engines: engines.collect() };
-    membership::encode(&Frame::Descriptor(descriptor)).len()
+    // The services they will reflect, each with a tag and a length.
+    membership::encode(&Frame::Descriptor(descriptor)).len() + 2 * NAMES_BYTES_MAX
 }
 
 /// Whether two listeners want the same port. Port 0 never does; `[::]` takes IPv4 too.

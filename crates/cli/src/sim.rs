@@ -1,0 +1,132 @@
+//! `isobar sim`: what is simulated, so that a mesh can be tried without GPUs.
+
+use std::{net::SocketAddr, time::Duration};
+
+use anyhow::Context as _;
+use base::ModelName;
+use clap::{Args, Subcommand};
+use serde_json::json;
+use sim::engine::{Config, Ended, Engine};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{Failure, log, output, parent};
+
+/// Options of `isobar sim`.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a simulated GPU server: KServe v2 over gRPC, OpenAI's API over HTTP, faults on demand
+    Engine(EngineOptions),
+}
+
+/// Options of `isobar sim engine`.
+#[derive(Debug, Args)]
+struct EngineOptions {
+    /// Where gRPC is served, without TLS; port 0 takes any
+    #[arg(long, value_name = "ADDRESS", default_value_t = Config::default().grpc)]
+    grpc: SocketAddr,
+    /// Where HTTP is served: the OpenAI API, /health and /metrics
+    #[arg(long, value_name = "ADDRESS", default_value_t = Config::default().http)]
+    http: SocketAddr,
+    /// Where faults are injected: POST /slow?factor=20, /hang, /refuse, /heal, /die; GET / shows
+    #[arg(long, value_name = "ADDRESS", default_value_t = Config::default().admin)]
+    admin: SocketAddr,
+    /// Its only model
+    #[arg(long, default_value_t = Config::default().model)]
+    model: ModelName,
+    /// Requests that run at once
+    #[arg(long, default_value_t = Config::default().slots)]
+    slots: u32,
+    /// Length of a step of an empty batch; a full one takes twice as long. A running request yields a token per step
+    #[arg(long, value_name = "DURATION", default_value = "20ms", value_parser = humantime::parse_duration)]
+    step: Duration,
+    /// Requests that wait for a slot; beyond it the server is busy. By default a quarter of the slots
+    #[arg(long)]
+    queue: Option<u32>,
+    /// Tokens of a prompt a request takes in per step
+    #[arg(long, value_name = "TOKENS", default_value_t = Config::default().prefill_tokens_per_step)]
+    prefill_tokens_per_step: u32,
+    /// Blocks of 16 tokens the prefix cache holds
+    #[arg(long, value_name = "BLOCKS", default_value_t = Config::default().cache_blocks)]
+    cache_blocks: usize,
+    /// Tokens of an answer whose length was not asked for
+    #[arg(long, value_name = "TOKENS", default_value_t = Config::default().max_tokens)]
+    max_tokens: u32,
+    /// End at once when standard input is closed, and so with the process that holds it
+    #[arg(long)]
+    exit_with_stdin: bool,
+    /// Print the result as one JSON object, and log as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(options: &Options) -> Result<(), Failure> {
+    match &options.command {
+        Command::Engine(options) => engine(options),
+    }
+}
+
+fn engine(options: &EngineOptions) -> Result<(), Failure> {
+    log::to_stderr(tracing::Level::INFO, options.json)?;
+    if options.exit_with_stdin {
+        parent::exit_with_stdin()?;
+    }
+    let config = Config {
+        grpc: options.grpc,
+        http: options.http,
+        admin: options.admin,
+        model: options.model.clone(),
+        slots: options.slots,
+        step: options.step,
+        queue: options.queue,
+        prefill_tokens_per_step: options.prefill_tokens_per_step,
+        cache_blocks: options.cache_blocks,
+        max_tokens: options.max_tokens,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot make a runtime")?;
+    let ended = runtime.block_on(serve(options, config))?;
+    // As a process that is killed: no good-bye to anybody.
+    if matches!(ended, Ended::Died) {
+        std::process::exit(1);
+    }
+    runtime.shutdown_background();
+    match ended {
+        Ended::Failed(error) => Err(error.into()),
+        Ended::Stopped | Ended::Died => Ok(()),
+    }
+}
+
+async fn serve(options: &EngineOptions, config: Config) -> Result<Ended, Failure> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let model = config.model.clone();
+    let engine = Engine::start(&config).map_err(Failure::usage)?;
+    let at = engine.addresses();
+    if options.json {
+        let listen = json!({ "grpc": at.grpc, "http": at.http, "admin": at.admin });
+        output::json_line(&json!({ "model": model.as_str(), "listen": listen }))?;
+    } else {
+        output::text(&format!(
+            "simulated engine with model {model} is ready\n  \
+             grpc   {}   KServe v2, health, reflection (h2c)\n  \
+             http   {}   /v1/chat/completions /v1/completions /v1/models /health /metrics\n  \
+             admin  {}   POST /slow?factor=20 /hang /refuse /heal /die",
+            at.grpc, at.http, at.admin
+        ))?;
+    }
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    Ok(engine.run(stop).await)
+}

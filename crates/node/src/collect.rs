@@ -1,0 +1,150 @@
+//! Asking engines and peers what they declare, on the control runtime: one task each.
+//!
+//! An engine is asked when it is up, again when it comes back, and now and then. A peer is asked for the declarations of
+//! its engines when what it says it serves has changed.
+
+use std::{sync::Arc, time::Duration};
+
+use inference::{Collector, Reflected};
+use proto::grpc::reflection::v1::{ServerReflectionRequest, ServerReflectionResponse};
+use tonic::{Code, Request, Status, client::Grpc, codegen::http::uri::PathAndQuery};
+use tonic_prost::ProstCodec;
+use transport::Channel;
+
+use crate::{
+    catalog::{Catalog, Declared},
+    engines::Engine,
+    peers::Board,
+};
+
+/// How often what is known of engines and peers is looked at.
+const LOOK: Duration = Duration::from_millis(500);
+/// How long a server may take to say everything.
+const WITHIN: Duration = Duration::from_secs(10);
+/// An engine that stays up is asked again after this: it may have been replaced unseen.
+const AGAIN: Duration = Duration::from_secs(60);
+/// After a failure that may pass.
+const RETRY: Duration = Duration::from_secs(5);
+/// Paths of the method, newest first.
+const PATHS: [&str; 2] = [
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+];
+
+/// Keeps what engine `index` declares, for ever.
+pub(crate) async fn engine(
+    index: usize,
+    engine: Arc<Engine>,
+    channel: Channel,
+    catalog: Arc<Catalog>,
+) {
+    loop {
+        while !engine.is_healthy() {
+            tokio::time::sleep(LOOK).await;
+        }
+        let wait = match declared(&channel).await {
+            Ok(declared) => {
+                tracing::debug!(engine = %engine.name, services = ?declared.services, "an engine reflects");
+                catalog.engine_declares(index, declared);
+                AGAIN
+            }
+            Err(error) if error.code() == Code::Unimplemented => {
+                catalog.engine_declares(index, Declared::default());
+                AGAIN
+            }
+            Err(error) => {
+                tracing::debug!(engine = %engine.name, %error, "an engine could not be asked what it declares");
+                RETRY
+            }
+        };
+        let mut waited = Duration::ZERO;
+        while waited < wait && engine.is_healthy() {
+            tokio::time::sleep(LOOK).await;
+            waited += LOOK;
+        }
+    }
+}
+
+/// Keeps what peer `index` declares, for ever.
+pub(crate) async fn peer(index: usize, channel: Channel, board: Arc<Board>, catalog: Arc<Catalog>) {
+    let mut known = None;
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let described = board.described(index);
+        if described == known || described.is_none() {
+            continue;
+        }
+        if !board.has_services(index) {
+            catalog.peer_declares(index, Declared::default());
+            known = described;
+            continue;
+        }
+        match declared(&channel).await {
+            Ok(declared) => {
+                catalog.peer_declares(index, declared);
+                known = described;
+            }
+            Err(error) => {
+                let peer = channel.target().name();
+                tracing::debug!(peer, %error, "a peer could not be asked what it declares");
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+}
+
+async fn declared(channel: &Channel) -> Result<Declared, Status> {
+    Declared::new(reflect(channel).await?).map_err(Status::internal)
+}
+
+/// Asks a server for everything it reflects, by v1 or else v1alpha, within ten seconds.
+///
+/// # Errors
+/// UNIMPLEMENTED when it offers no reflection; otherwise what went wrong.
+pub async fn reflect(channel: &Channel) -> Result<Reflected, Status> {
+    let asking = async {
+        match reflect_by(channel, PATHS[0]).await {
+            Err(status) if status.code() == Code::Unimplemented => {
+                reflect_by(channel, PATHS[1]).await
+            }
+            other => other,
+        }
+    };
+    tokio::time::timeout(WITHIN, asking)
+        .await
+        .unwrap_or_else(|_| Err(Status::deadline_exceeded("it took too long")))
+}
+
+/// A stream of its own for each question it answers with the end of one.
+async fn reflect_by(channel: &Channel, path: &'static str) -> Result<Reflected, Status> {
+    let mut collector = Collector::default();
+    while let Some(first) = collector.next_request() {
+        let mut grpc = Grpc::new(channel.clone());
+        let (ask, questions) = tokio::sync::mpsc::channel(1);
+        let sent = ask.send(first).await;
+        sent.map_err(|_| Status::internal("the questions have no taker"))?;
+        let questions = tokio_stream::wrappers::ReceiverStream::new(questions);
+        let codec = ProstCodec::<ServerReflectionRequest, ServerReflectionResponse>::default();
+        let path = PathAndQuery::from_static(path);
+        let mut answers = grpc.streaming(Request::new(questions), path, codec).await?.into_inner();
+        loop {
+            match answers.message().await {
+                Ok(Some(answer)) => collector.answer(answer).map_err(bad)?,
+                Ok(None) => return Err(Status::internal("it stopped answering")),
+                Err(status) => {
+                    collector.ended(status.code().into(), status.message()).map_err(|_| status)?;
+                    break;
+                }
+            }
+            let Some(next) = collector.next_request() else { break };
+            if ask.send(next).await.is_err() {
+                return Err(Status::internal("it stopped listening"));
+            }
+        }
+    }
+    Ok(collector.finish())
+}
+
+fn bad(error: inference::ReflectionError) -> Status {
+    Status::internal(error.to_string())
+}
