@@ -5,6 +5,7 @@ mod bench;
 mod ca;
 mod call;
 mod caller;
+mod demo;
 mod load;
 mod log;
 mod node;
@@ -29,6 +30,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Show what a mesh is good for: three regions on this machine, in one command
+    Demo(demo::Options),
     /// Run a node
     Node(node::Options),
     /// Call a method of any gRPC server, with JSON in and out
@@ -69,6 +72,7 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 fn main() -> ExitCode {
     // clap prints its own errors and exits with 2.
     let outcome = match Cli::parse().command {
+        Command::Demo(options) => demo::run(&options),
         Command::Node(options) => node::run(&options),
         Command::Call(options) => call::run(&options),
         Command::Bench(options) => bench::run(&options),

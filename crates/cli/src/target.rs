@@ -1,6 +1,6 @@
 //! Whom `call` and `bench` call, and how: the options both share, and connections made of them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -124,6 +124,19 @@ fn authority(text: &str) -> anyhow::Result<Authority> {
 }
 
 impl Whom {
+    /// A server without TLS.
+    pub(crate) fn plaintext(address: &str) -> anyhow::Result<Self> {
+        let authority = authority(address)?;
+        Ok(Self { authority, protocol: Protocol::H2c, tls: None, server_name: None })
+    }
+
+    /// A server over HTTP/2 whose certificate `ca` vouches for.
+    pub(crate) fn h2(address: &str, ca: &Path) -> anyhow::Result<Self> {
+        let tls = PeerTls(Box::new(identity::client_config(Some(ca), None)?));
+        let authority = authority(address)?;
+        Ok(Self { authority, protocol: Protocol::H2, tls: Some(tls), server_name: None })
+    }
+
     fn target(&self, name: &str) -> Target {
         let via = if self.protocol == Protocol::H3 { Via::H3 } else { Via::H2 };
         match &self.tls {
