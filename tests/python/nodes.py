@@ -1,5 +1,6 @@
 """Nodes and engines as real processes, each ended by the test that started it."""
 
+import base64
 import json
 import os
 import shutil
@@ -229,6 +230,53 @@ class MLServer(Process):
         wait_for("the start of MLServer", ready, 120)
 
 
+class SimEngine(Process):
+    """A simulated GPU server: `isobar sim engine`."""
+
+    def __init__(self, directory: Path, name="sim", model="sim", **options):
+        listen = {key: "127.0.0.1:0" for key in ("grpc", "http", "admin")}
+        arguments = [BINARY, "sim", "engine", "--json", "--model", model]
+        for key, value in {**listen, "step": "2ms", **options}.items():
+            arguments += [f"--{key.replace('_', '-')}", value]
+        super().__init__(name, Path(directory), arguments)
+        try:
+            self.listen = json.loads(self.first_line())["listen"]
+        except BaseException:
+            self.kill()
+            raise
+        self.model = model
+        self.address = self.listen["grpc"]
+
+    def engine(self, **more) -> dict:
+        """How a node lists it."""
+        keys = {"name": self.name, "url": f"http://{self.address}", "protocol": "kserve-v2"}
+        return {**keys, "models": [self.model], **more}
+
+    def http(self, path: str, body=None, address=None) -> tuple[int, str]:
+        """Status and body of a page of its HTTP port."""
+        data = None if body is None else json.dumps(body).encode()
+        url = f"http://{address or self.listen['http']}{path}"
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=LONG) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def inject(self, fault: str):
+        """A fault, or `heal`."""
+        status, said = self.http(f"/{fault}", {}, self.listen["admin"])
+        assert status == 200, said
+
+
+def text_input(prompt: str, tokens: int, model="sim") -> dict:
+    """A ModelInferRequest of text, as JSON."""
+    contents = {"bytes_contents": [base64.b64encode(prompt.encode()).decode()]}
+    tensor = {"name": "text_input", "datatype": "BYTES", "shape": [1], "contents": contents}
+    parameters = {"max_tokens": {"int64_param": tokens}}
+    return {"model_name": model, "inputs": [tensor], "parameters": parameters}
+
+
 def pem_of(address: str) -> str:
     """The certificate a TLS port presents."""
     host, port = address.rsplit(":", 1)
@@ -238,10 +286,11 @@ def pem_of(address: str) -> str:
 class Service(Process):
     """The test service (service.py)."""
 
-    def __init__(self, directory: Path, name="service", factor=1.0, health=False):
+    def __init__(self, directory: Path, name="service", factor=1.0, health=False, reflection=False):
         script = Path(__file__).with_name("service.py")
         arguments = [sys.executable, script, "--factor", factor]
         arguments += ["--health"] if health else []
+        arguments += ["--reflection"] if reflection else []
         super().__init__(name, Path(directory), arguments)
         self.address = f"127.0.0.1:{self.first_line()}"
 

@@ -4,7 +4,8 @@ Request metadata `x-echo-NAME` comes back as initial metadata, `x-trail-NAME` as
 the seconds the service was given. Prints its port when it is ready.
 
 `--factor N` makes every delay N times as long. From SIGUSR1 to SIGUSR2 every call is refused with RESOURCE_EXHAUSTED.
-With `--health` it offers gRPC health checking, SERVING but from one SIGHUP to the next.
+With `--health` it offers gRPC health checking, SERVING but from one SIGHUP to the next; with `--reflection` server
+reflection, of which grpcio has v1alpha alone.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 sys.path.insert(0, os.environ["ISOBAR_STUBS"])
 
 import grpc  # noqa: E402
+from grpc_reflection.v1alpha import reflection  # noqa: E402
 from isobar.test.v1 import kinds_pb2 as pb  # noqa: E402
 from isobar.test.v1 import kinds_pb2_grpc  # noqa: E402
 
@@ -154,6 +156,7 @@ async def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--factor", type=float, default=1.0)
     parser.add_argument("--health", action="store_true")
+    parser.add_argument("--reflection", action="store_true")
     arguments = parser.parse_args()
     kinds = Kinds(arguments.factor)
     loop = asyncio.get_running_loop()
@@ -172,6 +175,9 @@ async def main():
         method = grpc.unary_unary_rpc_method_handler(check)
         service = grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": method})
         server.add_generic_rpc_handlers((service,))
+    if arguments.reflection:
+        names = ["isobar.test.v1.Kinds", reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(port, flush=True)

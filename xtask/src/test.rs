@@ -1,11 +1,18 @@
 //! Every test there is: Rust's, then other people's clients and servers against the real binary.
 
+use std::process::Command;
+
+use anyhow::Context as _;
+
 use crate::{
     python::Python,
     run::{cargo, step, target},
 };
 
 pub(crate) fn test() -> anyhow::Result<()> {
+    // What `isobar bench` is held against.
+    let h2load = Command::new("h2load").arg("--version").output();
+    h2load.context("h2load is missing: apt-get install nghttp2-client")?;
     let python = Python::set_up()?;
     step("Rust tests", cargo().args(["test", "--workspace"]))?;
     step("the binary", cargo().args(["build", "--package", "cli"]))?;

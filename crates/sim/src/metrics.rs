@@ -161,9 +161,44 @@ impl Metrics {
     }
 }
 
+/// The same in the text format Prometheus had before OpenMetrics, which is what vLLM answers with unless asked otherwise:
+/// counters are called by their whole names, and there are neither units nor an end.
+pub(crate) fn classic(open_metrics: &str) -> String {
+    let counters: Vec<&str> = open_metrics
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" counter"))
+        .collect();
+    let mut text = String::with_capacity(open_metrics.len());
+    for line in open_metrics.lines() {
+        if line == "# EOF" || line.starts_with("# UNIT ") {
+            continue;
+        }
+        let mut words = line.splitn(4, ' ');
+        match (words.next(), words.next(), words.next(), words.next()) {
+            (Some("#"), Some(what @ ("HELP" | "TYPE")), Some(name), Some(rest))
+                if counters.contains(&name) =>
+            {
+                text.push_str(&format!("# {what} {name}_total {rest}\n"));
+            }
+            _ => {
+                text.push_str(line);
+                text.push('\n');
+            }
+        }
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_classic_format_calls_counters_by_their_whole_names() {
+        let text = "# HELP a Calls.\n# TYPE a counter\na_total{b=\"c\"} 1\n# HELP d Now.\n# TYPE d gauge\n# UNIT d seconds\nd 2\n# EOF\n";
+        let want = "# HELP a_total Calls.\n# TYPE a_total counter\na_total{b=\"c\"} 1\n# HELP d Now.\n# TYPE d gauge\nd 2\n";
+        assert_eq!(classic(text), want);
+    }
 
     #[test]
     fn what_happens_is_in_the_text_under_the_names_of_vllm() {

@@ -6,7 +6,7 @@ use axum::{
     Json, Router,
     body::Bytes,
     extract::{DefaultBodyLimit, State, rejection::BytesRejection},
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{
         IntoResponse, Response,
         sse::{Event, Sse},
@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 
 use crate::{
     gpu::{Ask, Generation, Gpu, Refusal, round_up},
+    metrics::classic,
     openai::shapes::{ChatRequest, Order, Shape, TextRequest},
 };
 
@@ -136,11 +137,18 @@ async fn health(State(gpu): State<Arc<Gpu>>) -> StatusCode {
     if gpu.drain.is_cancelled() { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK }
 }
 
-async fn metrics(State(gpu): State<Arc<Gpu>>) -> Response {
+/// In the format the scraper asks for, as vLLM does.
+async fn metrics(State(gpu): State<Arc<Gpu>>, headers: HeaderMap) -> Response {
+    let accepted = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
+    let is_open = accepted.is_some_and(|accept| accept.contains("application/openmetrics-text"));
     match gpu.render_metrics() {
-        Ok(text) => {
+        Ok(text) if is_open => {
             let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             ([(header::CONTENT_TYPE, kind)], text).into_response()
+        }
+        Ok(text) => {
+            let kind = "text/plain; version=0.0.4; charset=utf-8";
+            ([(header::CONTENT_TYPE, kind)], classic(&text)).into_response()
         }
         Err(wrong) => error(StatusCode::INTERNAL_SERVER_ERROR, &wrong.to_string()),
     }

@@ -25,7 +25,7 @@ use tokio::{
 use super::relay::{Relay, Relays};
 
 /// The regions, and how much of what its engines can do each asks for.
-pub(crate) const REGIONS: [(&str, f64); 3] = [("eu", 1.30), ("us", 0.45), ("ap", 0.45)];
+pub(crate) const REGIONS: [(&str, f64); 3] = [("eu", 1.30), ("us", 0.40), ("ap", 0.40)];
 pub(crate) const NODES_PER_REGION: usize = 2;
 pub(crate) const ENGINES_PER_NODE: usize = 2;
 pub(crate) const SLOTS: u32 = 8;

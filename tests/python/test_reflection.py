@@ -1,0 +1,152 @@
+"""Reflection and health for the mesh, asked at a node that owns nothing: grpcurl and grpcio."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import grpc
+import pytest
+from nodes import LONG, SimEngine, free_port, text_input, wait_for, wait_for_peers
+
+GRPCURL = Path(sys.executable).with_name("grpcurl")
+KSERVE = "inference.GRPCInferenceService"
+KINDS = "isobar.test.v1.Kinds"
+HEALTH = "/grpc.health.v1.Health/"
+SERVING, NOT_SERVING, SERVICE_UNKNOWN = b"\x08\x01", b"\x08\x02", b"\x08\x03"
+
+
+@pytest.fixture
+def far(mesh):
+    """Two engines behind b, one of which reflects v1 and the other v1alpha alone, and a, which has none."""
+    mesh.sim = mesh.keep(SimEngine(mesh.directory, "gpu", model="llama"))
+    mesh.kinds = mesh.service("kinds", reflection=True)
+    check = {"kind": "tcp", "interval": "200ms", "timeout": "200ms", "failures": 1, "successes": 1}
+    mesh.b = mesh.node(
+        "b", "us", engines=[mesh.sim.engine(health=check), mesh.kinds.engine(health=check)]
+    )
+    mesh.a = mesh.node("a", "eu", peers=[mesh.b])
+    wait_for_peers(mesh.a, mesh.b)
+    return mesh
+
+
+def grpcurl(node, *arguments):
+    command = [GRPCURL, "-cacert", node.ca, *arguments[:-1], node.clients, *arguments[-1:]]
+    return subprocess.run(command, capture_output=True, text=True, timeout=LONG)
+
+
+def listed(node):
+    done = grpcurl(node, "list")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def name(service):
+    """A HealthCheckRequest."""
+    return bytes([0x0A, len(service)]) + service.encode() if service else b""
+
+
+def channel(node):
+    credentials = grpc.ssl_channel_credentials(node.ca.read_bytes())
+    return grpc.secure_channel(node.clients, credentials)
+
+
+def test_grpcurl_lists_describes_and_calls_what_only_a_peer_has(far):
+    wanted = {
+        KSERVE, KINDS, "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection",
+    }
+    wait_for("the services of the peer", lambda: wanted == set(listed(far.a)))
+    described = subprocess.run(
+        [GRPCURL, "-cacert", far.a.ca, far.a.clients, "describe", f"{KINDS}.Unary"],
+        capture_output=True, text=True, timeout=LONG,
+    )
+    assert "rpc Unary" in described.stdout, described.stderr
+    called = grpcurl(far.a, "-d", '{"text": "there and back"}', f"{KINDS}/Unary")
+    assert json.loads(called.stdout)["text"] == "there and back", called.stderr
+    data = json.dumps(text_input("hello", 3, "llama"))
+    called = grpcurl(far.a, "-v", "-d", data, f"{KSERVE}/ModelInfer")
+    assert "x-isobar-served-by: b.us/gpu" in called.stdout, called.stderr
+
+
+def test_what_nobody_declares_is_not_found(far):
+    for symbol in ("no.Such", "isobar.test.v1.Kinds.Nope"):
+        done = subprocess.run(
+            [GRPCURL, "-cacert", far.a.ca, far.a.clients, "describe", symbol],
+            capture_output=True, text=True, timeout=LONG,
+        )
+        assert done.returncode != 0
+        assert "not found" in done.stderr.lower() or "declares" in done.stderr, done.stderr
+
+
+def test_health_is_that_of_whoever_serves_a_model_or_a_service(far):
+    with channel(far.a) as open_channel:
+        check = open_channel.unary_unary(f"{HEALTH}Check")
+        wait_for("the services of the peer", lambda: KINDS in listed(far.a))
+        wait_for("the engine", lambda: check(name("llama"), timeout=LONG) == SERVING)
+        for service in ("", KSERVE, KINDS, "llama", "grpc.health.v1.Health"):
+            assert check(name(service), timeout=LONG) == SERVING, service
+        with pytest.raises(grpc.RpcError) as failed:
+            check(name("mixtral"), timeout=LONG)
+        assert failed.value.code() == grpc.StatusCode.NOT_FOUND
+        assert open_channel.unary_unary(f"{HEALTH}List")(b"", timeout=LONG).count(b"llama") == 1
+
+
+def test_a_watch_tells_that_the_only_engine_is_gone_and_back_and_ends_with_the_node(far):
+    said = []
+    with channel(far.a) as open_channel:
+        check = open_channel.unary_unary(f"{HEALTH}Check")
+        wait_for("the engine", lambda: check(name("llama"), timeout=LONG) == SERVING)
+        stream = open_channel.unary_stream(f"{HEALTH}Watch")
+        watch, unknown = (stream(name(service), timeout=LONG) for service in ("llama", "mixtral"))
+        assert next(unknown) == SERVICE_UNKNOWN
+        unknown.cancel()
+
+        def listen():
+            try:
+                for status in watch:
+                    said.append(status)
+            except grpc.RpcError as error:
+                said.append(error.code())
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        wait_for("the first status", lambda: said == [SERVING])
+        far.sim.kill()
+        wait_for("the second", lambda: said == [SERVING, NOT_SERVING])
+        port = far.sim.address
+        far.keep(SimEngine(far.directory, "gpu", model="llama", grpc=port))
+        wait_for("the third", lambda: said == [SERVING, NOT_SERVING, SERVING])
+        # A watch would last for ever: the node must not wait for it.
+        assert far.a.stop() == 0
+        listener.join(LONG)
+    # The node says that it takes no more calls, and then no more at all.
+    assert not listener.is_alive() and said[3] == NOT_SERVING
+
+
+def test_busy_is_not_unhealthy(far):
+    with channel(far.a) as open_channel:
+        check = open_channel.unary_unary(f"{HEALTH}Check")
+        wait_for("the engine", lambda: check(name("llama"), timeout=LONG) == SERVING)
+        far.sim.inject("refuse")
+        infer = open_channel.unary_unary(f"/{KSERVE}/ModelInfer")
+        for _ in range(20):
+            with pytest.raises(grpc.RpcError):
+                # model_name, and nothing else: refused before anybody looks at it.
+                infer(b"\x0a\x05llama", timeout=LONG)
+        assert check(name("llama"), timeout=LONG) == SERVING
+
+
+def test_services_that_appear_later_are_told(mesh):
+    port = f"127.0.0.1:{free_port()}"
+    # An opaque engine: what it serves is known from its reflection alone.
+    engine = {"name": "late", "url": f"http://{port}", "protocol": "grpc"}
+    b = mesh.node("b", "us", engines=[engine])
+    a = mesh.node("a", "eu", peers=[b])
+    wait_for_peers(a, b)
+    assert KSERVE not in listed(a)
+    sim = mesh.keep(SimEngine(mesh.directory, "late", grpc=port))
+    wait_for("the services of the peer", lambda: KSERVE in listed(a))
+    called = grpcurl(a, "-d", json.dumps(text_input("hello", 2)), f"{KSERVE}/ModelInfer")
+    assert json.loads(called.stdout)["modelName"] == sim.model, called.stderr
