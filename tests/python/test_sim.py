@@ -83,6 +83,20 @@ def test_bad_requests_say_what_is_expected(sim):
         wrong.set_data_from_numpy(np.zeros(1, dtype=np.float32))
         with pytest.raises(InferenceServerException, match="text_input"):
             client.infer("sim", [wrong])
+        assert not client.is_model_ready("other")
+
+
+def test_a_bad_first_request_of_a_stream_of_tritonclient_leaves_it_alive(sim):
+    answers = queue.Queue()
+    with triton.InferenceServerClient(sim.address) as client:
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        for model in ("other", "sim"):
+            client.async_stream_infer(model, tensor("hello"), parameters={"max_tokens": 1})
+        _, error = answers.get(timeout=LONG)
+        assert "ask for `sim`" in str(error)
+        result, error = answers.get(timeout=LONG)
+        assert error is None and result.as_numpy("text_output")[0]
+        client.stop_stream()
 
 
 def chat(**more):
@@ -124,7 +138,7 @@ def test_metrics_are_those_of_vllm(sim):
     families = {family.name: family for family in text_string_to_metric_families(page)}
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         sample = families[f"vllm:{name}"].samples[0]
-        assert sample.labels["model_name"] == "sim"
+        assert sample.labels == {"engine": "0", "model_name": "sim"}
     for name in ("generation_tokens", "prompt_tokens", "request_success"):
         family = families[f"vllm:{name}"]
         assert family.type == "counter"
@@ -172,7 +186,7 @@ def test_a_slow_server_is_slow_and_one_that_dies_is_gone(own_sim):
     own_sim.inject("slow?factor=10")
     began = time.monotonic()
     infer(own_sim, tokens=3)
-    # Three tokens and a prompt, 20 ms each and ten times as slow.
+    # Three steps, of which the first takes in the prompt, 20 ms each and ten times as slow.
     assert time.monotonic() - began > 0.6
     try:
         own_sim.inject("die")

@@ -1,6 +1,6 @@
 //! How messages are declared: from proto files, from the server's reflection, or, for what everybody knows, built in.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, thread};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -8,7 +8,7 @@ use prost_reflect::{DescriptorPool, Kind, MessageDescriptor, MethodDescriptor, S
 use tonic::Code;
 use transport::Channel;
 
-use crate::Failure;
+use crate::{Failure, output};
 
 /// Options that say where declarations come from.
 #[derive(Clone, Debug, Args)]
@@ -44,10 +44,11 @@ impl Schema {
         }
         match node::reflect(channel).await {
             Ok(reflected) => {
-                let pool = DescriptorPool::decode(reflected.files.as_slice())
-                    .context("the server reflects declarations that do not fit together")?;
-                let services = reflected.services;
-                Ok(Self { services, pools: vec![pool, built_in], unknown: None })
+                let groups = reflected.declarations.iter();
+                let mut pools: Vec<_> =
+                    groups.filter_map(|group| decoded(group.to_set())).collect();
+                pools.push(built_in);
+                Ok(Self { services: reflected.services, pools, unknown: None })
             }
             Err(status) => {
                 let why = match status.code() {
@@ -131,6 +132,26 @@ fn compile(files: &[PathBuf], imports: &[PathBuf]) -> anyhow::Result<DescriptorP
         imports.into_iter().map(|p| if p.as_os_str().is_empty() { ".".into() } else { p });
     let set = protox::compile(files, imports.collect::<Vec<PathBuf>>())?;
     DescriptorPool::from_file_descriptor_set(set).context("the proto files do not fit together")
+}
+
+/// What a server declares, if it can be understood. On a thread of its own: the library panics at some declarations that
+/// protoc would refuse.
+fn decoded(set: Vec<u8>) -> Option<DescriptorPool> {
+    let decoding = thread::Builder::new()
+        .name("declarations".to_owned())
+        .spawn(move || DescriptorPool::decode(set.as_slice()).map_err(|error| error.to_string()));
+    let decoded = match decoding.map(thread::JoinHandle::join) {
+        Ok(Ok(decoded)) => decoded,
+        Ok(Err(_)) => Err("they are not what protoc would make".to_owned()),
+        Err(error) => Err(error.to_string()),
+    };
+    match decoded {
+        Ok(pool) => Some(pool),
+        Err(why) => {
+            output::note(&format!("some declarations of the server cannot be used: {why}"));
+            None
+        }
+    }
 }
 
 /// A service as proto declares it.

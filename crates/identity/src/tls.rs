@@ -32,6 +32,7 @@ use crate::{
 
 const VERSIONS: &[&SupportedProtocolVersion] = &[&TLS13];
 const CA_REMEDY: &str = "give the PEM file of the authority that signed the server's certificate";
+const OWN_CERT_REMEDY: &str = "give the PEM files of a certificate and its key";
 const SERVER_CERT_REMEDY: &str = "check `cert` and `key` in [tls]";
 
 /// The node one means to reach.
@@ -118,7 +119,10 @@ pub fn client_config(
         .with_root_certificates(roots);
     Ok(match own {
         Some((cert, key)) => {
-            let (chain, key) = load_server_cert(cert, key)?;
+            let chain = files::read_certificates(cert, OWN_CERT_REMEDY)?;
+            let secret = files::read_key(key, OWN_CERT_REMEDY)?;
+            check_key(Paths { ca: cert, cert, key }, &chain, &secret)?;
+            let key = secret;
             builder.with_client_auth_cert(chain, key)?
         }
         None => builder.with_no_client_auth(),

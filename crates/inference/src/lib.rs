@@ -4,12 +4,14 @@
 //! Nothing here does IO or keeps a body. A caller pushes the bytes it relays past a [`ModelReader`] and routes as soon
 //! as the reader knows; decoding messages into types is deliberately absent.
 
+mod declarations;
 mod fields;
 mod inflate;
 mod protocol;
 mod reader;
 mod reflection;
 
+pub use declarations::{DeclarationError, Declarations};
 pub use protocol::{Protocol, UnknownProtocol, is_idempotent, kserve_model_field};
 pub use reader::{Encoding, ModelReader, Progress, ReadError};
 pub use reflection::{Collector, Reflected, ReflectionError};

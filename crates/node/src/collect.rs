@@ -11,50 +11,49 @@ use tonic::{Code, Request, Status, client::Grpc, codegen::http::uri::PathAndQuer
 use tonic_prost::ProstCodec;
 use transport::Channel;
 
-use crate::{
-    catalog::{Catalog, Declared},
-    engines::Engine,
-    peers::Board,
-};
+use crate::{catalog::Catalog, engines::Engine, peers::Board};
 
 /// How often what is known of engines and peers is looked at.
 const LOOK: Duration = Duration::from_millis(500);
-/// How long a server may take to say everything.
+/// How long a server may take to say everything, and to end its answer then.
 const WITHIN: Duration = Duration::from_secs(10);
+const END_WITHIN: Duration = Duration::from_secs(1);
 /// An engine that stays up is asked again after this: it may have been replaced unseen.
 const AGAIN: Duration = Duration::from_secs(60);
-/// After a failure that may pass.
-const RETRY: Duration = Duration::from_secs(5);
+/// After a failure that may pass, doubling up to [`AGAIN`].
+const RETRY: Duration = Duration::from_secs(2);
 /// Paths of the method, newest first.
 const PATHS: [&str; 2] = [
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 ];
 
-/// Keeps what engine `index` declares, for ever.
+/// Keeps what engine `index` reflects, for ever.
 pub(crate) async fn engine(
     index: usize,
     engine: Arc<Engine>,
     channel: Channel,
     catalog: Arc<Catalog>,
 ) {
+    let mut retry = RETRY;
     loop {
         while !engine.is_healthy() {
             tokio::time::sleep(LOOK).await;
         }
-        let wait = match declared(&channel).await {
-            Ok(declared) => {
-                tracing::debug!(engine = %engine.name, services = ?declared.services, "an engine reflects");
-                catalog.engine_declares(index, declared);
+        let wait = match reflect(&channel).await {
+            Ok(reflected) => {
+                tracing::debug!(engine = %engine.name, services = ?reflected.services, "an engine reflects");
+                catalog.engine_reflects(index, reflected);
+                retry = RETRY;
                 AGAIN
             }
             Err(error) if error.code() == Code::Unimplemented => {
-                catalog.engine_declares(index, Declared::default());
+                catalog.engine_reflects(index, Reflected::default());
                 AGAIN
             }
             Err(error) => {
                 tracing::debug!(engine = %engine.name, %error, "an engine could not be asked what it declares");
-                RETRY
+                doubling(&mut retry)
             }
         };
         let mut waited = Duration::ZERO;
@@ -65,36 +64,36 @@ pub(crate) async fn engine(
     }
 }
 
-/// Keeps what peer `index` declares, for ever.
+/// Keeps what peer `index` reflects, for ever.
 pub(crate) async fn peer(index: usize, channel: Channel, board: Arc<Board>, catalog: Arc<Catalog>) {
-    let mut known = None;
+    let (mut known, mut retry) = (None, RETRY);
     loop {
         tokio::time::sleep(LOOK).await;
         let described = board.described(index);
         if described == known || described.is_none() {
             continue;
         }
-        if !board.has_services(index) {
-            catalog.peer_declares(index, Declared::default());
-            known = described;
-            continue;
-        }
-        match declared(&channel).await {
-            Ok(declared) => {
-                catalog.peer_declares(index, declared);
-                known = described;
+        let reflected = if board.has_services(index) {
+            reflect(&channel).await
+        } else {
+            Ok(Reflected::default())
+        };
+        match reflected {
+            Ok(reflected) => {
+                catalog.peer_reflects(index, reflected);
+                (known, retry) = (described, RETRY);
             }
             Err(error) => {
                 let peer = channel.target().name();
                 tracing::debug!(peer, %error, "a peer could not be asked what it declares");
-                tokio::time::sleep(RETRY).await;
+                tokio::time::sleep(doubling(&mut retry)).await;
             }
         }
     }
 }
 
-async fn declared(channel: &Channel) -> Result<Declared, Status> {
-    Declared::new(reflect(channel).await?).map_err(Status::internal)
+fn doubling(retry: &mut Duration) -> Duration {
+    std::mem::replace(retry, (*retry * 2).min(AGAIN))
 }
 
 /// Asks a server for everything it reflects, by v1 or else v1alpha, within ten seconds.
@@ -136,7 +135,12 @@ async fn reflect_by(channel: &Channel, path: &'static str) -> Result<Reflected, 
                     break;
                 }
             }
-            let Some(next) = collector.next_request() else { break };
+            let Some(next) = collector.next_request() else {
+                // Left in the middle, the server would count a cancelled call.
+                drop(ask);
+                drop(tokio::time::timeout(END_WITHIN, answers.message()).await);
+                break;
+            };
             if ask.send(next).await.is_err() {
                 return Err(Status::internal("it stopped listening"));
             }

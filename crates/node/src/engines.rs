@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use balance::{HealthChange, Outcome, Place, Server, Standing, Ticket};
 use base::{EngineName, Load, clock};
 use http::{Request, Response};
+use inference::Reflected;
 use membership::EngineDescriptor;
 use parking_lot::Mutex;
 use rand::Rng;
@@ -12,9 +13,8 @@ use tonic::body::Body;
 use transport::{Channel, Target, TransportError};
 
 use crate::{
-    catalog::Declared,
     config::{EngineConfig, HealthConfig},
-    offer::{Ask, Offer},
+    offer::{Ask, Called, Offer},
 };
 
 /// One engine, shared by all workers: its machine is one, never split.
@@ -25,7 +25,7 @@ pub(crate) struct Engine {
     pub(crate) offer: Offer,
     pub(crate) health: HealthConfig,
     machine: Mutex<balance::Engine>,
-    declared: Mutex<Arc<Declared>>,
+    reflected: Mutex<Arc<Reflected>>,
 }
 
 impl Engine {
@@ -38,7 +38,7 @@ impl Engine {
             offer: Offer { protocol: config.protocol, models: config.models.clone() },
             health: config.health.clone(),
             machine: Mutex::new(balance::Engine::new(config.slots, health, now, rng)),
-            declared: Mutex::default(),
+            reflected: Mutex::default(),
         }
     }
 
@@ -57,29 +57,24 @@ impl Engine {
         self.machine.lock().standing(clock::now())
     }
 
-    /// What others need to know of it.
+    /// What others need to know of it, but for its services.
     pub(crate) fn describe(&self) -> EngineDescriptor {
         EngineDescriptor {
             name: self.name.clone(),
             protocol: self.offer.protocol.to_string(),
             models: self.offer.models.clone(),
-            services: self.declared().services.clone(),
+            services: Vec::new(),
         }
     }
 
     /// What it reflects.
-    pub(crate) fn declared(&self) -> Arc<Declared> {
-        self.declared.lock().clone()
+    pub(crate) fn reflected(&self) -> Arc<Reflected> {
+        self.reflected.lock().clone()
     }
 
     /// It reflects this; returns what it did before.
-    pub(crate) fn declare(&self, declared: Declared) -> Arc<Declared> {
-        std::mem::replace(&mut *self.declared.lock(), Arc::new(declared))
-    }
-
-    /// Whether it says that it has a service or a model of this name.
-    fn is_called(&self, name: &str) -> bool {
-        self.offer.is_called(name) || self.declared().services.iter().any(|s| s == name)
+    pub(crate) fn reflect(&self, reflected: Reflected) -> Arc<Reflected> {
+        std::mem::replace(&mut *self.reflected.lock(), Arc::new(reflected))
     }
 
     /// How long until its next health check.
@@ -189,10 +184,12 @@ impl Engines {
         })
     }
 
-    /// The standings of those that have a service or a model of this name.
-    pub(crate) fn standings<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Standing> + 'a {
-        let called = self.0.iter().filter(move |(engine, _)| engine.is_called(name));
-        called.map(|(engine, _)| engine.standing())
+    /// What each is called, and whether it may be sent calls.
+    pub(crate) fn called(&self) -> impl Iterator<Item = (Called, Standing)> + '_ {
+        self.0.iter().map(|(engine, _)| {
+            let called = engine.offer.called(&engine.reflected().services);
+            (called, engine.standing())
+        })
     }
 
     /// A slot of engine `index`, if one is free.

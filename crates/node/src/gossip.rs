@@ -176,9 +176,11 @@ impl Speaker {
         frame.map(|frame| encode(&Frame::Load(frame)).into())
     }
 
-    /// The figures, for one who has just come.
+    /// The figures, for one who has just come and was told what they are of.
     fn first_frame(&self) -> Bytes {
-        let frame = self.reporter.lock().first_frame(&self.loads(), self.draining());
+        let mut reporter = self.reporter.lock();
+        reporter.describes(self.voice.catalog.version());
+        let frame = reporter.first_frame(&self.loads(), self.draining());
         encode(&Frame::Load(frame)).into()
     }
 

@@ -22,18 +22,22 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, codegen::BoxStream};
 
 use crate::{
-    catalog::{BUILT_IN, Catalog, Scope},
+    offer::Called,
     router::Router,
+    services::{HEALTH, REFLECTION},
 };
 
 /// How often a watched status is looked at.
 const LOOK: Duration = Duration::from_millis(200);
+/// Longest name of a service or a model.
+const NAME_BYTES_MAX: usize = 1024;
+/// Names that are listed; where there are more, who asks must say which.
+const LISTED_MAX: usize = 1000;
 
 /// Answers health checks. Cloneable.
 #[derive(Clone, Debug)]
 pub(crate) struct Health {
     pub(crate) router: Router,
-    pub(crate) catalog: Arc<Catalog>,
     /// Whether the node takes calls.
     pub(crate) ready: Arc<AtomicBool>,
     /// Ends watches.
@@ -42,15 +46,43 @@ pub(crate) struct Health {
 
 impl Health {
     /// The status of a service or a model; `None`: nobody has it.
+    ///
+    /// An engine that does not say what it has may have it, as routing sees it too.
     fn status(&self, name: &str) -> Option<ServingStatus> {
-        let is_own = name.is_empty() || BUILT_IN.contains(&name);
-        let standings = if is_own { vec![Standing::Usable] } else { self.router.standings(name) };
-        if standings.is_empty() {
-            return None;
-        }
-        let is_ready = self.ready.load(Ordering::Relaxed);
-        let serves = is_ready && standings.contains(&Standing::Usable);
+        let is_own = name.is_empty() || name == HEALTH || REFLECTION.contains(&name);
+        let is_usable = is_own || {
+            let called = self.router.called();
+            let has = |called: &Called| called.names.iter().any(|known| known == name);
+            let mut known = called.iter().filter(|(called, _)| has(called)).peekable();
+            let mut perhaps = called.iter().filter(|(called, _)| !called.is_all).peekable();
+            let may_be_unknown = self.router.has_unknown();
+            if known.peek().is_none() && perhaps.peek().is_none() && !may_be_unknown {
+                return None;
+            }
+            let is_known = known.peek().is_some();
+            let usable = |(_, standing): &(Called, Standing)| *standing == Standing::Usable;
+            known.any(usable) || (!is_known && perhaps.any(usable)) || may_be_unknown
+        };
+        let serves = is_usable && self.ready.load(Ordering::Relaxed);
         Some(if serves { ServingStatus::Serving } else { ServingStatus::NotServing })
+    }
+
+    /// The statuses of everything that somebody says it has.
+    fn statuses(&self) -> BTreeMap<String, ServingStatus> {
+        let is_ready = self.ready.load(Ordering::Relaxed);
+        let own = REFLECTION.iter().chain([&HEALTH, &""]);
+        let mut usable: BTreeMap<String, bool> =
+            own.map(|name| ((*name).to_owned(), true)).collect();
+        for (called, standing) in self.router.called() {
+            for name in called.names {
+                *usable.entry(name).or_default() |= standing == Standing::Usable;
+            }
+        }
+        let status = |serves| match serves && is_ready {
+            true => ServingStatus::Serving,
+            false => ServingStatus::NotServing,
+        };
+        usable.into_iter().map(|(name, usable)| (name, status(usable))).collect()
     }
 
     /// The next status of `name` that is not `last`; `None`: the node drains.
@@ -68,6 +100,16 @@ impl Health {
     }
 }
 
+/// The name that is asked for.
+fn name(request: HealthCheckRequest) -> Result<String, Status> {
+    if request.service.len() > NAME_BYTES_MAX {
+        return Err(Status::invalid_argument(format!(
+            "a name of more than {NAME_BYTES_MAX} bytes: ask for a service or a model"
+        )));
+    }
+    Ok(request.service)
+}
+
 fn response(status: ServingStatus) -> HealthCheckResponse {
     HealthCheckResponse { status: status.into() }
 }
@@ -78,7 +120,7 @@ impl health_server::Health for Health {
         &self,
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<HealthCheckResponse>, Status> {
-        let status = self.status(&request.get_ref().service);
+        let status = self.status(&name(request.into_inner())?);
         let status = status.ok_or_else(|| {
             Status::not_found("nobody in the mesh has a service or model of this name")
         })?;
@@ -89,16 +131,13 @@ impl health_server::Health for Health {
         &self,
         _: Request<HealthListRequest>,
     ) -> Result<Response<HealthListResponse>, Status> {
-        let mut names = self.catalog.services(Scope::Mesh);
-        names.extend(self.catalog.models());
-        names.push(String::new());
-        let statuses: BTreeMap<String, HealthCheckResponse> = names
-            .into_iter()
-            .filter_map(|name| {
-                let status = response(self.status(&name)?);
-                Some((name, status))
-            })
-            .collect();
+        let statuses = self.statuses();
+        if statuses.len() > LISTED_MAX {
+            let why = format!("more than {LISTED_MAX} names: ask for one of them");
+            return Err(Status::resource_exhausted(why));
+        }
+        let statuses = statuses.into_iter().map(|(name, status)| (name, response(status)));
+        let statuses = statuses.collect();
         Ok(Response::new(HealthListResponse { statuses }))
     }
 
@@ -106,7 +145,7 @@ impl health_server::Health for Health {
         &self,
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<BoxStream<HealthCheckResponse>>, Status> {
-        let start = (self.clone(), request.into_inner().service, None);
+        let start = (self.clone(), name(request.into_inner())?, None);
         let statuses = stream::unfold(start, |(health, name, last)| async move {
             let status = health.next(&name, last).await?;
             Some((Ok(response(status)), (health, name, Some(status))))

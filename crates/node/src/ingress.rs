@@ -137,7 +137,8 @@ impl Ingress {
         hop::strip_request(request.headers_mut());
         hop::guard(request.headers(), &self.0.own).map_err(Refusal::Loop)?;
         let deadline = hop::deadline(request.headers()).map_err(Refusal::from)?;
-        let request = match self.0.services.answer(request).await {
+        let own = grpc::until(deadline, self.0.services.answer(request)).await;
+        let request = match own.map_err(|_| Refusal::Deadline)? {
             Ok(reply) => return Ok((reply, deadline, None)),
             Err(request) => request,
         };

@@ -508,7 +508,11 @@ impl Plan {
             router: self.router(&to_engines, &to_peers, false, worker.index),
             idempotent: self.idempotent.clone(),
             overdue: overdue.clone(),
-            services: Services { reflection: self.reflection(Scope::Here, &worker), health: None },
+            services: Services {
+                reflection: self.reflection(Scope::Here, &worker),
+                health: None,
+                drain: worker.drain.clone(),
+            },
         }));
         let router = self.router(&to_engines, &to_peers, true, worker.index);
         let ingress = Ingress(Arc::new(ingress::Parts {
@@ -519,10 +523,10 @@ impl Plan {
                 reflection: self.reflection(Scope::Mesh, &worker),
                 health: Some(Health {
                     router: router.clone(),
-                    catalog: self.catalog.clone(),
                     ready: self.ready.clone(),
                     drain: worker.drain.clone(),
                 }),
+                drain: worker.drain.clone(),
             },
             metrics: self.metrics.clone(),
             log: self.log.clone(),

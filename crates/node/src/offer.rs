@@ -38,11 +38,32 @@ pub(crate) struct Offer {
     pub(crate) models: Vec<ModelName>,
 }
 
+/// The names of what an engine serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Called {
+    /// Services and models.
+    pub(crate) names: Vec<String>,
+    /// Whether that is all: otherwise it may have others, and is asked.
+    pub(crate) is_all: bool,
+}
+
 impl Offer {
     /// What a peer says of one of its engines; `None`: it speaks what we do not know.
     pub(crate) fn of_peer(engine: &EngineDescriptor) -> Option<Self> {
         let protocol = engine.protocol.parse().ok()?;
         Some(Self { protocol, models: engine.models.clone() })
+    }
+
+    /// The names of what the engine serves, `services` being what it reflects.
+    pub(crate) fn called(&self, services: &[String]) -> Called {
+        let kserve = (self.protocol == Protocol::KserveV2).then(|| KSERVE.to_owned());
+        let models = self.models.iter().map(ToString::to_string);
+        let names: Vec<String> = services.iter().cloned().chain(kserve).chain(models).collect();
+        let is_all = match self.protocol {
+            Protocol::KserveV2 => !self.models.is_empty(),
+            Protocol::Grpc => !services.is_empty(),
+        };
+        Called { names, is_all }
     }
 
     /// Whether the engine says that it has a service or a model of this name.

@@ -17,7 +17,7 @@ use tonic::body::Body;
 use transport::{Channel, TransportError};
 
 use crate::{
-    offer::{Ask, Offer},
+    offer::{Ask, Called, Offer},
     orca,
 };
 
@@ -170,33 +170,32 @@ impl Board {
         servers
     }
 
-    /// The standings of the engines of peers that have a service or a model of this name.
-    pub(crate) fn standings(&self, name: &str) -> Vec<Standing> {
+    /// What the engines of peers are called, and whether they may be sent calls.
+    pub(crate) fn called(&self) -> Vec<(Called, Standing)> {
         let state = self.state.lock();
         let now = clock::now();
-        let mut standings = Vec::new();
+        let mut called = Vec::new();
         for (index, peer) in state.peers.iter().enumerate() {
             let presence = state.view.presence(index, now);
-            let is_called = |(offer, services): (&Option<Offer>, &Vec<String>)| {
-                offer.as_ref().is_some_and(|offer| offer.is_called(name))
-                    || services.iter().any(|service| service == name)
-            };
-            for (engine, described) in peer.offers.iter().zip(&peer.services).enumerate() {
-                if is_called(described) {
-                    let seen = state.view.seen(index, engine, now);
-                    let standing = seen.map(|seen| peer.standing(presence, &seen.load, now));
-                    standings.push(standing.unwrap_or(Standing::Down));
-                }
+            for (engine, (offer, services)) in peer.offers.iter().zip(&peer.services).enumerate() {
+                let Some(offer) = offer else { continue };
+                let seen = state.view.seen(index, engine, now);
+                let standing = seen.map(|seen| peer.standing(presence, &seen.load, now));
+                called.push((offer.called(services), standing.unwrap_or(Standing::Down)));
             }
         }
-        standings
+        called
     }
 
-    /// The models the engines of peers list.
-    pub(crate) fn models(&self) -> Vec<String> {
+    /// Whether an engine of a peer says that it has a service or a model of this name.
+    pub(crate) fn has(&self, name: &str) -> bool {
         let state = self.state.lock();
-        let offers = state.peers.iter().flat_map(|peer| &peer.offers).flatten();
-        offers.flat_map(|offer| &offer.models).map(ToString::to_string).collect()
+        state
+            .peers
+            .iter()
+            .flat_map(|peer| &peer.offers)
+            .flatten()
+            .any(|offer| offer.is_called(name))
     }
 
     /// Which descriptor of peer `index` is known, by process and version.

@@ -1,15 +1,16 @@
 //! Server reflection: which services there are and how they are declared, so that grpcurl and its like need no proto files.
 //!
 //! v1 and v1alpha differ in their path alone; one handler answers both. Clients are told of the whole mesh, peers of the
-//! engines here. Source: gRPC `grpc/reflection/v1/reflection.proto`.
+//! engines here. A file comes with all it imports, from the same engine: files of one name may differ between engines.
+//! Source: gRPC `grpc/reflection/v1/reflection.proto`.
 
 use std::{future::Ready, sync::Arc};
 
 use futures_util::{StreamExt as _, stream::BoxStream};
-use prost_reflect::{DescriptorPool, FileDescriptor};
+use inference::Declarations;
 use proto::grpc::reflection::v1::{
-    ErrorResponse, ExtensionNumberResponse, ExtensionRequest, FileDescriptorResponse,
-    ListServiceResponse, ServerReflectionRequest, ServerReflectionResponse, ServiceResponse,
+    ErrorResponse, ExtensionNumberResponse, FileDescriptorResponse, ListServiceResponse,
+    ServerReflectionRequest, ServerReflectionResponse, ServiceResponse,
     server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
 };
 use tokio_util::sync::CancellationToken;
@@ -17,8 +18,8 @@ use tonic::{Code, Request, Response, Status, Streaming, server::StreamingService
 
 use crate::catalog::{Catalog, Scope};
 
-/// Longest name that is looked up.
-const NAME_BYTES_MAX: usize = 1024;
+/// What is repeated of a name nobody knows.
+const SHOWN_CHARS_MAX: usize = 100;
 
 /// Answers reflection. Cloneable.
 #[derive(Clone, Debug)]
@@ -68,50 +69,28 @@ impl Reflection {
                 let service = names.map(|name| ServiceResponse { name }).collect();
                 Ok(MessageResponse::ListServicesResponse(ListServiceResponse { service }))
             }
-            MessageRequest::FileByFilename(name) => {
-                self.file(name, |pool| pool.get_file_by_name(name))
-            }
-            MessageRequest::FileContainingSymbol(name) => {
-                self.file(name, |pool| file_of_symbol(pool, name))
-            }
-            MessageRequest::FileContainingExtension(ExtensionRequest {
-                containing_type,
-                extension_number,
-            }) => self.file(containing_type, |pool| {
-                let number = u32::try_from(*extension_number).ok()?;
-                let extension = pool.get_message_by_name(containing_type)?.get_extension(number)?;
-                Some(extension.parent_file())
+            MessageRequest::FileByFilename(name) => self.files(name, |all| all.file(name)),
+            MessageRequest::FileContainingSymbol(name) => self.files(name, |all| all.symbol(name)),
+            MessageRequest::FileContainingExtension(of) => self.files(&of.containing_type, |all| {
+                all.extension(&of.containing_type, of.extension_number)
             }),
             MessageRequest::AllExtensionNumbersOfType(name) => {
-                let numbers = self.catalog.find(self.scope, |pool| {
-                    let message = pool.get_message_by_name(name)?;
-                    Some(
-                        message
-                            .extensions()
-                            .filter_map(|e| i32::try_from(e.number()).ok())
-                            .collect(),
-                    )
-                });
-                let extension_number = numbers.ok_or_else(|| not_found(name))?;
-                let base_type_name = name.clone();
+                let numbers = self.catalog.find(self.scope, |all| all.extension_numbers(name));
                 Ok(MessageResponse::AllExtensionNumbersResponse(ExtensionNumberResponse {
-                    base_type_name,
-                    extension_number,
+                    base_type_name: name.clone(),
+                    extension_number: numbers.ok_or_else(|| not_found(name))?,
                 }))
             }
         }
     }
 
-    fn file(
+    fn files(
         &self,
         name: &str,
-        look: impl Fn(&DescriptorPool) -> Option<FileDescriptor>,
+        look: impl Fn(&Declarations) -> Option<Vec<Vec<u8>>>,
     ) -> Result<MessageResponse, (Code, String)> {
-        if name.len() > NAME_BYTES_MAX {
-            return Err((Code::InvalidArgument, "the name is too long".to_owned()));
-        }
-        let file = self.catalog.find(self.scope, look).ok_or_else(|| not_found(name))?;
-        let file_descriptor_proto = vec![file.encode_to_vec()];
+        let file_descriptor_proto =
+            self.catalog.find(self.scope, look).ok_or_else(|| not_found(name))?;
         Ok(MessageResponse::FileDescriptorResponse(FileDescriptorResponse {
             file_descriptor_proto,
         }))
@@ -119,25 +98,6 @@ impl Reflection {
 }
 
 fn not_found(name: &str) -> (Code, String) {
-    let shown: String = name.chars().take(100).collect();
+    let shown: String = name.chars().take(SHOWN_CHARS_MAX).collect();
     (Code::NotFound, format!("nobody in the mesh declares {shown}"))
-}
-
-/// The file that declares a service, method, message, field, enum or extension.
-fn file_of_symbol(pool: &DescriptorPool, name: &str) -> Option<FileDescriptor> {
-    let name = name.strip_prefix('.').unwrap_or(name);
-    pool.get_service_by_name(name)
-        .map(|service| service.parent_file())
-        .or_else(|| pool.get_message_by_name(name).map(|message| message.parent_file()))
-        .or_else(|| pool.get_enum_by_name(name).map(|values| values.parent_file()))
-        .or_else(|| pool.get_extension_by_name(name).map(|extension| extension.parent_file()))
-        .or_else(|| {
-            let (parent, member) = name.rsplit_once('.')?;
-            let service = pool.get_service_by_name(parent);
-            let method = service.and_then(|s| s.methods().find(|m| m.name() == member));
-            let field = || pool.get_message_by_name(parent)?.get_field_by_name(member);
-            method
-                .map(|method| method.parent_file())
-                .or_else(|| field().map(|field| field.parent_message().parent_file()))
-        })
 }

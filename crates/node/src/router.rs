@@ -10,7 +10,7 @@ use rand::rngs::StdRng;
 use crate::{
     engines::{Engines, Slot},
     model::Wanted,
-    offer::Ask,
+    offer::{Ask, Called},
     peers::{PeerCall, Peers},
     refusal::Refusal,
 };
@@ -144,11 +144,16 @@ impl Router {
         }
     }
 
-    /// The standings of all who have a service or a model of this name.
-    pub(crate) fn standings(&self, name: &str) -> Vec<Standing> {
-        let mut standings: Vec<_> = self.engines.standings(name).collect();
-        standings.extend(self.peers.board().standings(name));
-        standings
+    /// What everybody is called, and whether they may be sent calls.
+    pub(crate) fn called(&self) -> Vec<(Called, Standing)> {
+        let mut called: Vec<_> = self.engines.called().collect();
+        called.extend(self.peers.board().called());
+        called
+    }
+
+    /// Whether there is a peer of which nothing is known, and which is tried when nobody else has room.
+    pub(crate) fn has_unknown(&self) -> bool {
+        self.peers.board().unknown(&[]).is_some()
     }
 
     /// Why nobody takes a call.

@@ -1,21 +1,34 @@
 //! The services a node answers itself rather than passing on: reflection, and for clients health.
 
+use std::time::Duration;
+
 use http::{Request, Response};
 use proto::grpc::health::v1::health_server::HealthServer;
-use tonic::{body::Body, server::Grpc};
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    Status,
+    body::Body,
+    codec::{CompressionEncoding, EnabledCompressionEncodings},
+    server::Grpc,
+};
 use tonic_prost::ProstCodec;
 use tower::ServiceExt as _;
+use transport::grpc;
 
 use crate::{health::Health, reflection::Reflection};
 
-/// What they are called.
-const REFLECTION: [&str; 2] = [
-    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
-    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
-];
-const HEALTH: &str = "/grpc.health.v1.Health/";
-/// Longest request that is read.
-const REQUEST_BYTES_MAX: usize = 64 << 10;
+/// What reflection is called, newest first.
+pub(crate) const REFLECTION: [&str; 2] =
+    ["grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"];
+/// What health is called.
+pub(crate) const HEALTH: &str = "grpc.health.v1.Health";
+/// The method of reflection.
+const REFLECTION_METHOD: &str = "ServerReflectionInfo";
+/// Longest request that is read: a name.
+const REQUEST_BYTES_MAX: usize = 4 << 10;
+/// A request must have come within this, and within this after the node began to drain.
+const REQUEST_WITHIN: Duration = Duration::from_secs(10);
+const DRAINED_WITHIN: Duration = Duration::from_secs(1);
 
 /// The services a port answers itself. Cloneable.
 #[derive(Clone, Debug)]
@@ -23,6 +36,7 @@ pub(crate) struct Services {
     pub(crate) reflection: Reflection,
     /// `None`: health checks are passed on.
     pub(crate) health: Option<Health>,
+    pub(crate) drain: CancellationToken,
 }
 
 impl Services {
@@ -31,20 +45,41 @@ impl Services {
         &self,
         request: Request<Body>,
     ) -> Result<Response<Body>, Request<Body>> {
-        let path = request.uri().path();
-        match &self.health {
-            _ if REFLECTION.contains(&path) => {
-                let mut grpc = Grpc::new(ProstCodec::default())
-                    .apply_max_message_size_config(Some(REQUEST_BYTES_MAX), None);
-                Ok(grpc.streaming(self.reflection.clone(), request).await)
+        let path = request.uri().path().trim_start_matches('/');
+        let (service, method) = path.split_once('/').unwrap_or_default();
+        let health = self.health.as_ref().filter(|_| service == HEALTH);
+        if REFLECTION.contains(&service) && method == REFLECTION_METHOD {
+            let reflection = self.reflection.clone();
+            let mut gzip = EnabledCompressionEncodings::default();
+            gzip.enable(CompressionEncoding::Gzip);
+            let mut grpc = Grpc::new(ProstCodec::default())
+                .apply_compression_config(gzip, EnabledCompressionEncodings::default())
+                .apply_max_message_size_config(Some(REQUEST_BYTES_MAX), None);
+            Ok(self.in_time(grpc.streaming(reflection, request)).await)
+        } else if let Some(health) = health {
+            let server = HealthServer::new(health.clone())
+                .accept_compressed(CompressionEncoding::Gzip)
+                .max_decoding_message_size(REQUEST_BYTES_MAX);
+            let answered =
+                async { server.oneshot(request).await.unwrap_or_else(|never| match never {}) };
+            Ok(self.in_time(answered).await)
+        } else {
+            Err(request)
+        }
+    }
+
+    /// The handlers read a request before they answer: one that does not come holds nothing up.
+    async fn in_time(&self, answer: impl Future<Output = Response<Body>>) -> Response<Body> {
+        let drained = async {
+            self.drain.cancelled().await;
+            tokio::time::sleep(DRAINED_WITHIN).await;
+        };
+        tokio::select! {
+            answer = answer => answer,
+            () = tokio::time::sleep(REQUEST_WITHIN) => {
+                grpc::refusal(&Status::deadline_exceeded("the request did not come in time"))
             }
-            Some(health) if path.starts_with(HEALTH) => {
-                let server =
-                    HealthServer::new(health.clone()).max_decoding_message_size(REQUEST_BYTES_MAX);
-                let answered = server.oneshot(request).await;
-                Ok(answered.unwrap_or_else(|never| match never {}))
-            }
-            _ => Err(request),
+            () = drained => grpc::refusal(&Status::unavailable("this node drains")),
         }
     }
 }

@@ -35,7 +35,7 @@ impl Channel {
         self.entry.target()
     }
 
-    /// Opens a connection, unless there is one: what a call would do first.
+    /// Opens a connection, unless there is one with room: what a call would do first.
     ///
     /// # Errors
     /// [`TransportError::Dial`], mostly; no call was made.

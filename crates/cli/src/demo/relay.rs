@@ -120,7 +120,7 @@ impl Flow {
                 match ahead.recv(&mut buffer).await {
                     // A full line loses what comes next.
                     Ok(length) => {
-                        drop(backward.try_send(delayed(one_way, buffer[..length].into())))
+                        drop(backward.try_send(delayed(one_way, buffer[..length].into())));
                     }
                     // The node is gone; it may come back, and this must not spin until then.
                     Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,

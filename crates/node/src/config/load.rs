@@ -19,8 +19,6 @@ use toml::{
     de::{DeArray, DeTable, DeValue},
 };
 
-use crate::catalog::NAMES_BYTES_MAX;
-
 use super::{Config, ENTRIES_MAX, json_schema};
 
 /// Engines are not checked more often, nor given less time to answer.
@@ -501,8 +499,7 @@ fn descriptor_bytes(config: &Config) -> usize {
         services: Vec::new(),
     });
     let descriptor = Descriptor { version: u32::MAX, engines: engines.collect() };
-    // The services they will reflect, each with a tag and a length.
-    membership::encode(&Frame::Descriptor(descriptor)).len() + 2 * NAMES_BYTES_MAX
+    membership::encode(&Frame::Descriptor(descriptor)).len()
 }
 
 /// Whether two listeners want the same port. Port 0 never does; `[::]` takes IPv4 too.
