@@ -1,6 +1,7 @@
 //! `isobar bench`: load on one method or one OpenAI-style path, every answer checked, latencies that leave nobody out.
 
 mod drive;
+mod line;
 mod report;
 mod subject;
 
@@ -9,13 +10,21 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Args;
 use serde_json::Value;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 use self::{
-    drive::{Plan, drive},
+    drive::{Ran, Run},
     report::Report,
     subject::Subject,
 };
-use crate::{Failure, load::Arrivals, log, output, schema::SchemaOptions, target::TargetOptions};
+use crate::{
+    Failure,
+    load::Arrivals,
+    log, output,
+    schema::SchemaOptions,
+    target::{TargetOptions, duration},
+};
 
 /// Options of `isobar bench`.
 #[derive(Debug, Args)]
@@ -51,16 +60,16 @@ pub(crate) struct Options {
     #[arg(long, value_enum, default_value = "poisson")]
     arrivals: Arrivals,
     /// How long calls are made
-    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration)]
     duration: Duration,
     /// Make so many calls instead, however long it takes
     #[arg(long, value_name = "CALLS", conflicts_with = "duration")]
     calls: Option<u64>,
     /// Calls of the first while are made and not counted
-    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration)]
     warmup: Duration,
     /// How long one call may take
-    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration)]
     deadline: Duration,
     /// Connections, each carrying its share of the calls
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -84,8 +93,8 @@ pub(crate) struct Options {
 
 fn rate(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
-        Ok(rate) if rate.is_finite() && rate > 0.0 && rate <= 1e6 => Ok(rate),
-        _ => Err("write calls per second, above 0 and up to 1000000".to_owned()),
+        Ok(rate) if (1e-3..=1e6).contains(&rate) => Ok(rate),
+        _ => Err("write calls per second, from 0.001 to 1000000".to_owned()),
     }
 }
 
@@ -102,13 +111,38 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         )));
     }
     let subject = Subject::new(options)?;
-    let plan = Plan::new(options);
-    let (tally, used) = drive(options, &subject, &plan)?;
-    let report = Report { options, subject: &subject, plan: &plan, tally: &tally, used };
+    let stop = CancellationToken::new();
+    // What was measured until then is worth something.
+    let interrupted = stop.clone();
+    let listening = runtime()?;
+    let mut signals = {
+        let _entered = listening.enter();
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
+    let listener = std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        listening.block_on(async {
+            tokio::select! {
+                _ = signals.0.recv() => interrupted.cancel(),
+                _ = signals.1.recv() => interrupted.cancel(),
+                () = interrupted.cancelled() => {}
+            }
+        });
+    })?;
+    let ran = Run::new(options, &subject, stop.clone()).drive();
+    let is_cut_short = stop.is_cancelled();
+    stop.cancel();
+    // It only waits for what has just happened.
+    drop(listener.join());
+    let ran = Ran { is_cut_short, ..ran? };
+    let report = Report { options, subject: &subject, ran: &ran };
     if options.json {
         output::json_line(&report.json())?;
     } else {
         output::text(&report.text())?;
+    }
+    let tally = &ran.tally;
+    if is_cut_short {
+        return Err(anyhow::anyhow!("stopped before its end").into());
     }
     if tally.ok == tally.calls && tally.calls > 0 && tally.not_made == 0 {
         return Ok(());
@@ -116,7 +150,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     let bad = tally.calls - tally.ok + tally.not_made;
     Err(match tally.calls {
         0 => anyhow::anyhow!(
-            "no call was made: the duration is too short for the rate, or all warm-up"
+            "no call was counted: the duration is too short for the rate, or all warm-up"
         ),
         calls => anyhow::anyhow!("{bad} of {} calls failed", calls + tally.not_made),
     }

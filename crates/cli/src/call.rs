@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::{self, Read},
+    ops::ControlFlow,
     time::{Duration, Instant},
 };
 
@@ -23,7 +24,7 @@ use crate::{
     caller::{self, Ended, Method},
     log, output,
     schema::{self, Schema, SchemaOptions},
-    target::{Caller, Protocol, TargetOptions},
+    target::{Caller, Protocol, TargetOptions, duration},
 };
 
 /// Messages read ahead of what the server takes.
@@ -55,8 +56,9 @@ pub(crate) struct Options {
     /// Header to send, as 'name: value'; the value of a name that ends in -bin is base64. May be repeated
     #[arg(short = 'H', long = "header", value_name = "HEADER")]
     headers: Vec<String>,
-    /// How long the whole call may take; by default a minute, or without end where messages come from standard input
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    /// How long a call may take, and connecting and asking for declarations before it; by default a minute, or without end
+    /// where messages come from standard input
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
     deadline: Option<Duration>,
     /// Make the call so many times, one after another
     #[arg(long, value_name = "TIMES", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
@@ -88,9 +90,17 @@ async fn with(options: &Options, caller: &Caller) -> Result<(), Failure> {
     let metadata = metadata(&options.headers)?;
     let channel = caller.channel(&whom, 0);
     let began = base::clock::now();
-    channel.connect().await.map_err(|error| Failure::Failed(error.into()))?;
-    let connect = base::clock::now() - began;
-    let schema = Schema::load(&options.schema, &channel).await?;
+    let preparing = async {
+        channel.connect().await.map_err(|error| Failure::Failed(error.into()))?;
+        let connect = base::clock::now() - began;
+        Ok::<_, Failure>((connect, Schema::load(&options.schema, &channel).await?))
+    };
+    let within = options.deadline.unwrap_or(DEADLINE);
+    let prepared = tokio::time::timeout(within, preparing).await;
+    let (connect, schema) = prepared.unwrap_or_else(|_| {
+        let why = "the server did not say within the deadline what it declares";
+        Err(anyhow::anyhow!("{why}: give the file with --proto, or more time").into())
+    })?;
     let Some(name) = &options.method else { return list(options, &schema) };
     if let Some(service) = schema.service(name) {
         return describe(options, &service);
@@ -109,6 +119,8 @@ async fn with(options: &Options, caller: &Caller) -> Result<(), Failure> {
         protocol: whom.protocol,
         connect,
         as_json: options.json,
+        takes_stream: method.is_client_streaming(),
+        is_stream: method.is_server_streaming(),
     };
     let (mut calls, mut failed) = (Vec::new(), 0);
     for _ in 0..options.repeat {
@@ -268,7 +280,7 @@ pub(crate) fn messages(text: &str, kind: &MessageDescriptor) -> anyhow::Result<V
 
 fn message(value: Value, kind: &MessageDescriptor) -> anyhow::Result<Bytes> {
     let message = DynamicMessage::deserialize(kind.clone(), value)
-        .with_context(|| format!("not a {} as JSON", kind.full_name()))?;
+        .with_context(|| format!("this is no {} as JSON", kind.full_name()))?;
     Ok(message.encode_to_vec().into())
 }
 
@@ -281,6 +293,14 @@ struct Call<'a> {
     protocol: Protocol,
     connect: Duration,
     as_json: bool,
+    /// Whether it takes a stream, and whether it answers with one.
+    takes_stream: bool,
+    is_stream: bool,
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let source = error.downcast_ref::<io::Error>();
+    source.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 impl Call<'_> {
@@ -292,9 +312,11 @@ impl Call<'_> {
     ) -> Result<(Ended, Vec<Value>), Failure> {
         let mut messages = Vec::new();
         let mut trouble = None;
-        let on = |bytes: Bytes| {
-            if let Err(error) = self.received(&bytes, &mut messages) {
-                trouble.get_or_insert(error);
+        let on = |bytes: Bytes| match self.received(&bytes, &mut messages) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                trouble = Some(error);
+                ControlFlow::Break(())
             }
         };
         let ended = match input {
@@ -305,10 +327,10 @@ impl Call<'_> {
             Input::Typed => {
                 let (sender, typed) = mpsc::channel(AHEAD);
                 let (broken, bad) = tokio::sync::oneshot::channel();
-                let kind = self.input.clone();
+                let (kind, many) = (self.input.clone(), self.takes_stream);
                 // It reads until its last message, or until the process ends.
                 let reading = tokio::task::spawn_blocking(move || {
-                    if let Err(error) = read_messages(io::stdin().lock(), &kind, &sender) {
+                    if let Err(error) = read_messages(io::stdin().lock(), &kind, many, &sender) {
                         // The call has ended when nobody hears it.
                         drop(broken.send(error));
                         // The stream must not look complete before the call is given up.
@@ -325,8 +347,14 @@ impl Call<'_> {
             }
         };
         match trouble {
-            None => Ok((ended, messages)),
+            // Whoever read the messages has seen enough.
+            Some(error) if is_broken_pipe(&error) => Err(Failure::Said),
             Some(error) => Err(error.into()),
+            None if !self.is_stream && ended.messages > 1 => {
+                let name = self.method.path.path();
+                Err(anyhow::anyhow!("{} messages where {name} has one", ended.messages).into())
+            }
+            None => Ok((ended, messages)),
         }
     }
 
@@ -410,7 +438,7 @@ impl Call<'_> {
     }
 }
 
-/// A message as JSON: fields that hold their default are shown, lists and maps only when they hold something.
+/// A message as JSON: fields that hold their default are shown, lists only when they hold something.
 pub(crate) fn to_json(message: &DynamicMessage) -> anyhow::Result<Value> {
     let options = SerializeOptions::new().skip_default_fields(false);
     let mut value = message
@@ -421,11 +449,7 @@ pub(crate) fn to_json(message: &DynamicMessage) -> anyhow::Result<Value> {
 }
 
 fn without_empty(value: &mut Value) {
-    let is_empty = |value: &Value| match value {
-        Value::Array(list) => list.is_empty(),
-        Value::Object(map) => map.is_empty(),
-        _ => false,
-    };
+    let is_empty = |value: &Value| value.as_array().is_some_and(Vec::is_empty);
     match value {
         Value::Array(list) => list.iter_mut().for_each(without_empty),
         Value::Object(map) => {
@@ -439,10 +463,15 @@ fn without_empty(value: &mut Value) {
 fn read_messages(
     from: impl Read,
     kind: &MessageDescriptor,
+    many: bool,
     to: &mpsc::Sender<Bytes>,
 ) -> anyhow::Result<()> {
     let values = serde_json::Deserializer::from_reader(from).into_iter::<Value>();
-    for value in values {
+    for (number, value) in values.enumerate() {
+        anyhow::ensure!(
+            many || number == 0,
+            "standard input holds more than the one message the method takes"
+        );
         let message = message(value.context("standard input is not JSON")?, kind)?;
         if to.blocking_send(message).is_err() {
             break;

@@ -2,11 +2,14 @@
 //!
 //! Messages are bytes here: who sends them knows what they mean.
 
-use std::time::{Duration, Instant};
+use std::{
+    ops::ControlFlow,
+    time::{Duration, Instant},
+};
 
 use base::clock;
 use bytes::{Buf as _, BufMut as _, Bytes};
-use http::uri::PathAndQuery;
+use http::{Response, header::CONTENT_TYPE, uri::PathAndQuery};
 use tokio_stream::Stream;
 use tonic::{
     Code, Request, Status,
@@ -15,10 +18,13 @@ use tonic::{
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
     metadata::MetadataMap,
 };
-use transport::Channel;
+use transport::{Channel, grpc};
 
 /// Longest message that is read.
 const MESSAGE_BYTES_MAX: usize = 256 << 20;
+
+/// How a reply says who served it.
+pub(crate) const SERVED_BY: &str = "x-isobar-served-by";
 
 /// What is the same for many calls.
 #[derive(Clone, Debug)]
@@ -50,18 +56,17 @@ impl Ended {
 
     /// Which node and engine answered, as the mesh says it.
     pub(crate) fn served_by(&self) -> Option<&str> {
-        const SERVED_BY: &str = "x-isobar-served-by";
         let found = self.headers.get(SERVED_BY).or_else(|| self.trailers.get(SERVED_BY));
         found.and_then(|value| value.to_str().ok())
     }
 }
 
-/// Makes a call and hands each message to `on`; past the deadline it is given up, which cancels it at the server.
+/// Makes a call and hands each message to `on`, which may end it; past the deadline it is given up, which cancels it at the server.
 pub(crate) async fn call(
     channel: &Channel,
     method: &Method,
     messages: impl Stream<Item = Bytes> + Send + 'static,
-    mut on: impl FnMut(Bytes),
+    mut on: impl FnMut(Bytes) -> ControlFlow<()>,
 ) -> Ended {
     let mut ended = Ended {
         status: Status::ok(""),
@@ -95,9 +100,13 @@ async fn attempt(
     method: &Method,
     messages: impl Stream<Item = Bytes> + Send + 'static,
     ended: &mut Ended,
-    on: &mut impl FnMut(Bytes),
+    on: &mut impl FnMut(Bytes) -> ControlFlow<()>,
 ) -> Result<(), Status> {
-    let service = tower::ServiceBuilder::new().map_err(Status::from).service(channel.clone());
+    let service = tower::ServiceBuilder::new()
+        .map_result(|reply: Result<Response<Body>, _>| {
+            reply.map_err(Status::from).and_then(checked)
+        })
+        .service(channel.clone());
     let mut grpc: Grpc<_> = Grpc::new(service).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let mut request = Request::new(messages);
     *request.metadata_mut() = method.metadata.clone();
@@ -111,12 +120,27 @@ async fn attempt(
     while let Some(message) = reply.message().await? {
         ended.messages += 1;
         ended.first_message.get_or_insert_with(clock::now);
-        on(message);
+        if on(message).is_break() {
+            return Err(Status::cancelled("given up here"));
+        }
     }
     if let Some(trailers) = reply.trailers().await? {
         ended.trailers = trailers;
     }
     Ok(())
+}
+
+/// An answer of gRPC, whatever its status.
+fn checked(reply: Response<Body>) -> Result<Response<Body>, Status> {
+    if grpc::is_grpc(reply.headers()) {
+        return Ok(reply);
+    }
+    let kind = reply.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+    Err(Status::unknown(format!(
+        "this is no gRPC server: it answers with HTTP status {} and {}",
+        reply.status(),
+        kind.unwrap_or("no content type"),
+    )))
 }
 
 async fn send<S, M>(

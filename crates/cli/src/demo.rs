@@ -20,6 +20,7 @@ use std::{
 use anyhow::Context as _;
 use base::clock;
 use clap::Args;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -90,10 +91,11 @@ struct Arm {
 pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     log::to_stderr(tracing::Level::ERROR, false)?;
     if let Some(file) = &options.record {
-        fs::write(file, "")
-            .with_context(|| format!("cannot write {}", file.display()))
-            .map_err(Failure::Usage)?;
+        // What is there stays until there is something better.
+        let open = fs::File::options().create(true).append(true).open(file);
+        open.with_context(|| format!("cannot write {}", file.display())).map_err(Failure::Usage)?;
     }
+    raise_files();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -102,26 +104,65 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         let mut stop = Stop::new()?;
         let mut demo = Demo::new(options);
         // Whatever runs ends with the future.
-        tokio::select! {
-            shown = demo.show() => shown,
-            () = stop.asked() => Err(Failure::Failed(anyhow::anyhow!("stopped; nothing was left behind"))),
+        let shown = tokio::select! {
+            shown = demo.show() => shown?,
+            () = stop.asked() => {
+                return Err(anyhow::anyhow!("stopped; nothing was left behind").into());
+            }
+        };
+        if let Some(running) = shown.running {
+            stop.asked().await;
+            running.stop().await;
         }
+        shown.verdict
     })
 }
 
+/// Eighteen processes and their relays need more than some shells allow by default; nodes inherit it.
+fn raise_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    if let Err(error) = raised {
+        tracing::debug!(%error, "the limit on open files stays as it is");
+    }
+}
+
 /// Being told to stop.
-struct Stop(Signal, Signal);
+struct Stop([Signal; 3]);
 
 impl Stop {
     fn new() -> anyhow::Result<Self> {
-        Ok(Self(signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?))
+        let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+        let [interrupt, terminate, hangup] = kinds.map(signal);
+        Ok(Self([interrupt?, terminate?, hangup?]))
     }
 
     async fn asked(&mut self) {
+        let [interrupt, terminate, hangup] = &mut self.0;
         tokio::select! {
-            _ = self.0.recv() => {}
-            _ = self.1.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
         }
+    }
+}
+
+/// What a demo came to.
+struct Shown {
+    verdict: Result<(), Failure>,
+    /// The mesh, when it goes on.
+    running: Option<Running>,
+}
+
+/// A mesh and the directory it lives in.
+struct Running {
+    world: World,
+    _dir: tempfile::TempDir,
+}
+
+impl Running {
+    async fn stop(self) {
+        self.world.stop().await;
     }
 }
 
@@ -136,7 +177,7 @@ impl<'a> Demo<'a> {
         Self { options, screen: Screen::new(), frames: Vec::new() }
     }
 
-    async fn show(&mut self) -> Result<(), Failure> {
+    async fn show(&mut self) -> Result<Shown, Failure> {
         let dir = tempfile::Builder::new().prefix("isobar-demo-").tempdir()?;
         self.screen.log("starting 12 engines and 6 nodes");
         let mut world = World::start(dir.path()).await?;
@@ -144,24 +185,21 @@ impl<'a> Demo<'a> {
         let caller = Caller::new()?;
         let arrivals = traffic::arrivals(self.options.seed, ARM);
         let straight = straight(&world, &caller)?;
-        let (direct, _) = self.arm("straight to the engines", &arrivals, &straight, None).await?;
         let nodes = through_nodes(&world, &caller, &ca)?;
+        let (direct, _) = self.arm("straight to the engines", &arrivals, &straight, None).await?;
         let (mesh, killed) =
             self.arm("through the mesh", &arrivals, &nodes, Some(&mut world)).await?;
         let killed = killed.context("nothing was killed")?;
         caller.close().await;
-        let stays = !self.options.once && self.screen.is_terminal() && !self.options.json;
-        if !stays {
-            world.stop().await;
-            self.tell(&direct, &mesh, &killed)?;
-            return verdict(&direct, &mesh, &killed);
-        }
+        let goes_on = !self.options.once && self.screen.is_terminal() && !self.options.json;
         self.tell(&direct, &mesh, &killed)?;
-        output::text(&go_on(&world, &ca))?;
-        let judged = verdict(&direct, &mesh, &killed);
-        Stop::new()?.asked().await;
+        let verdict = verdict(&direct, &mesh, &killed);
+        if goes_on {
+            output::text(&go_on(&world, &ca))?;
+            return Ok(Shown { verdict, running: Some(Running { world, _dir: dir }) });
+        }
         world.stop().await;
-        judged
+        Ok(Shown { verdict, running: None })
     }
 
     /// Makes the calls one way.

@@ -9,7 +9,7 @@ use serde_json::json;
 use sim::engine::{Config, Ended, Engine};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::{Failure, log, output, parent};
+use crate::{Failure, log, output, parent, target::duration};
 
 /// Options of `isobar sim`.
 #[derive(Debug, Args)]
@@ -43,7 +43,7 @@ struct EngineOptions {
     #[arg(long, default_value_t = Config::default().slots)]
     slots: u32,
     /// Length of a step of an empty batch; a full one takes twice as long. A running request yields a token per step
-    #[arg(long, value_name = "DURATION", default_value = "20ms", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "20ms", value_parser = duration)]
     step: Duration,
     /// Requests that wait for a slot; beyond it the server is busy. By default a quarter of the slots
     #[arg(long)]

@@ -1,6 +1,9 @@
 //! Whom `call` and `bench` call, and how: the options both share, and connections made of them.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -51,6 +54,11 @@ impl Protocol {
             Self::H3 => "h3",
         }
     }
+
+    /// The scheme requests name.
+    pub(crate) fn scheme(self) -> &'static str {
+        if self == Self::H2c { "http" } else { "https" }
+    }
 }
 
 /// Options, understood.
@@ -58,8 +66,8 @@ impl Protocol {
 pub(crate) struct Whom {
     pub(crate) authority: Authority,
     pub(crate) protocol: Protocol,
-    tls: Option<PeerTls>,
-    server_name: Option<String>,
+    pub(crate) tls: Option<PeerTls>,
+    pub(crate) server_name: Option<String>,
 }
 
 impl TargetOptions {
@@ -82,6 +90,13 @@ impl TargetOptions {
             }
         };
         let authority = authority(rest).map_err(Failure::Usage)?;
+        if protocol == Protocol::H2c
+            && (self.ca.is_some() || self.cert.is_some() || self.server_name.is_some())
+        {
+            return Err(usage(
+                "--ca, --cert and --server-name are for TLS, which http:// and --plaintext do without",
+            ));
+        }
         let tls = match protocol {
             Protocol::H2c => None,
             Protocol::H2 | Protocol::H3 => Some(self.tls()?),
@@ -115,11 +130,24 @@ fn usage(text: impl Into<String>) -> Failure {
     Failure::Usage(anyhow::anyhow!(text.into()))
 }
 
+/// A duration as people write it, such as 1500ms or 2m; a year at most.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration <= LONGEST => Ok(duration),
+        Ok(_) => Err("write a year at most".to_owned()),
+        Err(error) => Err(format!("{error}: write for instance 1500ms, 10s or 2m")),
+    }
+}
+
 fn authority(text: &str) -> anyhow::Result<Authority> {
     let wanted = "write HOST:PORT, for instance 127.0.0.1:8443";
     let authority: Authority =
         text.parse().with_context(|| format!("`{text}` is not an address: {wanted}"))?;
-    anyhow::ensure!(authority.port_u16().is_some(), "`{text}` has no port: {wanted}");
+    anyhow::ensure!(
+        authority.port_u16().is_some(),
+        "`{text}` has no port from 1 to 65535: {wanted}"
+    );
     Ok(authority)
 }
 

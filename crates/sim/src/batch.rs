@@ -4,11 +4,13 @@
 //!   arrive ──> slot ──┐ joins at the next boundary
 //!        └───> queue ─┤
 //!                     v
-//!   ──┤ step ├┤ step ├┤ step ├──> every request of the step: one prefill step less, else one token
+//!   ──┤ step ├┤ step ├┤ step ├──> every request of the step: a part of its prompt taken in, or one token more
 //!
-//!   length of a step = base × (1 + running / slots) × slow factor, fixed when it starts          (1)
+//!   length of a step = base × (1 + running / slots) × slow factor          (1)
 //! ```
 //!
+//! The step that takes in the last part of a prompt yields the first token: `n` parts and `t` tokens take `n + t - 1`
+//! steps. (1) is fixed when a step starts, but for the factor: when that changes, so does what is left of the step.
 //! (1) makes a full batch half as fast per request and `slots / 2` times as fast in all as a request alone would be.
 //! Source: Yu et al., "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI 2022, §4.1.
 //! Deliberately absent: memory for keys and values, preemption, and prefill that slows a step down.
@@ -25,48 +27,50 @@ mod tests;
 
 /// Steps made up for after a late [`Batch::poll`]. What is later than that is written off, as if the GPU had stood still.
 const CATCH_UP_STEPS: usize = 256;
+/// Outputs nobody has polled beyond which no step ends. The last step may exceed it by two for every slot.
+const OUTPUTS_MAX: usize = 1 << 20;
 /// What a refused request is told when nobody can know: the batch hangs or refuses everything.
 const RETRY_AFTER_UNKNOWN: Duration = Duration::from_secs(1);
 /// Shortest step of an empty batch.
-pub const STEP_MIN: Duration = Duration::from_micros(1);
+pub(crate) const STEP_MIN: Duration = Duration::from_micros(1);
 /// Longest step of an empty batch.
-pub const STEP_MAX: Duration = Duration::from_secs(60);
+pub(crate) const STEP_MAX: Duration = Duration::from_secs(60);
 
 /// How large and how fast a batch is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BatchConfig {
+pub(crate) struct BatchConfig {
     /// Requests that run at once; 0 counts as 1.
-    pub slots: u32,
+    pub(crate) slots: u32,
     /// Requests that wait for a slot; beyond it an arrival is [`Busy`].
-    pub queue: u32,
+    pub(crate) queue: u32,
     /// Length of a step of an empty batch, between [`STEP_MIN`] and [`STEP_MAX`]; what lies outside counts as the nearer.
-    pub step: Duration,
+    pub(crate) step: Duration,
 }
 
 /// What a request takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Work {
-    /// Steps before the one that yields the first token.
-    pub prefill_steps: u32,
+pub(crate) struct Work {
+    /// Steps that take in the prompt, of which the last yields the first token; 0 counts as 1.
+    pub(crate) prefill_steps: u32,
     /// Tokens it yields, one a step; 0 counts as 1.
-    pub tokens: u32,
+    pub(crate) tokens: u32,
 }
 
 /// Names a request of one batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RequestId(u64);
+pub(crate) struct RequestId(u64);
 
 /// There is no room. Nothing has changed; the same request may be taken later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no room for {retry_after:?}")]
-pub struct Busy {
+pub(crate) struct Busy {
     /// When there is room if nothing else arrives; an estimate.
-    pub retry_after: Duration,
+    pub(crate) retry_after: Duration,
 }
 
 /// What came of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Output {
+pub(crate) enum Output {
     /// A request yielded a token.
     Token {
         /// Which request.
@@ -83,22 +87,22 @@ pub enum Output {
 
 /// What a batch holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Figures {
+pub(crate) struct Figures {
     /// Requests in a slot.
-    pub running: u32,
+    pub(crate) running: u32,
     /// Requests in the queue.
-    pub waiting: u32,
+    pub(crate) waiting: u32,
     /// Requests that could be in a slot.
-    pub slots: u32,
+    pub(crate) slots: u32,
     /// Requests that could be in the queue.
-    pub queue: u32,
+    pub(crate) queue: u32,
     /// Steps that have ended so far.
-    pub steps: u64,
+    pub(crate) steps: u64,
 }
 
 /// A batch. See the module's documentation.
 #[derive(Clone, Debug)]
-pub struct Batch {
+pub(crate) struct Batch {
     config: BatchConfig,
     slots: Vec<Request>,
     queue: VecDeque<Request>,
@@ -115,7 +119,8 @@ pub struct Batch {
 #[derive(Clone, Copy, Debug)]
 struct Request {
     id: RequestId,
-    prefill_left: u32,
+    /// Steps before the one that yields the first token.
+    silent_left: u32,
     tokens: u32,
     yielded: u32,
     /// Whether it is part of the step in progress.
@@ -131,7 +136,7 @@ struct Step {
 impl Batch {
     /// An empty batch without a fault.
     #[must_use]
-    pub fn new(config: BatchConfig) -> Self {
+    pub(crate) fn new(config: BatchConfig) -> Self {
         let (slots, step) = (config.slots.max(1), config.step.clamp(STEP_MIN, STEP_MAX));
         Self {
             config: BatchConfig { slots, step, ..config },
@@ -151,7 +156,7 @@ impl Batch {
     ///
     /// # Errors
     /// [`Busy`] when both are full, or the batch refuses.
-    pub fn arrive(&mut self, now: Instant, work: Work) -> Result<RequestId, Busy> {
+    pub(crate) fn arrive(&mut self, now: Instant, work: Work) -> Result<RequestId, Busy> {
         self.advance(now);
         if self.fault == Some(Fault::Refuse) || !self.has_room() {
             return Err(Busy { retry_after: self.room_in(now) });
@@ -160,7 +165,7 @@ impl Batch {
         self.arrivals += 1;
         self.queue.push_back(Request {
             id,
-            prefill_left: work.prefill_steps,
+            silent_left: work.prefill_steps.saturating_sub(1),
             tokens: work.tokens.max(1),
             yielded: 0,
             joined: false,
@@ -171,7 +176,7 @@ impl Batch {
     }
 
     /// Forgets a request, and what of it [`Batch::poll`] has not handed out. Says whether it was there.
-    pub fn cancel(&mut self, now: Instant, id: RequestId) -> bool {
+    pub(crate) fn cancel(&mut self, now: Instant, id: RequestId) -> bool {
         self.advance(now);
         let before = self.slots.len() + self.queue.len();
         self.slots.retain(|request| request.id != id);
@@ -190,39 +195,40 @@ impl Batch {
 
     /// When to call [`Batch::poll`] next; `None` until the next arrival or change of fault.
     #[must_use]
-    pub fn next_deadline(&self) -> Option<Instant> {
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
         let step = self.step.filter(|_| self.hung_since.is_none()).map(|step| step.ends);
         self.outputs_since.or(step)
     }
 
     /// Ends the steps that are due, and hands out what came of them, in order.
     ///
-    /// Called late, it makes up for at most 256 steps; steps are as long as if it had been called in time.
-    pub fn poll(&mut self, now: Instant) -> vec_deque::Drain<'_, Output> {
+    /// Called late, it makes up for at most 256 steps, fewer when a million outputs wait; steps are as long as if it had
+    /// been called in time.
+    pub(crate) fn poll(&mut self, now: Instant) -> vec_deque::Drain<'_, Output> {
         self.advance(now);
         self.outputs_since = None;
         self.outputs.drain(..)
     }
 
     /// Begins a fault, in place of the one there was.
-    pub fn inject(&mut self, now: Instant, fault: Fault) {
+    pub(crate) fn inject(&mut self, now: Instant, fault: Fault) {
         self.change(now, Some(fault));
     }
 
     /// Ends the fault.
-    pub fn heal(&mut self, now: Instant) {
+    pub(crate) fn heal(&mut self, now: Instant) {
         self.change(now, None);
     }
 
     /// The fault.
     #[must_use]
-    pub fn fault(&self) -> Option<Fault> {
+    pub(crate) fn fault(&self) -> Option<Fault> {
         self.fault
     }
 
     /// How full it is.
     #[must_use]
-    pub fn figures(&self) -> Figures {
+    pub(crate) fn figures(&self) -> Figures {
         let count = |length: usize| u32::try_from(length).unwrap_or(u32::MAX);
         Figures {
             running: count(self.slots.len()),
@@ -250,22 +256,29 @@ impl Batch {
 
     fn change(&mut self, now: Instant, fault: Option<Fault>) {
         self.advance(now);
-        let since = self.hung_since.take();
-        if let (Some(since), Some(step)) = (since, &mut self.step) {
-            step.ends += now.saturating_duration_since(since);
-        }
+        // Since then the step has stood still.
+        let since = self.hung_since.take().unwrap_or(now);
+        let before = self.slow_factor();
         self.fault = fault;
+        let ratio = self.slow_factor() / before;
+        if let Some(step) = &mut self.step {
+            step.ends = now + step.ends.saturating_duration_since(since).mul_f64(ratio);
+            step.length = step.length.mul_f64(ratio);
+        }
         self.hung_since = (fault == Some(Fault::Hang)).then_some(now);
         self.start_if_idle(now);
     }
 
-    /// Ends the steps that are due at `now`.
+    /// Ends the steps that are due at `now`, within the bounds.
     fn advance(&mut self, now: Instant) {
         if self.hung_since.is_some() {
             return;
         }
         for _ in 0..CATCH_UP_STEPS {
             let Some(step) = self.step.filter(|step| step.ends <= now) else { return };
+            if self.outputs.len() >= OUTPUTS_MAX {
+                break;
+            }
             self.end_step(step.ends);
             self.start_step(step.ends);
         }
@@ -315,19 +328,22 @@ impl Batch {
     fn step_length(&self) -> Duration {
         let figures = self.figures();
         let load = 1.0 + f64::from(figures.running) / f64::from(figures.slots);
-        let slow = match self.fault {
+        self.config.step.mul_f64(load * self.slow_factor())
+    }
+
+    fn slow_factor(&self) -> f64 {
+        match self.fault {
             Some(Fault::Slow(factor)) => factor.into(),
             Some(Fault::Hang | Fault::Refuse) | None => 1.0,
-        };
-        self.config.step.mul_f64(load * slow)
+        }
     }
 }
 
 impl Request {
     /// Takes part in a step; the token that came of it.
     fn step(&mut self) -> Option<Output> {
-        if self.prefill_left > 0 {
-            self.prefill_left -= 1;
+        if self.silent_left > 0 {
+            self.silent_left -= 1;
             return None;
         }
         let index = self.yielded;
@@ -341,7 +357,7 @@ impl Request {
 
     /// Steps until it is finished, the one in progress included.
     fn steps_left(&self) -> u32 {
-        let own = self.prefill_left.saturating_add(self.tokens - self.yielded);
+        let own = self.silent_left.saturating_add(self.tokens - self.yielded);
         own.saturating_add(u32::from(!self.joined))
     }
 }
@@ -349,7 +365,7 @@ impl Request {
 impl Output {
     /// Which request it is about.
     #[must_use]
-    pub fn id(&self) -> RequestId {
+    pub(crate) fn id(&self) -> RequestId {
         match self {
             Self::Token { id, .. } | Self::Finished { id } => *id,
         }

@@ -6,7 +6,8 @@
 //!   admin  1.1 and h2c    faults and figures ────────────┘
 //! ```
 //!
-//! A hung engine answers nothing on the first two; its connections stay open, as those of a server whose GPU hangs do.
+//! A hung engine answers nothing on the first two, calls already begun included; its connections stay open, as those of a
+//! server whose GPU hangs do.
 
 use std::{
     io,
@@ -17,12 +18,15 @@ use std::{
 
 use axum::{
     Router,
+    body::HttpBody as _,
     extract::{Request, State},
-    http::{self, StatusCode},
+    http,
     middleware::{self, Next},
-    response::{IntoResponse as _, Response},
+    response::Response,
 };
 use base::ModelName;
+use futures_util::StreamExt as _;
+use http_body_util::{BodyStream, StreamBody};
 use proto::{
     grpc::health::v1::health_server::HealthServer,
     inference::grpc_inference_service_server::GrpcInferenceServiceServer,
@@ -37,7 +41,7 @@ use crate::{
     batch::{STEP_MAX, STEP_MIN},
     gpu::Gpu,
     health::{self, Checks},
-    kserve::Kserve,
+    kserve::{self, Kserve},
     openai,
 };
 
@@ -45,6 +49,10 @@ use crate::{
 pub const TOKENS_MAX: u32 = 16_384;
 /// Most slots, and most places in the queue.
 pub const SLOTS_MAX: u32 = 65_536;
+/// Most blocks the prefix cache may hold: some 100 MB.
+pub const CACHE_BLOCKS_MAX: usize = 1 << 20;
+/// Calls a client may have open at once on one HTTP/2 connection: a node sends all of its over one.
+const H2_STREAMS: u32 = 1_024;
 /// How long calls may take to finish after the engine was told to stop.
 const FINISH_WITHIN: Duration = Duration::from_secs(2);
 /// How long connections may then take to carry what ends them.
@@ -63,15 +71,15 @@ pub struct Config {
     pub model: ModelName,
     /// Requests that run at once, 1 to [`SLOTS_MAX`]. Default 8. More slots make more tokens per second in all.
     pub slots: u32,
-    /// Length of a step of an empty batch, [`STEP_MIN`] to [`STEP_MAX`]; a full one takes twice as long. Below 1 ms tokens
-    /// come in bursts, because timers are no finer. Default 20 ms: 25 tokens per second and request at full load.
+    /// Length of a step of an empty batch, 1 µs to 60 s; a full one takes twice as long. Below 1 ms tokens come in
+    /// bursts, because timers are no finer. Default 20 ms: 25 tokens per second and request at full load.
     pub step: Duration,
     /// Requests that wait for a slot, at most [`SLOTS_MAX`]; beyond it calls are refused. `None`: a quarter of the slots,
     /// at least 1.
     pub queue: Option<u32>,
     /// Tokens of a prompt a request takes in per step, at least 1. Default 256.
     pub prefill_tokens_per_step: u32,
-    /// Blocks of 16 tokens the prefix cache holds; 0 turns it off. Default 4,096.
+    /// Blocks of 16 tokens the prefix cache holds, at most [`CACHE_BLOCKS_MAX`]; 0 turns it off. Default 4,096.
     pub cache_blocks: usize,
     /// Tokens generated for a request that does not say how many, 1 to [`TOKENS_MAX`]. Default 64.
     pub max_tokens: u32,
@@ -110,6 +118,9 @@ impl Config {
         }
         if self.prefill_tokens_per_step == 0 {
             return wrong("prefill_tokens_per_step", "at least 1".to_owned());
+        }
+        if self.cache_blocks > CACHE_BLOCKS_MAX {
+            return wrong("cache_blocks", format!("0 to {CACHE_BLOCKS_MAX}"));
         }
         if !(1..=TOKENS_MAX).contains(&self.max_tokens) {
             return wrong("max_tokens", format!("1 to {TOKENS_MAX}"));
@@ -185,9 +196,10 @@ impl Engine {
         config.check()?;
         let worker = Worker::new(0, 1, CancellationToken::new(), CancellationToken::new());
         let gpu = Arc::new(Gpu::new(config, worker.drain.clone()));
-        let http = gated(openai::router(gpu.clone()), &gpu);
+        let grpc = gated(grpc_router(&gpu)?, &gpu, kserve::stopped);
+        let http = gated(openai::router(gpu.clone()), &gpu, openai::stopped);
         Ok(Self {
-            grpc: Bound::new("gRPC", config.grpc, gated(grpc_router(&gpu)?, &gpu))?,
+            grpc: Bound::new("gRPC", config.grpc, grpc)?,
             http: Bound::new("HTTP", config.http, http)?.with_http1(),
             admin: Bound::new("faults", config.admin, admin::router(gpu.clone()))?.with_http1(),
             gpu,
@@ -275,12 +287,18 @@ impl Bound {
             .map_request(|request: http::Request<Body>| request.map(axum::body::Body::new))
             .map_response(|response: Response| response.map(Body::new))
             .service(self.router);
-        let (limits, keys) = (Limits::engines(), QuicKeys::random());
+        let (limits, keys) = (limits(), QuicKeys::random());
         let server = Server::new(limits, ServerTls::Plaintext, keys, service, 0);
         let server = if self.http1 { server.with_http1() } else { server };
         let accepting = self.listener.accept(worker.drain.clone());
         tokio::try_join!(server.serve(worker.clone(), self.port), accepting).map(drop)
     }
+}
+
+/// Anybody may connect, and nodes do: they carry many calls at once, whose headers have grown on the way.
+fn limits() -> Limits {
+    let header_section_bytes = Limits::peers().header_section_bytes;
+    Limits { h2_streams: H2_STREAMS, header_section_bytes, ..Limits::clients() }
 }
 
 fn grpc_router(gpu: &Arc<Gpu>) -> Result<Router, EngineError> {
@@ -301,21 +319,46 @@ fn grpc_router(gpu: &Arc<Gpu>) -> Result<Router, EngineError> {
     Ok(routes.into_axum_router())
 }
 
+/// How a port says that the server stops.
+type Stopped = fn() -> Response;
+
 /// The router of a port that is silent while the engine hangs.
-fn gated(router: Router, gpu: &Arc<Gpu>) -> Router {
-    router.layer(middleware::from_fn_with_state(gpu.clone(), gate))
+fn gated(router: Router, gpu: &Arc<Gpu>, stopped: Stopped) -> Router {
+    router.layer(middleware::from_fn_with_state((gpu.clone(), stopped), gate))
 }
 
-async fn gate(State(gpu): State<Arc<Gpu>>, request: Request, next: Next) -> Response {
+async fn gate(
+    State((gpu, stopped)): State<(Arc<Gpu>, Stopped)>,
+    request: Request,
+    next: Next,
+) -> Response {
     let answering = async {
-        gpu.awake().await;
-        next.run(request).await
+        // That it closes while it hangs is said below.
+        drop(gpu.awake().await);
+        let response = next.run(request).await;
+        drop(gpu.awake().await);
+        response
     };
     tokio::select! {
-        response = answering => response,
-        // gRPC reads this as UNAVAILABLE.
-        () = gpu.closed.cancelled() => StatusCode::SERVICE_UNAVAILABLE.into_response(),
+        biased;
+        () = gpu.closed.cancelled() => stopped(),
+        response = answering => response.map(|body| held_back(body, gpu.clone())),
     }
+}
+
+/// A body each piece of which waits until the engine does not hang, or closes. One of known length is there as a whole.
+fn held_back(body: axum::body::Body, gpu: Arc<Gpu>) -> axum::body::Body {
+    if body.size_hint().exact().is_some() {
+        return body;
+    }
+    let frames = BodyStream::new(body).then(move |frame| {
+        let gpu = gpu.clone();
+        async move {
+            drop(gpu.awake().await);
+            frame
+        }
+    });
+    axum::body::Body::new(StreamBody::new(frames))
 }
 
 #[cfg(test)]
@@ -335,6 +378,8 @@ mod tests {
         assert_eq!(wrong(|config| config.step = Duration::ZERO), "step is 1µs to 60s");
         let prefill = wrong(|config| config.prefill_tokens_per_step = 0);
         assert_eq!(prefill, "prefill_tokens_per_step is at least 1");
+        let blocks = wrong(|config| config.cache_blocks = usize::MAX);
+        assert_eq!(blocks, "cache_blocks is 0 to 1048576");
         assert_eq!(wrong(|config| config.max_tokens = 0), "max_tokens is 1 to 16384");
     }
 

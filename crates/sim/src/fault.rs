@@ -2,8 +2,8 @@
 
 /// What is wrong with a batch. It has one fault at a time: the next replaces the last.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Fault {
-    /// Steps that start from now on take longer.
+pub(crate) enum Fault {
+    /// Steps take longer, and so does what is left of the one in progress.
     Slow(SlowFactor),
     /// No step ends. Requests are taken while there is room. After it the step goes on where it stood.
     Hang,
@@ -13,12 +13,12 @@ pub enum Fault {
 
 /// How many times longer than healthy every step takes: 1 to 10,000.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
-pub struct SlowFactor(f64);
+pub(crate) struct SlowFactor(f64);
 
 /// A number that is no [`SlowFactor`]. The fault is with whoever wrote it; nothing has changed.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 #[error("a factor is a number from 1 to 10000, not {0}")]
-pub struct SlowFactorError(f64);
+pub(crate) struct SlowFactorError(f64);
 
 impl TryFrom<f64> for SlowFactor {
     type Error = SlowFactorError;

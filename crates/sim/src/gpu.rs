@@ -2,6 +2,10 @@
 //!
 //! One driver ([`Gpu::drive`]) owns time. A call holds a [`Generation`], which reads how far its request has come: one
 //! number, however slowly it is read. Dropping it cancels the request.
+//!
+//! A server drops it when the caller goes away. Over HTTP/1.1 that has a limit, which is hyper's: it looks for the end of
+//! a connection only while nothing has arrived after the request in progress. Of a caller that sends more bytes behind
+//! its request and leaves, it learns when it next writes, and so at the end of a call that is not streamed.
 
 use std::{
     collections::HashMap,
@@ -24,12 +28,15 @@ use crate::{
     words::Words,
 };
 
+/// How much of a name a message repeats.
+const SHOWN_CHARS_MAX: usize = 100;
+
 /// What all ports of one engine share.
 #[derive(Debug)]
 pub(crate) struct Gpu {
     pub(crate) model: ModelName,
     pub(crate) metrics: Metrics,
-    /// Cancelled when the engine takes nothing new.
+    /// Cancelled when no call is taken any more; those in progress go on.
     pub(crate) drain: CancellationToken,
     /// Cancelled when what has not finished is given up.
     pub(crate) closed: CancellationToken,
@@ -84,9 +91,6 @@ pub(crate) enum Refusal {
     Stopped,
 }
 
-/// How much of a name a message repeats.
-const SHOWN_CHARS_MAX: usize = 100;
-
 impl Gpu {
     pub(crate) fn new(config: &Config, drain: CancellationToken) -> Self {
         let batch = BatchConfig {
@@ -117,8 +121,7 @@ impl Gpu {
         if name == self.model.as_str() {
             return Ok(());
         }
-        let asked = name.chars().take(SHOWN_CHARS_MAX).collect();
-        Err(Refusal::UnknownModel { asked, served: self.model.clone() })
+        Err(Refusal::UnknownModel { asked: shown(name), served: self.model.clone() })
     }
 
     /// Begins to generate.
@@ -131,7 +134,7 @@ impl Gpu {
                 .filter(|tokens| (1..=TOKENS_MAX).contains(tokens))
                 .ok_or(Refusal::Tokens(tokens))?,
         };
-        if self.closed.is_cancelled() {
+        if self.drain.is_cancelled() {
             return Err(Refusal::Stopped);
         }
         let prompt = Prompt::new(ask.prompt);
@@ -247,10 +250,15 @@ impl Gpu {
         self.state.lock().batch.figures()
     }
 
-    /// Waits until the engine does not hang.
-    pub(crate) async fn awake(&self) {
-        // Fails only when the sender is gone, which `self` holds.
-        drop(self.hung.subscribe().wait_for(|hung| !hung).await);
+    /// Waits until the engine does not hang. One that hangs and closes refuses.
+    pub(crate) async fn awake(&self) -> Result<(), Refusal> {
+        let mut hung = self.hung.subscribe();
+        tokio::select! {
+            biased;
+            // Fails only when the sender is gone, which `self` holds.
+            _ = hung.wait_for(|hung| !hung) => Ok(()),
+            () = self.closed.cancelled() => Err(Refusal::Stopped),
+        }
     }
 
     /// Everything counted, in the text format.
@@ -308,6 +316,11 @@ impl Drop for Generation {
     fn drop(&mut self) {
         self.gpu.cancel(self.id);
     }
+}
+
+/// As much of a name as a message repeats.
+pub(crate) fn shown(name: &str) -> String {
+    name.chars().take(SHOWN_CHARS_MAX).collect()
 }
 
 fn wait_ms(busy: Busy) -> u64 {

@@ -14,7 +14,7 @@ use proto::{
 };
 use tonic::{Request, Response, Status, codegen::BoxStream};
 
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, shown};
 
 /// Packages whose services the port offers.
 const PACKAGES: [&str; 4] =
@@ -64,8 +64,7 @@ impl Health for Checks {
         if SERVICES.contains(&service.as_str()) {
             Ok(Response::new(self.status()))
         } else {
-            let shown: String = service.chars().take(100).collect();
-            Err(Status::not_found(format!("there is no service `{shown}` here")))
+            Err(Status::not_found(format!("there is no service `{}` here", shown(service))))
         }
     }
 

@@ -1,8 +1,15 @@
 //! KServe v2 with Triton's extensions, as far as a text model needs them. What is missing answers UNIMPLEMENTED.
+//!
+//! What is wrong with a request of a ModelStreamInfer is answered in the stream, as Triton does: `error_message`, and the
+//! stream goes on. Unlike Triton's, a stream ends with a status, RESOURCE_EXHAUSTED or UNAVAILABLE, when there is no room
+//! or the server stops: before the first answer that lets a mesh try another server, later it lets the client. A server
+//! that stops finishes the request in progress and refuses those behind it; OK is only for a client that has ended its
+//! side and has had all its answers.
 
 use std::{sync::Arc, time::Duration};
 
-use futures_util::stream;
+use axum::http;
+use futures_util::{FutureExt as _, StreamExt as _, stream};
 use proto::inference::{
     InferStatistics, ModelConfig, ModelConfigRequest, ModelConfigResponse, ModelInferRequest,
     ModelInferResponse, ModelMetadataRequest, ModelMetadataResponse, ModelReadyRequest,
@@ -50,6 +57,11 @@ impl Kserve {
     }
 }
 
+/// The answer to a call that a server which stops gives up.
+pub(crate) fn stopped() -> http::Response<axum::body::Body> {
+    status(&Refusal::Stopped).into_http()
+}
+
 /// The status of a refusal.
 fn status(refusal: &Refusal) -> Status {
     let message = refusal.to_string();
@@ -94,29 +106,60 @@ struct Session {
 
 impl Session {
     async fn next(mut self) -> Option<(Result<ModelStreamInferResponse, Status>, Self)> {
+        self.answer().await.transpose().map(|answer| (answer, self))
+    }
+
+    async fn answer(&mut self) -> Result<Option<ModelStreamInferResponse>, Status> {
         loop {
             if let Some(running) = &mut self.running {
                 match running.next().await {
-                    Some(answer) => return Some((answer, self)),
+                    Some(answer) => return answer.map(Some),
                     None => self.running = None,
                 }
             }
-            let request = tokio::select! {
-                request = self.requests.message() => request,
-                // Nothing is in progress, and nothing new is taken.
-                () = self.service.0.drain.cancelled() => return None,
-            };
-            let request = match request {
-                Ok(request) => request?,
-                Err(status) => return Some((Err(status), self)),
-            };
-            match self.service.begin(&request) {
-                Ok(running) => self.running = Some(running),
-                // As Triton does: one request failed, the stream goes on.
-                Err(status) => return Some((Ok(failure(&request, &status)), self)),
+            let Some(request) = self.take().await? else { return Ok(None) };
+            if let Some(failure) = self.begin(&request)? {
+                return Ok(Some(failure));
             }
         }
     }
+
+    /// The next request; `None` when the client has ended its side.
+    async fn take(&mut self) -> Result<Option<ModelInferRequest>, Status> {
+        let drain = &self.service.0.drain;
+        let request = tokio::select! {
+            biased;
+            // A client that may have sent more, or is about to, must not take the end for an answer.
+            () = drain.cancelled() => match self.requests.message().now_or_never() {
+                Some(Ok(None)) => None,
+                Some(_) | None => return Err(status(&Refusal::Stopped)),
+            },
+            request = self.requests.message() => request?,
+        };
+        self.service.0.awake().await.map_err(|refusal| status(&refusal))?;
+        Ok(request)
+    }
+
+    /// Begins to answer a request. What is wrong with it is said in the stream; only for want of room, or at the end of
+    /// the server, does the stream end.
+    fn begin(
+        &mut self,
+        request: &ModelInferRequest,
+    ) -> Result<Option<ModelStreamInferResponse>, Status> {
+        match self.service.begin(request) {
+            Ok(running) => {
+                self.running = Some(running);
+                Ok(None)
+            }
+            Err(status) if is_elsewhere(&status) => Err(status),
+            Err(status) => Ok(Some(failure(request, &status))),
+        }
+    }
+}
+
+/// Whether another server may take what was refused.
+fn is_elsewhere(status: &Status) -> bool {
+    matches!(status.code(), Code::ResourceExhausted | Code::Unavailable)
 }
 
 fn failure(request: &ModelInferRequest, status: &Status) -> ModelStreamInferResponse {
@@ -148,8 +191,9 @@ impl GrpcInferenceService for Kserve {
         request: Request<ModelReadyRequest>,
     ) -> Result<Response<ModelReadyResponse>, Status> {
         let request = request.into_inner();
-        self.check(&request.name, &request.version)?;
-        Ok(Response::new(ModelReadyResponse { ready: !self.0.drain.is_cancelled() }))
+        // As Triton does: what is not there is not ready, and to ask for it is no error.
+        let is_served = self.check(&request.name, &request.version).is_ok();
+        Ok(Response::new(ModelReadyResponse { ready: is_served && !self.0.drain.is_cancelled() }))
     }
 
     async fn server_metadata(
@@ -188,6 +232,7 @@ impl GrpcInferenceService for Kserve {
         &self,
         request: Request<ModelInferRequest>,
     ) -> Result<Response<ModelInferResponse>, Status> {
+        self.0.awake().await.map_err(|refusal| status(&refusal))?;
         let Running { generation, reply } = self.begin(request.get_ref())?;
         let text = generation.text().await.map_err(|refusal| status(&refusal))?;
         Ok(Response::new(reply.text(text)))
@@ -197,14 +242,15 @@ impl GrpcInferenceService for Kserve {
         &self,
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Result<Response<BoxStream<ModelStreamInferResponse>>, Status> {
-        let mut requests = request.into_inner();
+        let requests = request.into_inner();
+        let mut session = Session { service: self.clone(), requests, running: None };
         // Until the first request is taken nothing is answered, so that whoever is refused may try elsewhere.
-        let running = match requests.message().await? {
-            Some(first) => Some(self.begin(&first)?),
+        let failure = match session.take().await? {
+            Some(first) => session.begin(&first)?,
             None => None,
         };
-        let session = Session { service: self.clone(), requests, running };
-        Ok(Response::new(Box::pin(stream::unfold(session, Session::next))))
+        let rest = stream::unfold(session, Session::next);
+        Ok(Response::new(Box::pin(stream::iter(failure.map(Ok)).chain(rest))))
     }
 
     async fn model_config(

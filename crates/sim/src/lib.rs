@@ -1,22 +1,22 @@
 //! Simulated GPUs: an inference server to try a mesh with, and the machines it is made of.
 //!
-//! - [`batch`]: a GPU that batches continuously, without IO; time is an argument.
-//! - [`fault`]: what can be wrong with it.
-//! - [`prefix`]: which beginnings of prompts have been seen before.
+//! - `batch`: a GPU that batches continuously, without IO; time is an argument.
+//! - `fault`: what can be wrong with it.
+//! - `prefix`: which beginnings of prompts have been seen before.
 //! - [`words`]: what a simulated model writes.
 //! - [`engine`]: a server on real sockets: KServe v2 over gRPC, OpenAI's API over HTTP, and a port that injects faults.
 //!
 //! Deliberately absent: any model. Tokens are words that follow from the prompt, and prompts are cut at white space.
 
 mod admin;
-pub mod batch;
+mod batch;
 pub mod engine;
-pub mod fault;
+mod fault;
 mod gpu;
 mod health;
 mod kserve;
 mod metrics;
 mod openai;
-pub mod prefix;
+mod prefix;
 mod tensors;
 pub mod words;

@@ -18,9 +18,9 @@ use crate::batch::Figures;
 type Count = Counter<u64, AtomicU64>;
 
 /// Upper bounds of the buckets of the time to the first token, in seconds: vLLM's.
-const FIRST_TOKEN_BOUNDS_S: [f64; 18] = [
+const FIRST_TOKEN_BOUNDS_S: [f64; 22] = [
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
-    20.0, 40.0,
+    20.0, 40.0, 80.0, 160.0, 640.0, 2_560.0,
 ];
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -65,9 +65,13 @@ impl fmt::Debug for Metrics {
 
 impl Metrics {
     pub(crate) fn new(model: &ModelName) -> Self {
-        let label = ("model_name".into(), model.to_string().into());
+        let labels = [
+            // Which of the engines of a server: vLLM numbers them, and here there is one.
+            ("engine".into(), "0".into()),
+            ("model_name".into(), model.to_string().into()),
+        ];
         let mut metrics = Self {
-            registry: Registry::with_labels([label].into_iter()),
+            registry: Registry::with_labels(labels.into_iter()),
             running: Gauge::default(),
             waiting: Gauge::default(),
             cache_usage: Gauge::default(),
@@ -211,18 +215,19 @@ mod tests {
         let figures = Figures { running: 2, waiting: 1, slots: 8, queue: 2, steps: 9 };
         let text = metrics.render(figures).unwrap();
         for line in [
-            r#"vllm:num_requests_running{model_name="llama"} 2"#,
-            r#"vllm:num_requests_waiting{model_name="llama"} 1"#,
-            r#"vllm:kv_cache_usage_perc{model_name="llama"} 0.25"#,
-            r#"vllm:prompt_tokens_total{model_name="llama"} 40"#,
-            r#"vllm:generation_tokens_total{model_name="llama"} 2"#,
-            r#"vllm:request_success_total{model_name="llama",finished_reason="length"} 1"#,
-            r#"vllm:request_success_total{model_name="llama",finished_reason="abort"} 0"#,
-            r#"vllm:prefix_cache_queries_total{model_name="llama"} 40"#,
-            r#"vllm:prefix_cache_hits_total{model_name="llama"} 32"#,
-            r#"vllm:time_to_first_token_seconds_count{model_name="llama"} 1"#,
-            r#"vllm:time_to_first_token_seconds_bucket{model_name="llama",le="0.04"} 1"#,
-            r#"sim:requests_refused_total{model_name="llama"} 1"#,
+            r#"vllm:num_requests_running{engine="0",model_name="llama"} 2"#,
+            r#"vllm:num_requests_waiting{engine="0",model_name="llama"} 1"#,
+            r#"vllm:kv_cache_usage_perc{engine="0",model_name="llama"} 0.25"#,
+            r#"vllm:prompt_tokens_total{engine="0",model_name="llama"} 40"#,
+            r#"vllm:generation_tokens_total{engine="0",model_name="llama"} 2"#,
+            r#"vllm:request_success_total{engine="0",model_name="llama",finished_reason="length"} 1"#,
+            r#"vllm:request_success_total{engine="0",model_name="llama",finished_reason="abort"} 0"#,
+            r#"vllm:prefix_cache_queries_total{engine="0",model_name="llama"} 40"#,
+            r#"vllm:prefix_cache_hits_total{engine="0",model_name="llama"} 32"#,
+            r#"vllm:time_to_first_token_seconds_count{engine="0",model_name="llama"} 1"#,
+            r#"vllm:time_to_first_token_seconds_bucket{engine="0",model_name="llama",le="0.04"} 1"#,
+            r#"sim:requests_refused_total{engine="0",model_name="llama"} 1"#,
+            r#"vllm:time_to_first_token_seconds_bucket{engine="0",model_name="llama",le="2560.0"} 1"#,
             "# EOF",
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");

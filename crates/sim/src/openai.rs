@@ -5,7 +5,7 @@ use std::{collections::VecDeque, convert::Infallible, fmt, sync::Arc, time::Dura
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{DefaultBodyLimit, State, rejection::BytesRejection},
+    extract::{DefaultBodyLimit, FromRequest as _, Request, State},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{
         IntoResponse, Response,
@@ -26,8 +26,12 @@ use crate::{
 
 mod shapes;
 
+/// The last event of a stream.
+const DONE: &str = "[DONE]";
 /// Longest body of a request; beyond it the answer is 413.
 const BODY_BYTES_MAX: usize = 4 << 20;
+/// How long a body may take to arrive; beyond it the answer is 408.
+const BODY_WITHIN: Duration = Duration::from_secs(10);
 /// What there is, for whoever asked for something else.
 const USAGE: &str =
     "POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health or GET /metrics";
@@ -46,25 +50,27 @@ pub(crate) fn router(gpu: Arc<Gpu>) -> Router {
         .with_state(gpu)
 }
 
-async fn chat(
-    State(gpu): State<Arc<Gpu>>,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Response, Failure> {
-    let order = parse::<ChatRequest>(body)?.order().map_err(Failure::bad_request)?;
+/// The answer to a call that a server which stops gives up.
+pub(crate) fn stopped() -> Response {
+    Failure::from(Refusal::Stopped).into_response()
+}
+
+async fn chat(State(gpu): State<Arc<Gpu>>, request: Request) -> Result<Response, Failure> {
+    let order = read::<ChatRequest>(request).await?.order().map_err(Failure::bad_request)?;
     answer(gpu, order).await
 }
 
-async fn text(
-    State(gpu): State<Arc<Gpu>>,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Response, Failure> {
-    let order = parse::<TextRequest>(body)?.order().map_err(Failure::bad_request)?;
+async fn text(State(gpu): State<Arc<Gpu>>, request: Request) -> Result<Response, Failure> {
+    let order = read::<TextRequest>(request).await?.order().map_err(Failure::bad_request)?;
     answer(gpu, order).await
 }
 
-fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, Failure> {
-    let body =
-        body.map_err(|rejection| Failure::Body(rejection.status(), rejection.body_text()))?;
+async fn read<T: DeserializeOwned>(request: Request) -> Result<T, Failure> {
+    let reading = tokio::time::timeout(BODY_WITHIN, Bytes::from_request(request, &()));
+    let body = reading
+        .await
+        .map_err(|_| Failure::late())?
+        .map_err(|rejection| Failure::Body(rejection.status(), rejection.body_text()))?;
     let mut json = serde_json::Deserializer::from_slice(&body);
     let parsed = serde_path_to_error::deserialize(&mut json).map_err(Failure::bad_request)?;
     json.end().map_err(Failure::bad_request)?;
@@ -72,6 +78,8 @@ fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, 
 }
 
 async fn answer(gpu: Arc<Gpu>, order: Order) -> Result<Response, Failure> {
+    // It may have hung since the head of the request came.
+    gpu.awake().await?;
     let ask = Ask { model: &order.model, prompt: &order.prompt, tokens: order.tokens };
     let generation = gpu.generate(&ask)?;
     let shape = Shape::new(&order, clock::wall());
@@ -100,11 +108,11 @@ impl Answering {
             let is_first = self.generation.is_untouched();
             match self.generation.next().await? {
                 Ok(token) => self.make(&token, is_first),
-                // The head is gone, so this is all there is to say it with.
+                // The head is gone, so this is all there is to say it with; vLLM ends such a stream as any other.
                 Err(refusal) => {
                     let failure = Failure::from(refusal);
                     let body = error_body(failure.status(), &failure.to_string());
-                    self.ready.push_back(body.to_string());
+                    self.ready.extend([body.to_string(), DONE.to_owned()]);
                 }
             }
         }
@@ -122,7 +130,7 @@ impl Answering {
             let (prompt, tokens) = (self.generation.prompt_tokens, self.generation.tokens);
             let usage = self.include_usage.then(|| self.shape.usage_chunk(prompt, tokens));
             self.ready.extend(usage.map(|chunk| chunk.to_string()));
-            self.ready.push_back("[DONE]".to_owned());
+            self.ready.push_back(DONE.to_owned());
         }
     }
 }
@@ -170,6 +178,11 @@ impl Failure {
         Self::Body(StatusCode::BAD_REQUEST, message)
     }
 
+    fn late() -> Self {
+        let message = format!("the body did not arrive within {BODY_WITHIN:?}");
+        Self::Body(StatusCode::REQUEST_TIMEOUT, message)
+    }
+
     fn status(&self) -> StatusCode {
         match self {
             Self::Body(status, _) => *status,
@@ -204,4 +217,23 @@ fn error_body(status: StatusCode, message: &str) -> Value {
     };
     let code = status.as_u16();
     json!({ "error": { "message": message, "type": kind, "param": null, "code": code } })
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::{Body, to_bytes};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_does_not_end_in_time_is_answered_with_408() {
+        let body = Body::from_stream(stream::pending::<Result<Bytes, Infallible>>());
+        let failure = read::<TextRequest>(Request::new(body)).await.unwrap_err();
+        let response = failure.into_response();
+        assert_eq!(response.status(), StatusCode::REQUEST_TIMEOUT);
+        let body = to_bytes(response.into_body(), BODY_BYTES_MAX).await.unwrap();
+        let body: Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(body["error"]["code"], 408);
+        assert_eq!(body["error"]["message"], "the body did not arrive within 10s");
+    }
 }

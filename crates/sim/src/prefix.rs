@@ -10,11 +10,11 @@ use lru::LruCache;
 use crate::words::hash;
 
 /// Tokens of a block. What is left of a prompt after its last full block is never cached.
-pub const BLOCK_TOKENS: u32 = 16;
+pub(crate) const BLOCK_TOKENS: u32 = 16;
 
 /// A prompt, cut and hashed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Prompt {
+pub(crate) struct Prompt {
     tokens: u32,
     /// Each stands for its block and all before it.
     blocks: Vec<u64>,
@@ -23,7 +23,7 @@ pub struct Prompt {
 impl Prompt {
     /// Cuts and hashes a text.
     #[must_use]
-    pub fn new(text: &str) -> Self {
+    pub(crate) fn new(text: &str) -> Self {
         let (mut prompt, mut chain) = (Self::default(), 0);
         for token in text.split_ascii_whitespace() {
             chain = hash(chain, token.as_bytes());
@@ -37,21 +37,21 @@ impl Prompt {
 
     /// How many tokens it has.
     #[must_use]
-    pub fn tokens(&self) -> u32 {
+    pub(crate) fn tokens(&self) -> u32 {
         self.tokens
     }
 
     /// Steps its prefill takes when `cached` of its tokens need none and a step takes `tokens_per_step`: at least 1,
-    /// because the last token is computed anew even where all are cached.
+    /// because the last token is computed anew even where all are cached. The last of them yields the first token.
     #[must_use]
-    pub fn prefill_steps(&self, cached: u32, tokens_per_step: u32) -> u32 {
+    pub(crate) fn prefill_steps(&self, cached: u32, tokens_per_step: u32) -> u32 {
         self.tokens.saturating_sub(cached).div_ceil(tokens_per_step.max(1)).max(1)
     }
 }
 
 /// Prefixes seen before, in a bounded number of blocks.
 #[derive(Debug)]
-pub struct PrefixCache {
+pub(crate) struct PrefixCache {
     blocks: LruCache<u64, ()>,
     capacity: usize,
 }
@@ -59,20 +59,20 @@ pub struct PrefixCache {
 impl PrefixCache {
     /// An empty cache of at most `capacity` blocks; with 0 it never holds anything.
     #[must_use]
-    pub fn new(capacity: usize) -> Self {
+    pub(crate) fn new(capacity: usize) -> Self {
         // Without a bound of its own, which would be allocated up front: `insert` keeps it.
         Self { blocks: LruCache::unbounded(), capacity }
     }
 
     /// How many leading tokens of a prompt are cached: whole blocks.
     #[must_use]
-    pub fn cached_tokens(&self, prompt: &Prompt) -> u32 {
+    pub(crate) fn cached_tokens(&self, prompt: &Prompt) -> u32 {
         let cached = prompt.blocks.iter().take_while(|block| self.blocks.contains(*block));
         cached.fold(0, |tokens, _| tokens + BLOCK_TOKENS)
     }
 
     /// Takes in a prompt, and drops what was used least recently.
-    pub fn insert(&mut self, prompt: &Prompt) {
+    pub(crate) fn insert(&mut self, prompt: &Prompt) {
         // The last block first: a beginning, which more prompts share, then outlives its end.
         for block in prompt.blocks.iter().take(self.capacity).rev() {
             self.blocks.put(*block, ());
@@ -80,18 +80,6 @@ impl PrefixCache {
                 self.blocks.pop_lru();
             }
         }
-    }
-
-    /// Blocks it holds.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.blocks.len()
-    }
-
-    /// Whether it holds none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.blocks.is_empty()
     }
 }
 
@@ -138,7 +126,7 @@ mod tests {
         cache.insert(&b);
         cache.insert(&a);
         cache.insert(&c);
-        assert_eq!(cache.len(), 4);
+        assert_eq!(cache.blocks.len(), 4);
         let cached = [&a, &b, &c].map(|prompt| cache.cached_tokens(prompt));
         assert_eq!(cached, [32, 16, 16], "the end of b made room");
     }
@@ -148,14 +136,14 @@ mod tests {
         let mut cache = PrefixCache::new(2);
         let long = prompt("a", 160);
         cache.insert(&long);
-        assert_eq!((cache.len(), cache.cached_tokens(&long)), (2, 32));
+        assert_eq!((cache.blocks.len(), cache.cached_tokens(&long)), (2, 32));
     }
 
     #[test]
     fn a_cache_without_blocks_holds_nothing() {
         let mut cache = PrefixCache::new(0);
         cache.insert(&prompt("a", 160));
-        assert!(cache.is_empty());
+        assert!(cache.blocks.is_empty());
     }
 
     #[test]

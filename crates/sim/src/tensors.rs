@@ -1,15 +1,18 @@
 //! What does a KServe v2 request ask for, and how is a text put into a response? Tensors as Triton spells them.
 //!
 //! One BYTES tensor in, `text_input`, one out, `text_output`, of one element each. Either as `contents.bytes_contents`
-//! or raw: four bytes of length, little-endian, then the bytes. A response is raw when its request was.
+//! or raw: four bytes of length, little-endian, then the bytes; never both in one request. A response is raw when its
+//! request was.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use proto::inference::{
     InferParameter, InferTensorContents, ModelInferRequest, ModelInferResponse,
     infer_parameter::ParameterChoice, model_infer_response::InferOutputTensor,
 };
+
+use crate::gpu::shown;
 
 /// The tensor that holds the prompt.
 pub(crate) const INPUT: &str = "text_input";
@@ -23,8 +26,6 @@ pub(crate) const VERSION: &str = "1";
 const TOKENS: &str = "max_tokens";
 /// Whether a response of a stream is the last of its request: Triton's name.
 const FINAL: &str = "triton_final_response";
-/// How much of a name a message repeats.
-const SHOWN_CHARS_MAX: usize = 100;
 
 /// Why a request cannot be understood. The caller's fault; the same request fails again.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -33,10 +34,16 @@ pub(crate) enum RequestError {
     NoInput,
     #[error("input `{INPUT}` has datatype {BYTES}, not `{0}`")]
     Datatype(String),
+    #[error("there are two inputs `{0}`")]
+    Twice(String),
+    #[error("input `{INPUT}` has shape [1] or [1, 1], for one text")]
+    Shape,
     #[error("input `{INPUT}` holds one text, not {0}")]
     Elements(usize),
     #[error("raw_input_contents has one entry per input: {inputs} inputs, {raw} entries")]
     RawEntries { inputs: usize, raw: usize },
+    #[error("contents go into raw_input_contents or into the inputs, not both")]
+    RawAndTyped,
     #[error(
         "raw contents of `{INPUT}` are four bytes of length, little-endian, and that many bytes of text"
     )]
@@ -67,24 +74,44 @@ pub(crate) fn read(request: &ModelInferRequest) -> Result<Asked<'_>, RequestErro
 }
 
 fn prompt(request: &ModelInferRequest) -> Result<&[u8], RequestError> {
+    check_names(request)?;
     let found = request.inputs.iter().enumerate().find(|(_, input)| input.name == INPUT);
     let (index, input) = found.ok_or(RequestError::NoInput)?;
     if input.datatype != BYTES {
         return Err(RequestError::Datatype(shown(&input.datatype)));
     }
+    if !matches!(input.shape[..], [1] | [1, 1]) {
+        return Err(RequestError::Shape);
+    }
     if is_raw(request) {
-        let (inputs, raw) = (request.inputs.len(), request.raw_input_contents.len());
-        if inputs != raw {
-            return Err(RequestError::RawEntries { inputs, raw });
-        }
-        let entry = request.raw_input_contents.get(index).ok_or(RequestError::Raw)?;
-        return element(entry).ok_or(RequestError::Raw);
+        return raw_prompt(request, index);
     }
     let elements = input.contents.as_ref().map_or(&[][..], |contents| &contents.bytes_contents);
     match elements {
         [text] => Ok(text),
         other => Err(RequestError::Elements(other.len())),
     }
+}
+
+/// Two inputs of one name: nobody can say which is meant.
+fn check_names(request: &ModelInferRequest) -> Result<(), RequestError> {
+    let mut names = BTreeSet::new();
+    match request.inputs.iter().find(|input| !names.insert(input.name.as_str())) {
+        Some(input) => Err(RequestError::Twice(shown(&input.name))),
+        None => Ok(()),
+    }
+}
+
+fn raw_prompt(request: &ModelInferRequest, index: usize) -> Result<&[u8], RequestError> {
+    if request.inputs.iter().any(|input| input.contents.is_some()) {
+        return Err(RequestError::RawAndTyped);
+    }
+    let (inputs, raw) = (request.inputs.len(), request.raw_input_contents.len());
+    if inputs != raw {
+        return Err(RequestError::RawEntries { inputs, raw });
+    }
+    let entry = request.raw_input_contents.get(index).ok_or(RequestError::Raw)?;
+    element(entry).ok_or(RequestError::Raw)
 }
 
 /// The only element of a raw tensor.
@@ -174,10 +201,6 @@ fn raw(text: &str) -> Bytes {
     raw.freeze()
 }
 
-fn shown(text: &str) -> String {
-    text.chars().take(SHOWN_CHARS_MAX).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use proto::inference::model_infer_request::{InferInputTensor, InferRequestedOutputTensor};
@@ -199,6 +222,13 @@ mod tests {
         ModelInferRequest { inputs: vec![input(INPUT, texts)], ..Default::default() }
     }
 
+    /// A request whose inputs have these names, with the contents of each apart.
+    fn raw_request(names: &[&str], raw_input_contents: Vec<Bytes>) -> ModelInferRequest {
+        let bare = |name: &&str| InferInputTensor { contents: None, ..input(name, &[]) };
+        let inputs = names.iter().map(bare).collect();
+        ModelInferRequest { inputs, raw_input_contents, ..Default::default() }
+    }
+
     fn with_tokens(choice: ParameterChoice) -> ModelInferRequest {
         let parameter = InferParameter { parameter_choice: Some(choice) };
         let parameters = BTreeMap::from([(TOKENS.to_owned(), parameter)]);
@@ -208,11 +238,8 @@ mod tests {
     #[test]
     fn a_prompt_comes_in_contents_or_raw() {
         assert_eq!(read(&request(&[b"hi"])), Ok(Asked { prompt: "hi", tokens: None }));
-        let mut two = ModelInferRequest {
-            inputs: vec![input("stream", &[]), input(INPUT, &[])],
-            raw_input_contents: vec![Bytes::from_static(&[1]), raw("hi")],
-            ..Default::default()
-        };
+        let contents = vec![Bytes::from_static(&[1]), raw("hi")];
+        let mut two = raw_request(&["stream", INPUT], contents);
         assert_eq!(read(&two), Ok(Asked { prompt: "hi", tokens: None }));
         two.raw_input_contents.pop();
         assert_eq!(read(&two), Err(RequestError::RawEntries { inputs: 2, raw: 1 }));
@@ -235,10 +262,14 @@ mod tests {
 
     #[test]
     fn a_request_that_cannot_be_understood_says_what_is_expected() {
-        let raw_entry = |entry: &[u8]| ModelInferRequest {
-            raw_input_contents: vec![Bytes::copy_from_slice(entry)],
-            ..request(&[])
+        let raw_entry = |entry: &[u8]| raw_request(&[INPUT], vec![Bytes::copy_from_slice(entry)]);
+        let both = ModelInferRequest { raw_input_contents: vec![raw("a")], ..request(&[b"a"]) };
+        let shaped = |shape: &[i64]| {
+            let shape = shape.to_vec();
+            let inputs = vec![InferInputTensor { shape, ..input(INPUT, &[b"a"]) }];
+            ModelInferRequest { inputs, ..Default::default() }
         };
+        assert!(read(&shaped(&[1, 1])).is_ok());
         let other_type = ModelInferRequest {
             inputs: vec![InferInputTensor { datatype: "FP32".to_owned(), ..input(INPUT, &[b""]) }],
             ..Default::default()
@@ -257,6 +288,12 @@ mod tests {
             (raw_entry(b"\x02\0\0"), "four bytes of length"),
             (raw_entry(b"\x02\0\0\0a"), "four bytes of length"),
             (raw_entry(b"\xff\xff\xff\xffa"), "four bytes of length"),
+            (both, "not both"),
+            (raw_request(&[INPUT, INPUT], vec![raw("a"), raw("a")]), "two inputs `text_input`"),
+            (shaped(&[]), "shape [1] or [1, 1]"),
+            (shaped(&[2]), "shape [1] or [1, 1]"),
+            (shaped(&[1, 2]), "shape [1] or [1, 1]"),
+            (shaped(&[-1]), "shape [1] or [1, 1]"),
             (other_output, "the only output is `text_output`, not `logits`"),
         ] {
             let error = read(&request).unwrap_err().to_string();
@@ -269,11 +306,8 @@ mod tests {
         let plain = Reply::to(&request(&[b"hi"])).text("yo".to_owned());
         assert_eq!(plain.outputs[0].contents.as_ref().unwrap().bytes_contents, [b"yo"]);
         assert!(plain.raw_output_contents.is_empty());
-        let request = ModelInferRequest {
-            id: "7".to_owned(),
-            raw_input_contents: vec![raw("hi")],
-            ..request(&[])
-        };
+        let request =
+            ModelInferRequest { id: "7".to_owned(), ..raw_request(&[INPUT], vec![raw("hi")]) };
         let response = Reply::to(&request).token("yo".to_owned(), true);
         assert_eq!(response.raw_output_contents, [&b"\x02\0\0\0yo"[..]]);
         assert_eq!((response.outputs[0].contents.as_ref(), response.id.as_str()), (None, "7"));

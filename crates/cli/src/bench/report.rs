@@ -4,20 +4,16 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{Options, drive::Plan, subject::Subject};
-use crate::load::Tally;
+use super::{Options, drive::Ran, subject::Subject};
 
-/// Share of a thread's time above which the bench itself is what was measured.
-const BOTTLENECK: f64 = 0.9;
+/// Share of its threads' time above which this end is a good part of what was measured.
+const BOTTLENECK: f64 = 0.6;
 
 /// What is printed.
 pub(super) struct Report<'a> {
     pub(super) options: &'a Options,
     pub(super) subject: &'a Subject,
-    pub(super) plan: &'a Plan,
-    pub(super) tally: &'a Tally,
-    /// Processor time of this process.
-    pub(super) used: Duration,
+    pub(super) ran: &'a Ran,
 }
 
 impl Report<'_> {
@@ -30,30 +26,31 @@ impl Report<'_> {
 
     /// How long what was counted took.
     fn took(&self) -> Duration {
-        self.tally
+        self.ran
+            .tally
             .last
-            .map_or(Duration::ZERO, |last| last.saturating_duration_since(self.plan.counted))
+            .map_or(Duration::ZERO, |last| last.saturating_duration_since(self.ran.plan.counted))
     }
 
     fn per_second(&self) -> f64 {
         let took = self.took().as_secs_f64();
-        if took > 0.0 { self.tally.ok as f64 / took } else { 0.0 }
+        if took > 0.0 { self.ran.tally.ok as f64 / took } else { 0.0 }
     }
 
     /// Processor time of this process per call, in seconds, and as a share of its threads' time.
     fn processor(&self) -> (f64, f64) {
-        let all = self.plan.start;
+        let all = self.ran.plan.start;
         let wall =
-            self.tally.last.map_or(Duration::ZERO, |last| last.saturating_duration_since(all));
+            self.ran.tally.last.map_or(Duration::ZERO, |last| last.saturating_duration_since(all));
         let time = wall.as_secs_f64() * f64::from(self.options.threads);
-        let used = self.used.as_secs_f64();
+        let used = self.ran.used.as_secs_f64();
         let share = if time > 0.0 { used / time } else { 0.0 };
-        (used / self.tally.calls.max(1) as f64, share)
+        (used / self.ran.tally.calls.max(1) as f64, share)
     }
 
     pub(super) fn json(&self) -> Value {
         let (per_call, share) = self.processor();
-        let tally = self.tally;
+        let tally = &self.ran.tally;
         json!({
             "address": self.options.target.address,
             "method": self.options.method,
@@ -77,11 +74,14 @@ impl Report<'_> {
             "served_by": tally.served_by,
             "client_cpu_s_per_call": per_call,
             "client_cpu_share": share,
+            "client_is_bottleneck": share > BOTTLENECK,
+            "late_s": tally.late.json(),
+            "cut_short": self.ran.is_cut_short,
         })
     }
 
     pub(super) fn text(&self) -> String {
-        let tally = self.tally;
+        let tally = &self.ran.tally;
         let how = match self.options.rate {
             Some(rate) => format!("open loop at {rate} calls/s"),
             None => format!("closed loop, {} at a time", self.options.concurrency),
@@ -116,6 +116,15 @@ impl Report<'_> {
         for (by, count) in &tally.served_by {
             lines.push(format!("served by  {by}: {count}"));
         }
+        if let Some(late) = tally.late.quantile_s(0.99) {
+            lines.push(format!(
+                "late       99 % of the calls were made within {:.1} ms of when they were due",
+                late * 1e3
+            ));
+        }
+        if self.ran.is_cut_short {
+            lines.push("cut short  it was told to stop before its end".to_owned());
+        }
         let (per_call, share) = self.processor();
         lines.push(format!(
             "this end   {:.1} µs of processor per call, {:.0} % of its threads' time",
@@ -124,7 +133,7 @@ impl Report<'_> {
         ));
         if share > BOTTLENECK {
             lines.push(
-                "           that is nearly all: what was measured is this end; give more --threads"
+                "           that is much: some of what was measured is this end; give more --threads"
                     .to_owned(),
             );
         }

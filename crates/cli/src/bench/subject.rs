@@ -1,19 +1,19 @@
 //! What a bench calls, and what every answer must be.
 
-use std::fs;
+use std::{fs, ops::ControlFlow};
 
 use anyhow::Context as _;
-use bytes::Bytes;
+use bytes::{BufMut as _, Bytes, BytesMut};
 use http::{HeaderMap, Uri};
 use parking_lot::Mutex;
-use prost_reflect::{DynamicMessage, MessageDescriptor};
+use prost_reflect::{DynamicMessage, Kind, MessageDescriptor};
 use serde_json::Value;
 use transport::{Channel, PeerTls, grpc};
 
-use super::{Options, runtime};
+use super::{Options, line::Line, runtime};
 use crate::{
     Failure, call,
-    caller::{self, Method},
+    caller::{self, Ended, Method},
     load::{Outcome, Wrong},
     schema::Schema,
     target::{Caller, Whom},
@@ -39,9 +39,11 @@ pub(super) struct Http {
 #[derive(Debug)]
 pub(super) struct Grpc {
     pub(super) whom: Whom,
-    method: Method,
+    pub(super) method: Method,
     /// The messages of a call; calls take turns.
     requests: Vec<Vec<Bytes>>,
+    /// The same as they are on the wire.
+    framed: Vec<Bytes>,
     check: Check,
 }
 
@@ -79,13 +81,15 @@ impl Subject {
         };
         let method =
             Method { path: call::path(&declared)?, metadata, deadline: Some(options.deadline) };
+        let expect = options.expect.clone().map(|expect| expectation(expect, &declared.output()));
         let check = Check {
             output: declared.output(),
             is_stream: declared.is_server_streaming(),
-            expect: options.expect.clone(),
+            expect: expect.transpose().map_err(Failure::Usage)?,
             good: Mutex::default(),
         };
-        Ok(Self::Grpc(Box::new(Grpc { whom, method, requests, check })))
+        let framed = requests.iter().map(|messages| framed(messages)).collect();
+        Ok(Self::Grpc(Box::new(Grpc { whom, method, requests, framed, check })))
     }
 
     fn openai(options: &Options, data: &str) -> Result<Self, Failure> {
@@ -103,29 +107,49 @@ impl Subject {
     }
 }
 
+/// The messages of a call as gRPC frames them: a flag, a length of four bytes, the message.
+fn framed(messages: &[Bytes]) -> Bytes {
+    let mut body = BytesMut::new();
+    for message in messages {
+        body.put_u8(0);
+        body.put_u32(u32::try_from(message.len()).unwrap_or(u32::MAX));
+        body.extend_from_slice(message);
+    }
+    body.freeze()
+}
+
 /// What every answer must be.
 #[derive(Debug)]
 struct Check {
     output: MessageDescriptor,
     is_stream: bool,
+    /// Fields the last message must have, under the names JSON has for them.
     expect: Option<Value>,
     /// The last message that was found good: the same bytes need no second look.
-    good: Mutex<Bytes>,
+    good: Mutex<Option<Bytes>>,
 }
+
+/// How KServe v2 reports an error in a stream whose status is OK.
+const STREAM_ANSWER: &str = "inference.ModelStreamInferResponse";
+const STREAM_ERROR: &str = "error_message";
 
 impl Check {
     /// Whether a message is one of those declared, and the `last` has what is expected.
     fn message(&self, bytes: &Bytes, last: bool) -> Result<(), Wrong> {
-        if *self.good.lock() == *bytes {
+        if self.good.lock().as_ref() == Some(bytes) {
             return Ok(());
         }
-        let wrong = |why: String| Err(Wrong::Answer(why));
         let Ok(message) = DynamicMessage::decode(self.output.clone(), bytes.clone()) else {
             return wrong(format!("an answer that is no {}", self.output.full_name()));
         };
+        if self.output.full_name() == STREAM_ANSWER
+            && let Some(error) = message.get_field_by_name(STREAM_ERROR)
+            && let Some(error) = error.as_str().filter(|error| !error.is_empty())
+        {
+            return wrong(format!("an error in the stream: {error}"));
+        }
         if last && let Some(expect) = &self.expect {
-            let found =
-                call::to_json(&message).map_err(|error| Wrong::Answer(error.to_string()))?;
+            let found = call::to_json(&message).map_err(|e| Wrong::Answer(e.to_string()))?;
             if !contains(&found, expect) {
                 let shown: String = found.to_string().chars().take(200).collect();
                 return wrong(format!("an answer without what is expected: {shown}"));
@@ -133,13 +157,52 @@ impl Check {
         }
         // Of a stream, only its last message was held against what is expected.
         if last || self.expect.is_none() {
-            *self.good.lock() = bytes.clone();
+            *self.good.lock() = Some(bytes.clone());
         }
         Ok(())
     }
+
+    /// Whether an answer that ended well is whole.
+    fn end(&self, messages: u64, last: Option<&Bytes>) -> Result<(), Wrong> {
+        match last {
+            Some(_) if !self.is_stream && messages > 1 => wrong("more than one message"),
+            Some(last) => self.message(last, true),
+            None if self.is_stream && self.expect.is_none() => Ok(()),
+            None => wrong("OK without a message"),
+        }
+    }
 }
 
-/// Whether `found` has all of `wanted`.
+fn wrong(why: impl Into<String>) -> Result<(), Wrong> {
+    Err(Wrong::Answer(why.into()))
+}
+
+/// What is expected of a message, under the names JSON has for its fields; a field it does not have is an error.
+fn expectation(value: Value, kind: &MessageDescriptor) -> anyhow::Result<Value> {
+    let Value::Object(fields) = value else {
+        anyhow::bail!("--expect is an object with fields of {}", kind.full_name());
+    };
+    let mut found = serde_json::Map::new();
+    for (name, value) in fields {
+        let field = kind.get_field_by_json_name(&name).or_else(|| kind.get_field_by_name(&name));
+        let field =
+            field.with_context(|| format!("--expect: {} has no field {name}", kind.full_name()))?;
+        let value = match (field.kind(), value) {
+            (Kind::Message(kind), value @ Value::Object(_)) if !field.is_map() => {
+                expectation(value, &kind)?
+            }
+            (Kind::Message(kind), Value::Array(list)) => {
+                let list = list.into_iter().map(|value| expectation(value, &kind));
+                Value::Array(list.collect::<anyhow::Result<_>>()?)
+            }
+            (_, value) => value,
+        };
+        found.insert(field.json_name().to_owned(), value);
+    }
+    Ok(Value::Object(found))
+}
+
+/// Whether `found` has all of `wanted`. Numbers of 64 bits are texts in JSON, and may be written as numbers.
 fn contains(found: &Value, wanted: &Value) -> bool {
     match (found, wanted) {
         (Value::Object(found), Value::Object(wanted)) => wanted
@@ -148,46 +211,67 @@ fn contains(found: &Value, wanted: &Value) -> bool {
         (Value::Array(found), Value::Array(wanted)) => {
             found.len() == wanted.len() && found.iter().zip(wanted).all(|(f, w)| contains(f, w))
         }
+        (Value::String(found), Value::Number(wanted)) => *found == wanted.to_string(),
         _ => found == wanted,
     }
 }
 
 impl Grpc {
-    pub(super) async fn call(&self, channel: &Channel, number: u64) -> Outcome {
-        let turn = usize::try_from(number).unwrap_or(0) % self.requests.len();
-        let request = tokio_stream::iter(self.requests[turn].clone());
-        let (mut bytes, mut bad, mut last) = (0, Ok(()), None);
+    /// Makes a call over HTTP/2.
+    pub(super) async fn call_on(&self, line: &Line, number: usize) -> Outcome {
+        let body = self.framed[number % self.framed.len()].clone();
+        let mut answer = Answer::new(&self.check);
+        let outcome =
+            line.call(body, self.method.deadline, |message| answer.message(message)).await;
+        answer.judge(outcome)
+    }
+
+    /// Makes a call over whatever a channel is over.
+    pub(super) async fn call(&self, channel: &Channel, number: usize) -> Outcome {
+        let request = tokio_stream::iter(self.requests[number % self.requests.len()].clone());
+        let mut answer = Answer::new(&self.check);
         let ended = caller::call(channel, &self.method, request, |message| {
-            bytes += message.len() as u64;
-            if let Some(before) = last.replace(message)
-                && bad.is_ok()
-            {
-                bad = self.check.message(&before, false);
-            }
+            answer.message(&message);
+            ControlFlow::Continue(())
         })
         .await;
-        let result = if !ended.is_ok() {
-            Err(Wrong::Status(grpc::code_name(ended.status.code()).to_owned()))
-        } else if bad.is_err() {
-            bad
-        } else {
-            match &last {
-                Some(_) if !self.check.is_stream && ended.messages > 1 => {
-                    Err(Wrong::Answer("more than one message".to_owned()))
-                }
-                Some(last) => self.check.message(last, true),
-                None if self.check.is_stream => Ok(()),
-                None => Err(Wrong::Answer("OK without a message".to_owned())),
-            }
-        };
-        Outcome {
-            result,
-            first: ended.first_message,
-            ended: ended.ended,
-            messages: ended.messages,
-            bytes,
-            served_by: ended.served_by().map(str::to_owned),
+        let status = grpc::code_name(ended.status.code());
+        let result = if ended.is_ok() { Ok(()) } else { Err(Wrong::Status(status.to_owned())) };
+        let served_by = ended.served_by().map(str::to_owned);
+        let Ended { first_message: first, ended, messages, .. } = ended;
+        answer.judge(Outcome { result, first, ended, messages, bytes: 0, served_by })
+    }
+}
+
+/// An answer as it comes.
+struct Answer<'a> {
+    check: &'a Check,
+    bytes: u64,
+    last: Option<Bytes>,
+    bad: Result<(), Wrong>,
+}
+
+impl<'a> Answer<'a> {
+    fn new(check: &'a Check) -> Self {
+        Self { check, bytes: 0, last: None, bad: Ok(()) }
+    }
+
+    fn message(&mut self, message: &Bytes) {
+        self.bytes += message.len() as u64;
+        if let Some(before) = self.last.replace(message.clone())
+            && self.bad.is_ok()
+        {
+            self.bad = self.check.message(&before, false);
         }
+    }
+
+    /// What became of the call, its answer considered.
+    fn judge(self, outcome: Outcome) -> Outcome {
+        let result = outcome
+            .result
+            .and(self.bad)
+            .and_then(|()| self.check.end(outcome.messages, self.last.as_ref()));
+        Outcome { result, bytes: self.bytes, ..outcome }
     }
 }
 
@@ -209,12 +293,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_expected_may_be_named_as_in_proto_or_in_json_and_nothing_else() {
+        let pool = prost_reflect::DescriptorPool::decode(proto::FILE_DESCRIPTOR_SET).unwrap();
+        let kind = pool.get_message_by_name("inference.ModelStreamInferResponse").unwrap();
+        let outputs = json!([{ "shape": [1], "name": "x" }]);
+        for (outer, inner) in [("infer_response", "model_name"), ("inferResponse", "modelName")] {
+            let given = json!({ outer: { inner: "m", "outputs": outputs } });
+            let want = json!({ "inferResponse": { "modelName": "m", "outputs": outputs } });
+            assert_eq!(expectation(given, &kind).unwrap(), want);
+        }
+        assert!(expectation(json!({ "infer_respons": {} }), &kind).is_err());
+        assert!(expectation(json!(1), &kind).is_err());
+        assert!(contains(&json!({ "a": "7" }), &json!({ "a": 7 })));
+    }
+
+    #[test]
     fn answers_are_held_against_what_is_declared_and_expected() {
         let pool = prost_reflect::DescriptorPool::decode(proto::FILE_DESCRIPTOR_SET).unwrap();
         let output = pool.get_message_by_name("inference.ServerReadyResponse").unwrap();
         let expect = Some(json!({ "ready": true }));
         let check = Check { output, is_stream: false, expect, good: Mutex::default() };
         let (ready, not_ready) = (Bytes::from_static(b"\x08\x01"), Bytes::new());
+        // An empty message is not what was found good before anything was.
+        assert!(matches!(check.end(1, Some(&not_ready)), Err(Wrong::Answer(_))));
+        assert!(matches!(check.end(0, None), Err(Wrong::Answer(_))));
         for _ in 0..2 {
             assert_eq!(check.message(&ready, true), Ok(()));
             assert!(matches!(

@@ -37,7 +37,7 @@ pub(crate) fn title() -> Line {
     line(
         Style::Head,
         format!(
-            "isobar demo: {} regions, {nodes} nodes, {engines} simulated GPU servers with {SLOTS} slots each",
+            "isobar demo: {} regions, {nodes} nodes, {engines} simulated GPU servers of {SLOTS} slots",
             REGIONS.len()
         ),
     )
@@ -55,7 +55,7 @@ pub(crate) fn table(arm: &mut Arm, now: Instant, of: Duration) -> Vec<Line> {
         ),
         line(
             Style::Dim,
-            "region   demand   calls/s   in flight   first token p50 / p99        busy   forwarded",
+            "region  demand  calls/s  in flight  first token p50/p99    busy  forwarded",
         ),
     ];
     let mut all = Figures::default();
@@ -81,10 +81,9 @@ fn row(name: &str, demand: Option<f64>, rate: f64, figures: &Figures) -> Line {
     line(
         style,
         format!(
-            "{name:<8} {demand:>6}   {rate:>7.1}   {:>9}   {:>10} / {:<9}   {:>6}   {:>9}",
+            "{name:<6}  {demand:>6}  {rate:>7.1}  {:>9}  {:>19}  {:>6}  {:>9}",
             figures.in_flight,
-            ms(figures, 0.5),
-            ms(figures, 0.99),
+            format!("{} / {}", ms(figures, 0.5), ms(figures, 0.99)),
             percent(figures.busy_share()),
             figures.forwarded,
         ),
@@ -131,15 +130,14 @@ pub(crate) fn summary(direct: &Figures, mesh: &Figures, killed: &Killed) -> Vec<
         line(Style::Plain, ""),
         line(
             Style::Dim,
-            format!(
-                "Killed on the way, through the mesh only: engine {} and node {}. Calls that failed for it: {}.",
-                killed.engine, killed.node, killed.failed_calls
-            ),
+            format!("Killed on the way: engine {} and node {}.", killed.engine, killed.node),
         ),
+        line(Style::Dim, format!("Calls that failed for it: {}.", killed.failed_calls)),
     ]
 }
 
 /// A terminal that is drawn over again and again, or a log.
+/// Lines are below eighty columns: a wrapped one could not be drawn over.
 #[derive(Debug)]
 pub(crate) struct Screen {
     is_terminal: bool,
@@ -191,6 +189,30 @@ impl Screen {
     pub(crate) fn log(&self, text: &str) {
         if !self.is_terminal {
             crate::output::note(text);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_line_wraps_on_a_terminal_of_eighty_columns() {
+        let mut figures = Figures::default();
+        (figures.in_flight, figures.calls, figures.ok) = (1_000, 99_999, 88_888);
+        (figures.busy, figures.forwarded) = (11_111, 12_345);
+        figures.first_token.record(Duration::from_millis(12_345));
+        let now = base::clock::now();
+        let events = vec!["engine eu-1/gpu-eu-1 was killed".to_owned()];
+        let regions = vec![figures.clone(); REGIONS.len()];
+        let mut arm = Arm { what: "straight to the engines", start: now, regions, events };
+        let killed =
+            Killed { engine: "eu-1/gpu-eu-1".into(), node: "eu-1".into(), failed_calls: 99 };
+        let lines =
+            [table(&mut arm, now, Duration::from_secs(20)), summary(&figures, &figures, &killed)];
+        for Line(_, text) in lines.iter().flatten() {
+            assert!(text.chars().count() < 80, "{text}");
         }
     }
 }

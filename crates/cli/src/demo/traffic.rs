@@ -6,6 +6,7 @@
 
 use std::{
     collections::VecDeque,
+    ops::ControlFlow,
     time::{Duration, Instant},
 };
 
@@ -32,8 +33,8 @@ use crate::{
 const TOKENS_MEDIAN: f64 = 40.0;
 const TOKENS_SIGMA: f64 = 0.6;
 const TOKENS_MAX: f64 = 200.0;
-/// Steps of a request besides its tokens: its prompt is short.
-const PREFILL_STEPS: f64 = 1.0;
+/// Steps of a request besides those that yield its tokens: its prompt is taken in with the first.
+const PREFILL_STEPS: f64 = 0.0;
 /// How long a call may take.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// How often a client asks another node when one does not answer at all.
@@ -190,6 +191,7 @@ async fn attempt(arrival: Arrival, channel: &Channel) -> (caller::Ended, u32) {
     let mut tokens = 0;
     let ended = caller::call(channel, &method, request, |message| {
         tokens += tokens_of(&message, arrival.is_stream);
+        ControlFlow::Continue(())
     })
     .await;
     (ended, tokens)

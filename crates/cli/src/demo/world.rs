@@ -96,6 +96,8 @@ impl Process {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(said.try_clone()?)
+            // Ctrl-C is for us; whoever hears it ends the others.
+            .process_group(0)
             .kill_on_drop(true)
             .spawn()
             .with_context(|| format!("{name} cannot be started"))?;
@@ -115,7 +117,9 @@ impl Process {
             let mut why = String::new();
             std::io::Seek::seek(&mut said, SeekFrom::Start(0))?;
             std::io::Read::read_to_string(&mut said, &mut why)?;
-            anyhow::bail!("{name} did not start: {}", why.trim());
+            let ended =
+                child.try_wait()?.map_or_else(|| "it says nothing".to_owned(), |s| s.to_string());
+            anyhow::bail!("{name} did not start ({ended}): {}", why.trim());
         };
         Ok(Self { child, ready })
     }

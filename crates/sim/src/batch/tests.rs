@@ -64,19 +64,23 @@ fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
+fn slow(factor: f64) -> Fault {
+    Fault::Slow(factor.try_into().unwrap())
+}
+
 #[test]
 fn an_idle_batch_has_no_deadline() {
     assert_eq!(World::new(4, 4).batch.next_deadline(), None);
 }
 
 #[test]
-fn a_request_alone_yields_its_tokens_in_order_after_its_prefill() {
+fn the_last_step_of_a_prefill_yields_the_first_token_and_each_further_step_one_more() {
     let mut world = World::new(4, 0);
     let id = world.arrive(2, 3).unwrap();
     let seen = world.run_out();
     let step = STEP.mul_f64(1.25);
-    let token = |index| (step * (3 + index), Output::Token { id, index });
-    assert_eq!(seen, [token(0), token(1), token(2), (step * 5, Output::Finished { id })]);
+    let token = |index| (step * (2 + index), Output::Token { id, index });
+    assert_eq!(seen, [token(0), token(1), token(2), (step * 4, Output::Finished { id })]);
 }
 
 #[test]
@@ -107,7 +111,7 @@ fn a_request_joins_at_the_next_boundary() {
 fn beyond_slots_and_queue_an_arrival_is_busy_until_the_estimate() {
     let mut world = World::new(1, 2);
     for _ in 0..3 {
-        world.arrive(1, 4).unwrap();
+        world.arrive(2, 4).unwrap();
     }
     world.run(ms(30));
     assert_eq!(world.load(), (1, 2));
@@ -193,11 +197,32 @@ fn what_is_later_than_the_bound_is_written_off() {
 }
 
 #[test]
-fn a_slow_batch_stretches_the_steps_that_start_from_then_on() {
+fn a_change_of_the_slow_factor_rescales_what_is_left_of_the_step_in_progress() {
     let mut world = World::new(1, 0);
-    let id = world.arrive(0, 3).unwrap();
-    world.batch.inject(world.now, Fault::Slow(20.0.try_into().unwrap()));
-    assert_eq!(tokens_of(id, &world.run_out()), [ms(20), ms(420), ms(820)]);
+    let id = world.arrive(0, 4).unwrap();
+    world.run(ms(15));
+    world.batch.inject(world.now, slow(20.0));
+    // 5 ms of 20 were left.
+    assert_eq!(tokens_of(id, &world.run(ms(115))), [ms(115)]);
+    world.run(ms(315));
+    world.batch.inject(world.now, slow(2.0));
+    assert_eq!(tokens_of(id, &world.run(ms(335))), [ms(335)]);
+    world.run(ms(345));
+    world.batch.heal(world.now);
+    assert_eq!(tokens_of(id, &world.run_out()), [ms(360), ms(380)]);
+}
+
+#[test]
+fn a_slow_batch_that_hangs_goes_on_as_fast_as_what_comes_after() {
+    let mut world = World::new(1, 0);
+    let id = world.arrive(0, 2).unwrap();
+    world.batch.inject(world.now, slow(10.0));
+    world.run(ms(100));
+    world.batch.inject(world.now, Fault::Hang);
+    world.run(ms(1_000));
+    world.batch.inject(world.now, slow(4.0));
+    // Half a step was left.
+    assert_eq!(tokens_of(id, &world.run_out()), [ms(1_040), ms(1_120)]);
 }
 
 #[test]
@@ -252,4 +277,18 @@ fn no_tokens_and_no_slots_count_as_one() {
     let mut world = World::new(0, 0);
     let id = world.arrive(0, 0).unwrap();
     assert_eq!(tokens_of(id, &world.run_out()).len(), 1);
+}
+
+#[test]
+fn what_nobody_polls_is_bounded_however_large_the_batch() {
+    let slots = 1 << 16;
+    let mut world = World::new(slots, 0);
+    let ids: Vec<_> = (0..slots).map(|_| world.arrive(0, 1_000).unwrap()).collect();
+    for (late, id) in (1..=3).zip(&ids) {
+        world.batch.cancel(world.start + Duration::from_secs(3_600) * late, *id);
+        assert!(world.batch.outputs.len() <= OUTPUTS_MAX + 2 * slots as usize);
+    }
+    let now = world.start + Duration::from_secs(3_600 * 3);
+    assert!(world.batch.poll(now).count() > slots as usize, "several steps are made up for");
+    assert!(world.batch.next_deadline().unwrap() > now, "the rest is written off");
 }

@@ -9,26 +9,36 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 /// What `POST /v1/chat/completions` is sent.
+///
+/// What it shares with [`TextRequest`] is spelt out in both: serde loses the names of fields it flattens, and an error
+/// has to say which is wrong.
 #[derive(Debug, Deserialize)]
 pub(super) struct ChatRequest {
+    model: String,
     messages: Vec<Message>,
+    max_tokens: Option<i64>,
     max_completion_tokens: Option<i64>,
-    #[serde(flatten)]
-    common: Common,
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+    n: Option<i64>,
 }
 
 /// What `POST /v1/completions` is sent.
 #[derive(Debug, Deserialize)]
 pub(super) struct TextRequest {
+    model: String,
     prompt: Texts,
-    #[serde(flatten)]
-    common: Common,
+    max_tokens: Option<i64>,
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+    n: Option<i64>,
 }
 
-#[derive(Debug, Deserialize)]
+/// What both ask for, however they spell the rest.
+#[derive(Debug)]
 struct Common {
     model: String,
-    max_tokens: Option<i64>,
+    tokens: Option<i64>,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     n: Option<i64>,
@@ -83,9 +93,14 @@ impl ChatRequest {
             return Err("messages holds at least one message");
         }
         let prompt: String = self.messages.iter().map(Message::text).collect();
-        let tokens = self.max_completion_tokens;
-        let order = self.common.order(prompt, true)?;
-        Ok(Order { tokens: tokens.map(Into::into).or(order.tokens), ..order })
+        let common = Common {
+            model: self.model,
+            tokens: self.max_completion_tokens.or(self.max_tokens),
+            stream: self.stream,
+            stream_options: self.stream_options,
+            n: self.n,
+        };
+        common.order(prompt, true)
     }
 }
 
@@ -100,7 +115,14 @@ impl TextRequest {
                 text
             }
         };
-        self.common.order(prompt, false)
+        let common = Common {
+            model: self.model,
+            tokens: self.max_tokens,
+            stream: self.stream,
+            stream_options: self.stream_options,
+            n: self.n,
+        };
+        common.order(prompt, false)
     }
 }
 
@@ -112,7 +134,7 @@ impl Common {
         Ok(Order {
             model: self.model,
             prompt,
-            tokens: self.max_tokens.map(Into::into),
+            tokens: self.tokens.map(Into::into),
             is_stream: self.stream.unwrap_or(false),
             include_usage: self.stream_options.and_then(|o| o.include_usage).unwrap_or(false),
             is_chat,

@@ -4,20 +4,27 @@ use std::net::SocketAddr;
 
 use futures_util::{StreamExt as _, stream};
 use proto::{
-    grpc::health::v1::{
-        HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+    grpc::{
+        health::v1::{
+            HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+        },
+        reflection::v1::{
+            ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+            server_reflection_request::MessageRequest,
+        },
     },
-    inference::ServerReadyRequest,
+    inference::{ModelStreamInferResponse, ServerReadyRequest, infer_parameter::ParameterChoice},
 };
 use serde_json::{Value, json};
 use sim::engine::Ended;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
+    sync::mpsc,
 };
-use tonic::Code;
+use tonic::{Code, Streaming};
 
-use crate::world::{ENDLESS, World, http, infer, is_silent, raw_http, soon};
+use crate::world::{ENDLESS, World, http, infer, is_silent, raw_http, send_http, soon};
 
 #[tokio::test]
 async fn the_admin_port_says_what_is_wrong_and_how_full_it_is() {
@@ -81,6 +88,64 @@ async fn a_hung_engine_answers_nothing_until_it_heals() {
 }
 
 #[tokio::test]
+async fn a_hung_engine_answers_nothing_to_an_open_stream() {
+    let world = World::new(2, 1);
+    let (requests, later) = mpsc::channel(1);
+    let requests_of = stream::unfold(later, async |mut later| Some((later.recv().await?, later)));
+    requests.send(infer("a", 1)).await.unwrap();
+    let stream = soon(world.kserve().model_stream_infer(requests_of)).await.unwrap();
+    let mut stream = stream.into_inner();
+    assert!(soon(stream.message()).await.unwrap().is_some());
+    world.admin("POST", "/hang").await;
+    requests.send(infer("b", 0)).await.unwrap();
+    assert!(is_silent(stream.message()).await, "not even that it is wrong");
+    world.admin("POST", "/heal").await;
+    let message = soon(stream.message()).await.unwrap().unwrap();
+    assert!(message.error_message.contains("not 0"), "{}", message.error_message);
+    world.admin("POST", "/hang").await;
+    drop(requests);
+    assert!(is_silent(stream.message()).await, "nor that it is over");
+    world.admin("POST", "/heal").await;
+    assert!(soon(stream.message()).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn a_hung_engine_answers_nothing_on_an_open_stream_of_any_service() {
+    let world = World::new(1, 1);
+    let list = || ServerReflectionRequest {
+        message_request: Some(MessageRequest::ListServices(String::new())),
+        ..Default::default()
+    };
+    let (requests, later) = mpsc::channel(1);
+    let requests_of = stream::unfold(later, async |mut later| Some((later.recv().await?, later)));
+    requests.send(list()).await.unwrap();
+    let mut client = ServerReflectionClient::new(world.channel.clone());
+    let mut answers = soon(client.server_reflection_info(requests_of)).await.unwrap().into_inner();
+    assert!(soon(answers.message()).await.unwrap().is_some());
+    world.admin("POST", "/hang").await;
+    requests.send(list()).await.unwrap();
+    assert!(is_silent(answers.message()).await);
+    world.admin("POST", "/heal").await;
+    assert!(soon(answers.message()).await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn a_hung_engine_answers_nothing_to_a_request_whose_head_it_has() {
+    let world = World::new(1, 1);
+    let mut stream = TcpStream::connect(world.at.http).await.unwrap();
+    let head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{";
+    stream.write_all(head).await.unwrap();
+    let mut reply = [0; 12];
+    assert!(is_silent(stream.read_exact(&mut reply)).await);
+    world.admin("POST", "/hang").await;
+    stream.write_all(b"!").await.unwrap();
+    assert!(is_silent(stream.read_exact(&mut reply)).await);
+    world.admin("POST", "/heal").await;
+    soon(stream.read_exact(&mut reply)).await.unwrap();
+    assert_eq!(&reply, b"HTTP/1.1 400");
+}
+
+#[tokio::test]
 async fn a_refusing_engine_is_ready_and_takes_nothing_until_it_heals() {
     let world = World::new(2, 1);
     world.admin("POST", "/refuse").await;
@@ -100,10 +165,9 @@ async fn a_slow_engine_goes_on_and_heals() {
     let mut client = world.kserve();
     let mut inferring = Box::pin(client.model_infer(infer("a", 1)));
     assert!(is_silent(&mut inferring).await);
-    drop(inferring);
-    world.until("running", 0).await;
+    // Its only step would have taken 20 s: what is left of it shrinks.
     world.admin("POST", "/slow?factor=2").await;
-    assert!(soon(world.kserve().model_infer(infer("a", 1))).await.is_ok());
+    assert!(soon(inferring).await.is_ok());
 }
 
 /// Says something on a fresh connection and reads until it closes, or for a moment.
@@ -147,8 +211,8 @@ async fn an_engine_that_is_stopped_finishes_what_is_short_and_tells_watchers() {
     let watch = soon(health.watch(HealthCheckRequest::default())).await.unwrap();
     let mut watch = watch.into_inner();
     assert_eq!(soon(watch.message()).await.unwrap().unwrap().status(), ServingStatus::Serving);
-    let held = stream::iter([infer("a", 20)]).chain(stream::pending());
-    let mut stream = soon(world.kserve().model_stream_infer(held)).await.unwrap().into_inner();
+    let requests = stream::iter([infer("a", 20)]);
+    let mut stream = soon(world.kserve().model_stream_infer(requests)).await.unwrap().into_inner();
     let (ended, tokens) = tokio::join!(world.stop(), async {
         let mut tokens = 0;
         while let Some(message) = soon(stream.message()).await.unwrap() {
@@ -162,6 +226,89 @@ async fn an_engine_that_is_stopped_finishes_what_is_short_and_tells_watchers() {
     assert_eq!(soon(watch.message()).await.unwrap().unwrap().status(), ServingStatus::NotServing);
     assert!(soon(watch.message()).await.unwrap().is_none());
     assert!(TcpStream::connect(world.at.grpc).await.is_err());
+}
+
+/// How a stream ends: tokens of each request that was answered in full, and the status.
+async fn ending(mut stream: Streaming<ModelStreamInferResponse>) -> (Vec<usize>, Code) {
+    let (mut whole, mut tokens) = (Vec::new(), 0);
+    loop {
+        let message = match soon(stream.message()).await {
+            Ok(Some(message)) => message,
+            Ok(None) => return (whole, Code::Ok),
+            Err(status) => return (whole, status.code()),
+        };
+        tokens += 1;
+        let last = &message.infer_response.unwrap().parameters["triton_final_response"];
+        if last.parameter_choice == Some(ParameterChoice::BoolParam(true)) {
+            whole.push(std::mem::take(&mut tokens));
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_engine_that_is_stopped_refuses_the_requests_behind_the_one_in_progress() {
+    let mut world = World::new(4, 0);
+    let requests = || stream::iter([infer("a", 50), infer("b", ENDLESS), infer("c", 1)]);
+    let (mut ended, mut open) = (world.kserve(), world.kserve());
+    let ended = soon(ended.model_stream_infer(requests())).await.unwrap().into_inner();
+    let open = open.model_stream_infer(requests().chain(stream::pending()));
+    let open = soon(open).await.unwrap().into_inner();
+    let (_, ended, open) = tokio::join!(world.stop(), ending(ended), ending(open));
+    // The second is refused, or given up on a machine so slow that it had begun.
+    for outcome in [ended, open] {
+        assert_eq!(outcome, (vec![50], Code::Unavailable));
+    }
+}
+
+#[tokio::test]
+async fn an_engine_that_is_stopped_ends_a_stream_well_only_after_its_client_has() {
+    let mut world = World::new(2, 0);
+    let (mut ended, mut open) = (world.kserve(), world.kserve());
+    let requests = || stream::iter([infer("a", 20)]);
+    let ended = soon(ended.model_stream_infer(requests())).await.unwrap().into_inner();
+    let open = open.model_stream_infer(requests().chain(stream::pending()));
+    let open = soon(open).await.unwrap().into_inner();
+    let (_, ended, open) = tokio::join!(world.stop(), ending(ended), ending(open));
+    assert_eq!(ended, (vec![20], Code::Ok));
+    assert_eq!(open, (vec![20], Code::Unavailable));
+}
+
+#[tokio::test]
+async fn an_engine_that_is_stopped_takes_no_call_whose_body_comes_later() {
+    let mut world = World::new(2, 1);
+    let at = world.at;
+    let body = br#"{"model": "sim", "prompt": "a", "max_tokens": 1}"#;
+    let mut stream = TcpStream::connect(at.http).await.unwrap();
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut reply = String::new();
+    assert!(is_silent(stream.read_to_string(&mut reply)).await);
+    tokio::join!(world.stop(), async {
+        soon(async { while TcpStream::connect(at.admin).await.is_ok() {} }).await;
+        // The engine may have waited in vain already; it says the same.
+        drop(stream.write_all(body).await);
+        soon(stream.read_to_string(&mut reply)).await.unwrap();
+    });
+    assert!(reply.starts_with("HTTP/1.1 503 "), "{reply}");
+    assert!(reply.contains("the server is stopping"), "{reply}");
+}
+
+#[tokio::test]
+async fn an_engine_that_is_stopped_while_it_hangs_says_so_as_openai_would() {
+    let mut world = World::new(1, 1);
+    world.admin("POST", "/hang").await;
+    let mut stream = send_http(world.at.http, &["GET", "/v1/models"], "", "").await;
+    let mut reply = String::new();
+    assert!(is_silent(stream.read_to_string(&mut reply)).await);
+    world.stop().await;
+    soon(stream.read_to_string(&mut reply)).await.unwrap();
+    assert!(reply.starts_with("HTTP/1.1 503 "), "{reply}");
+    let (_, body) = reply.split_once("\r\n\r\n").unwrap();
+    let body: Value = serde_json::from_str(body).unwrap();
+    assert_eq!(body["error"]["type"], "ServiceUnavailableError");
 }
 
 #[tokio::test]

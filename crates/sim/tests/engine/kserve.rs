@@ -17,6 +17,7 @@ use proto::{
     },
 };
 use sim::words::Words;
+use tokio::sync::mpsc;
 use tonic::{Code, Streaming};
 
 use crate::world::{ENDLESS, World, infer, soon, text_of};
@@ -69,19 +70,36 @@ async fn a_stream_answers_each_request_token_by_token_in_order() {
 }
 
 #[tokio::test]
-async fn a_later_request_of_a_stream_that_fails_leaves_the_stream_alive() {
+async fn a_request_of_a_stream_that_is_wrong_leaves_the_stream_alive_the_first_too() {
     let world = World::new(2, 1);
     let other = ModelInferRequest { model_name: "other".to_owned(), ..infer("x", 1) };
-    let requests = stream::iter([infer("one", 1), other.clone(), infer("two", 1)]);
+    let empty = ModelInferRequest { inputs: vec![], ..infer("x", 1) };
+    let requests = stream::iter([other.clone(), infer("one", 1), empty, other, infer("two", 1)]);
     let mut stream = soon(world.kserve().model_stream_infer(requests)).await.unwrap().into_inner();
     let mut errors = Vec::new();
     while let Some(message) = soon(stream.message()).await.unwrap() {
         assert_eq!(message.infer_response.unwrap().id, "id of the call");
         errors.push(message.error_message);
     }
-    assert_eq!(errors, ["", "model `other` is not served here: ask for `sim`", ""]);
-    let first = soon(world.kserve().model_stream_infer(stream::iter([other]))).await;
-    assert_eq!(first.unwrap_err().code(), Code::NotFound);
+    let model = "model `other` is not served here: ask for `sim`";
+    let input = "send the prompt in an input `text_input` of datatype BYTES; there is none";
+    assert_eq!(errors, [model, "", input, model, ""]);
+}
+
+#[tokio::test]
+async fn a_stream_ends_with_a_status_when_there_is_no_room_for_a_later_request() {
+    let world = World::new(1, 1);
+    let (requests, later) = mpsc::channel(1);
+    let requests_of = stream::unfold(later, async |mut later| Some((later.recv().await?, later)));
+    requests.send(infer("one", 1)).await.unwrap();
+    let stream = soon(world.kserve().model_stream_infer(requests_of)).await.unwrap();
+    let mut stream = stream.into_inner();
+    assert!(soon(stream.message()).await.unwrap().is_some());
+    world.admin("POST", "/refuse").await;
+    requests.send(infer("two", 1)).await.unwrap();
+    let status = soon(stream.message()).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    assert!(status.metadata().contains_key("grpc-retry-pushback-ms"));
 }
 
 #[tokio::test]
@@ -183,7 +201,9 @@ async fn the_server_and_its_model_describe_themselves() {
     let missing = client.system_shared_memory_status(SystemSharedMemoryStatusRequest::default());
     assert_eq!(missing.await.unwrap_err().code(), Code::Unimplemented);
     let other = ModelReadyRequest { name: "other".to_owned(), ..Default::default() };
-    assert_eq!(client.model_ready(other).await.unwrap_err().code(), Code::NotFound);
+    assert!(!client.model_ready(other).await.unwrap().get_ref().ready, "and no error");
+    let other = ModelMetadataRequest { name: "other".to_owned(), ..Default::default() };
+    assert_eq!(client.model_metadata(other).await.unwrap_err().code(), Code::NotFound);
 }
 
 #[tokio::test]

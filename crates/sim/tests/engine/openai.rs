@@ -3,9 +3,10 @@
 use axum::http::{Request, StatusCode, Version};
 use serde_json::{Value, json};
 use sim::{engine::Config, words::Words};
+use tokio::io::AsyncReadExt as _;
 use tonic::body::Body;
 
-use crate::world::{World, http, raw_http, soon};
+use crate::world::{ENDLESS, World, http, raw_http, send_http, soon};
 
 /// What the server makes of a chat of one message.
 fn chat_words(content: &str) -> Words {
@@ -92,6 +93,8 @@ async fn a_wrong_request_is_told_what_is_wrong() {
         (String::new(), 400, "EOF while parsing"),
         (role, 400, "missing field `role`"),
         (chat("hi", 0, &json!({})), 400, "from 1 to 16384, not 0"),
+        (chat("hi", 0, &json!({ "max_tokens": "x" })), 400, "max_tokens: invalid type: string"),
+        (chat("hi", 1, &json!({ "stream": 1 })), 400, "stream: invalid type"),
         (chat("hi", 1, &json!({ "messages": [] })), 400, "at least one message"),
     ] {
         let (status, body) = world.post(path, &body).await;
@@ -152,7 +155,7 @@ async fn metrics_speak_as_vllm_does_and_count_the_prefix_cache() {
     world.until("finished", 2).await;
     let (status, text) = http(world.at.http, "GET", "/metrics", "").await;
     assert_eq!(status, 200);
-    let model = r#"model_name="a\"b""#;
+    let model = r#"engine="0",model_name="a\"b""#;
     for line in [
         format!("vllm:num_requests_running{{{model}}} 0"),
         format!("vllm:num_requests_waiting{{{model}}} 0"),
@@ -166,4 +169,68 @@ async fn metrics_speak_as_vllm_does_and_count_the_prefix_cache() {
     ] {
         assert!(text.contains(&line), "{line} is not in\n{text}");
     }
+}
+
+#[tokio::test]
+async fn metrics_are_classic_text_unless_openmetrics_is_asked_for() {
+    let world = World::new(1, 1);
+    let open = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5";
+    for (accept, kind, counter, is_open) in [
+        ("", "text/plain; version=0.0.4", "vllm:prompt_tokens_total", false),
+        ("accept: */*\r\n", "text/plain; version=0.0.4", "vllm:prompt_tokens_total", false),
+        (
+            &format!("accept: {open}\r\n"),
+            "application/openmetrics-text",
+            "vllm:prompt_tokens",
+            true,
+        ),
+    ] {
+        let mut stream = send_http(world.at.http, &["GET", "/metrics"], accept, "").await;
+        let mut page = String::new();
+        soon(stream.read_to_string(&mut page)).await.unwrap();
+        assert!(page.contains(&format!("content-type: {kind}")), "{page}");
+        assert!(page.contains(&format!("# TYPE {counter} counter\n")), "{page}");
+        assert_eq!(page.ends_with("# EOF\n"), is_open, "{page}");
+    }
+}
+
+#[tokio::test]
+async fn a_caller_that_goes_away_frees_its_slot_streamed_or_not() {
+    let world = World::new(1, 0);
+    for (cancelled, is_stream) in (1..).zip([false, true]) {
+        let body = chat("hi", ENDLESS, &json!({ "stream": is_stream }));
+        let path = "/v1/chat/completions";
+        let mut stream = send_http(world.at.http, &["POST", path], "", &body).await;
+        world.until("running", 1).await;
+        if is_stream {
+            let mut head = [0; 12];
+            soon(stream.read_exact(&mut head)).await.unwrap();
+            assert_eq!(&head, b"HTTP/1.1 200");
+        }
+        drop(stream);
+        world.until("running", 0).await;
+        world.until("cancelled", cancelled).await;
+    }
+    let (status, _) = world.post("/v1/chat/completions", &chat("hi", 1, &json!({}))).await;
+    assert_eq!(status, 200);
+}
+
+#[tokio::test]
+async fn a_stream_that_is_given_up_says_so_before_it_is_done() {
+    let mut world = World::new(1, 0);
+    let at = world.at.http;
+    let body = chat("hi", ENDLESS, &json!({ "stream": true }));
+    let streaming = http(at, "POST", "/v1/chat/completions", &body);
+    let ((status, body), _) = tokio::join!(streaming, async {
+        world.until("running", 1).await;
+        world.stop().await
+    });
+    assert_eq!(status, 200);
+    let events = events(&body);
+    let error = &events.last().unwrap()["error"];
+    assert_eq!(
+        (&error["code"], &error["message"]),
+        (&json!(503), &json!("the server is stopping"))
+    );
+    assert!(events[..events.len() - 1].iter().all(|event| event["error"].is_null()));
 }

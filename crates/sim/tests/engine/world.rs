@@ -111,15 +111,26 @@ pub(crate) async fn http(at: SocketAddr, method: &str, path: &str, body: &str) -
 
 /// The whole reply, as text.
 pub(crate) async fn raw_http(at: SocketAddr, method: &str, path: &str, body: &str) -> String {
-    let mut stream = TcpStream::connect(at).await.unwrap();
-    let length = body.len();
-    let request = format!(
-        "{method} {path} HTTP/1.1\r\nhost: sim\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
-    );
-    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut stream = send_http(at, &[method, path], "", body).await;
     let mut reply = String::new();
     stream.read_to_string(&mut reply).await.unwrap();
     reply
+}
+
+/// Sends a request with `headers`, lines that end in CRLF; the reply comes on the connection.
+pub(crate) async fn send_http(
+    at: SocketAddr,
+    method_and_path: &[&str; 2],
+    headers: &str,
+    body: &str,
+) -> TcpStream {
+    let mut stream = TcpStream::connect(at).await.unwrap();
+    let (line, length) = (method_and_path.join(" "), body.len());
+    let request = format!(
+        "{line} HTTP/1.1\r\nhost: sim\r\nconnection: close\r\n{headers}content-length: {length}\r\n\r\n{body}"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    stream
 }
 
 fn unchunk(mut chunks: &str) -> String {
