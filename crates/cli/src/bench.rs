@@ -68,9 +68,9 @@ pub(crate) struct Options {
     /// Calls of the first while are made and not counted
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration)]
     warmup: Duration,
-    /// How long one call may take
-    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration)]
-    deadline: Duration,
+    /// How long one call may take, as the server is told too; by default a minute, of which it is told nothing
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    deadline: Option<Duration>,
     /// Connections, each carrying its share of the calls
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     connections: u32,
@@ -89,6 +89,14 @@ pub(crate) struct Options {
     /// Print the result as one JSON object
     #[arg(long)]
     json: bool,
+}
+
+impl Options {
+    /// How long one call may take.
+    fn limit(&self) -> Duration {
+        const LIMIT: Duration = Duration::from_secs(60);
+        self.deadline.unwrap_or(LIMIT)
+    }
 }
 
 fn rate(text: &str) -> Result<f64, String> {

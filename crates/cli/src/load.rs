@@ -132,6 +132,14 @@ pub(crate) struct Outcome {
     pub(crate) served_by: Option<String>,
 }
 
+impl Outcome {
+    /// A call that brought nothing.
+    pub(crate) fn failed(why: Wrong) -> Self {
+        let ended = base::clock::now();
+        Self { result: Err(why), first: None, ended, messages: 0, bytes: 0, served_by: None }
+    }
+}
+
 /// Why a call counts as failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Wrong {

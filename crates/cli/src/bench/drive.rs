@@ -13,7 +13,7 @@ use std::{
 };
 
 use base::clock;
-use futures_util::{StreamExt as _, future::join_all, stream::FuturesUnordered};
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use rand::{SeedableRng as _, rngs::StdRng};
 use rustix::time::{ClockId, clock_gettime};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -223,7 +223,7 @@ impl<'a> Share<'a> {
             Subject::OpenAi(http) => {
                 let (uri, headers) = (http.uri.clone(), http.headers.clone());
                 let tls = *http.tls.0.clone();
-                let client = OpenAi::new(uri, headers, tls, options.deadline, tasks);
+                let client = OpenAi::new(uri, headers, tls, options.limit(), tasks);
                 return Ok(Way::OpenAi(Box::new(client), http));
             }
         };
@@ -294,17 +294,19 @@ impl<'a> Share<'a> {
 
     async fn closed_loop(&self, way: &Way<'_>, plan: &Plan, tally: &RefCell<Tally>) {
         let number = RefCell::new(0);
-        let loops = (0..self.part(self.run.options.concurrency.into())).map(|_| async {
-            let mut begin = clock::now();
-            while self.run.take(plan, begin) {
-                let turn = number.replace_with(|number| *number + 1);
-                let outcome = way.call(turn).await;
-                let ended = outcome.ended;
-                count(plan, tally, begin, outcome);
-                begin = ended;
-            }
-        });
-        join_all(loops).await;
+        let mut loops: FuturesUnordered<_> = (0..self.part(self.run.options.concurrency.into()))
+            .map(|_| async {
+                let mut begin = clock::now();
+                while self.run.take(plan, begin) {
+                    let turn = number.replace_with(|number| *number + 1);
+                    let outcome = way.call(turn).await;
+                    let ended = outcome.ended;
+                    count(plan, tally, begin, outcome);
+                    begin = ended;
+                }
+            })
+            .collect();
+        while loops.next().await.is_some() {}
     }
 }
 

@@ -97,17 +97,16 @@ impl Line {
     pub(super) async fn call(
         &self,
         body: Bytes,
-        deadline: Option<Duration>,
+        limit: Duration,
         on: impl FnMut(&Bytes),
     ) -> Outcome {
         let mut seen =
             Seen { on, buffer: BytesMut::new(), messages: 0, first: None, served_by: None };
-        let attempt = self.attempt(body, &mut seen);
-        let result = match deadline {
-            None => attempt.await,
-            Some(deadline) => tokio::time::timeout(deadline, attempt)
-                .await
-                .unwrap_or_else(|_| Err(status(Code::DeadlineExceeded))),
+        let result = {
+            // Pinned here: it is large, and would be moved at each turn.
+            let attempt = std::pin::pin!(self.attempt(body, &mut seen));
+            let ended = tokio::time::timeout(limit, attempt).await;
+            ended.unwrap_or_else(|_| Err(status(Code::DeadlineExceeded)))
         };
         let Seen { messages, first, served_by, .. } = seen;
         Outcome { result, first, ended: clock::now(), messages, bytes: 0, served_by }

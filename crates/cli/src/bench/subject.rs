@@ -1,6 +1,6 @@
 //! What a bench calls, and what every answer must be.
 
-use std::{fs, ops::ControlFlow};
+use std::{fs, ops::ControlFlow, time::Duration};
 
 use anyhow::Context as _;
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -8,6 +8,7 @@ use http::{HeaderMap, Uri};
 use parking_lot::Mutex;
 use prost_reflect::{DynamicMessage, Kind, MessageDescriptor};
 use serde_json::Value;
+use tonic::Code;
 use transport::{Channel, PeerTls, grpc};
 
 use super::{Options, line::Line, runtime};
@@ -44,6 +45,8 @@ pub(super) struct Grpc {
     requests: Vec<Vec<Bytes>>,
     /// The same as they are on the wire.
     framed: Vec<Bytes>,
+    /// How long one call may take.
+    limit: Duration,
     check: Check,
 }
 
@@ -79,8 +82,7 @@ impl Subject {
             true => vec![messages],
             false => messages.into_iter().map(|message| vec![message]).collect(),
         };
-        let method =
-            Method { path: call::path(&declared)?, metadata, deadline: Some(options.deadline) };
+        let method = Method { path: call::path(&declared)?, metadata, deadline: options.deadline };
         let expect = options.expect.clone().map(|expect| expectation(expect, &declared.output()));
         let check = Check {
             output: declared.output(),
@@ -89,7 +91,14 @@ impl Subject {
             good: Mutex::default(),
         };
         let framed = requests.iter().map(|messages| framed(messages)).collect();
-        Ok(Self::Grpc(Box::new(Grpc { whom, method, requests, framed, check })))
+        Ok(Self::Grpc(Box::new(Grpc {
+            whom,
+            method,
+            requests,
+            framed,
+            limit: options.limit(),
+            check,
+        })))
     }
 
     fn openai(options: &Options, data: &str) -> Result<Self, Failure> {
@@ -221,8 +230,7 @@ impl Grpc {
     pub(super) async fn call_on(&self, line: &Line, number: usize) -> Outcome {
         let body = self.framed[number % self.framed.len()].clone();
         let mut answer = Answer::new(&self.check);
-        let outcome =
-            line.call(body, self.method.deadline, |message| answer.message(message)).await;
+        let outcome = line.call(body, self.limit, |message| answer.message(message)).await;
         answer.judge(outcome)
     }
 
@@ -230,11 +238,14 @@ impl Grpc {
     pub(super) async fn call(&self, channel: &Channel, number: usize) -> Outcome {
         let request = tokio_stream::iter(self.requests[number % self.requests.len()].clone());
         let mut answer = Answer::new(&self.check);
-        let ended = caller::call(channel, &self.method, request, |message| {
+        let call = caller::call(channel, &self.method, request, |message| {
             answer.message(&message);
             ControlFlow::Continue(())
-        })
-        .await;
+        });
+        let Ok(ended) = tokio::time::timeout(self.limit, call).await else {
+            let late = Wrong::Status(grpc::code_name(Code::DeadlineExceeded).to_owned());
+            return Outcome::failed(late);
+        };
         let status = grpc::code_name(ended.status.code());
         let result = if ended.is_ok() { Ok(()) } else { Err(Wrong::Status(status.to_owned())) };
         let served_by = ended.served_by().map(str::to_owned);
