@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import statistics
 import subprocess
 import threading
@@ -46,7 +47,6 @@ def h2load(address, path, body, calls, at_once, directory):
 def test_it_agrees_with_h2load_within_a_tenth(sim, tmp_path):
     # Eight slots and eight calls at a time: the engine's steps set the pace, whatever else the machine does.
     request = text_input("hello", 10)
-    message = b"\x0a\x03sim\x22\x11\x0a\x0amax_tokens\x12\x03\x10\x8a\x00"
     tensor = b"\x0a\x0atext_input\x12\x05BYTES\x1a\x01\x01\x2a\x07\x42\x05hello"
     message = b"\x0a\x03sim\x22\x10\x0a\x0amax_tokens\x12\x02\x10\x0a\x2a" + bytes([len(tensor)]) + tensor
     ours, theirs = [], []
@@ -84,6 +84,11 @@ def test_refusals_and_wrong_answers_are_counted_and_fail_the_bench(sim):
     assert code == 0 and found["ok"] == 50
     found, code = bench(f"http://{sim.address}", READY, "--calls", 50, "--expect", '{"ready": false}')
     assert code == 1 and (found["ok"], found["wrong"]) == (0, 50) and "ready" in found["first_wrong"]
+    # Not ready: an empty message on the wire.
+    method, name = f"{KSERVE}/ModelReady", '{"name": "nope"}'
+    for expect in ('{"ready": true}', '{"Ready": true}'):
+        found, code = bench(f"http://{sim.address}", method, "-d", name, "--calls", 5, "--expect", expect)
+        assert code == 2 if "R" in expect else (code, found["wrong"]) == (1, 5), found
     sim.inject("refuse")
     request = json.dumps(text_input("hello", 1))
     found, code = bench(f"http://{sim.address}", f"{KSERVE}/ModelInfer", "-d", request, "--calls", 50)
@@ -97,6 +102,9 @@ def test_streams_have_a_first_message_and_more_calls_than_may_be_open_are_not_ma
     found, code = bench(f"http://{sim.address}", method, "-d", request, "--calls", 20, "--concurrency", 4)
     assert code == 0 and found["messages"] == 400
     assert found["first_message_s"]["p50"] < found["latency_s"]["p50"]
+    wrong = json.dumps(text_input("hello", 20, "nobody"))
+    found, code = bench(f"http://{sim.address}", method, "-d", wrong, "--calls", 3)
+    assert code == 1 and found["wrong"] == 3 and "error in the stream" in found["first_wrong"]
     found, code = bench(
         f"http://{sim.address}", method, "-d", request,
         "--rate", 200, "--duration", "1s", "--in-flight-max", 2,
@@ -140,6 +148,9 @@ def test_bad_input_is_said(sim):
     address = f"http://{sim.address}"
     for arguments, code, wanted in [
         ((address, READY, "--rate", "0"), 2, "calls per second"),
+        ((address, READY, "--duration", "500000000000years"), 2, "a year at most"),
+        ((address, READY, "--expect", '{"redy": true}'), 2, "redy"),
+        ((address, READY, "--ca", "x"), 2, "TLS"),
         ((address, READY, "--rate", "1", "--concurrency", "2"), 2, "cannot be used"),
         ((address, READY, "--threads", "2"), 2, "--connections"),
         ((address, READY, "-d", "["), 2, "JSON"),
@@ -150,3 +161,26 @@ def test_bad_input_is_said(sim):
     ]:
         found, found_code = bench(*arguments)
         assert found_code == code and wanted in found, (arguments, found)
+
+
+def test_a_bench_that_is_interrupted_says_what_it_measured_until_then(sim):
+    started = subprocess.Popen(
+        [BINARY, "bench", f"http://{sim.address}", READY, "--rate", "50", "--duration", "60s", "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    time.sleep(2)
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=LONG)
+    found = json.loads(out)
+    assert started.returncode == 1 and "stopped before its end" in err
+    assert found["cut_short"] and 10 < found["ok"] < 200
+
+
+def test_connections_are_opened_before_the_time_counts(mesh, sim):
+    a = mesh.node("a", "eu", engines=[sim.engine()])
+    found, code = bench(
+        a.clients, "--ca", a.ca, READY, "--connections", 50, "--rate", 50, "--duration", "2s",
+        "--arrivals", "even",
+    )
+    assert code == 0 and 90 < found["ok"] <= 100, found
+    assert found["duration_s"] < 10

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 
 import pytest
 from nodes import BINARY, LONG, ROOT, SimEngine, free_port, text_input, wait_for, wait_for_peers
@@ -145,6 +146,7 @@ def test_a_server_without_reflection_is_called_with_its_proto_file(far):
         (("METHOD", "-H", "nonsense"), "name: value"),
         (("METHOD", "-H", "x-bin: %%%"), "base64"),
         (("METHOD", "--deadline", "soon"), "--deadline"),
+        (("METHOD", "--deadline", "20000years"), "a year at most"),
         (("METHOD", "--ca", "/no/such/ca"), "/no/such/ca"),
         ((f"{KINDS}/Unari",), "did you mean Unary?"),
         ((f"{KINDS}x/Unary",), f"did you mean {KINDS}?"),
@@ -175,3 +177,29 @@ def test_bad_addresses_and_strangers_are_said(far):
 def test_what_is_typed_wrong_gives_the_call_up(far):
     done = call(*far.at, f"{KINDS}/ClientStream", stdin='{"text": "a"} {"text": }')
     assert done.returncode == 2 and "standard input" in done.stderr
+
+
+def test_a_deadline_holds_over_the_questions_before_the_call(far):
+    hung = far.keep(SimEngine(far.directory, "hung"))
+    hung.inject("hang")
+    began = time.monotonic()
+    done = call(f"http://{hung.address}", f"{KSERVE}/ServerReady", "--deadline", "1s")
+    assert done.returncode == 1 and "deadline" in done.stderr and "--proto" in done.stderr
+    assert time.monotonic() - began < 9
+
+
+def test_what_is_no_grpc_server_is_said(far):
+    done = call(f"http://{far.sim.listen['http']}", f"{KSERVE}/ServerReady", "--proto", ROOT / "proto/inference/grpc_service.proto", "-I", ROOT / "proto")
+    assert done.returncode == 1 and "no gRPC server" in done.stderr and "404" in done.stderr
+    done = call(far.a.clients.rsplit(":", 1)[0] + ":99999", f"{KSERVE}/ServerReady")
+    assert done.returncode == 2 and "port" in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_ends_the_call(far):
+    stream = subprocess.Popen(
+        [BINARY, "call", *map(str, far.at), f"{KINDS}/ServerStream", "-d", '{"count": 100000, "delay_ms": 20}'],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    assert stream.stdout.readline()
+    stream.stdout.close()
+    assert stream.wait(LONG) == 1 and "error" not in stream.stderr.read()

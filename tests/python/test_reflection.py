@@ -8,7 +8,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from nodes import LONG, SimEngine, free_port, text_input, wait_for, wait_for_peers
+from nodes import BINARY, LONG, SimEngine, free_port, text_input, wait_for, wait_for_peers
+from reflects import Reflects, file
 
 GRPCURL = Path(sys.executable).with_name("grpcurl")
 KSERVE = "inference.GRPCInferenceService"
@@ -150,3 +151,101 @@ def test_services_that_appear_later_are_told(mesh):
     wait_for("the services of the peer", lambda: KSERVE in listed(a))
     called = grpcurl(a, "-d", json.dumps(text_input("hello", 2)), f"{KSERVE}/ModelInfer")
     assert json.loads(called.stdout)["modelName"] == sim.model, called.stderr
+
+
+def called(node, method):
+    """Which engine answers a call that carries nothing."""
+    done = subprocess.run(
+        [BINARY, "call", node.clients, "--ca", node.ca, method, "-d", "{}", "--json"],
+        capture_output=True, text=True, timeout=LONG,
+    )
+    one = json.loads(done.stdout)["calls"][0]
+    assert one["status"]["name"] == "OK", one
+    return one["served_by"]
+
+
+def described(node, symbol):
+    return subprocess.run(
+        [GRPCURL, "-cacert", node.ca, node.clients, "describe", symbol],
+        capture_output=True, text=True, timeout=LONG,
+    ).stdout
+
+
+def test_engines_whose_files_have_one_name_are_kept_apart_and_called_each_for_its_own(mesh):
+    engines = []
+    for package in ("p", "q"):
+        common = file("common.proto", f"common.{package}")
+        own = file(f"{package}.proto", package, ["common.proto"], service="S", of=f".common.{package}.R")
+        engines.append(mesh.keep(Reflects([own, common])).engine(f"of-{package}"))
+    b = mesh.node("b", "us", engines=engines)
+    a = mesh.node("a", "eu", peers=[b])
+    wait_for("the services of the peer", lambda: {"p.S", "q.S"} <= set(listed(a)))
+    for node in (a, b):
+        for package in ("p", "q"):
+            assert f"{package}.S is a service" in described(node, f"{package}.S")
+            assert called(node, f"{package}.S/M") == f"b.us/of-{package}"
+
+
+def test_what_an_engine_declares_anew_is_told(mesh):
+    old = mesh.keep(Reflects([file("p.proto", "p", service="S", methods=["Old"])]))
+    port = old.port
+    check = {"kind": "tcp", "interval": "200ms", "timeout": "200ms", "failures": 1, "successes": 1}
+    b = mesh.node("b", "us", engines=[{**old.engine("e"), "health": check}])
+    a = mesh.node("a", "eu", peers=[b])
+    wait_for("the old method", lambda: "rpc Old" in described(a, "p.S"))
+    old.kill()
+    wait_for("the end of the old", lambda: b.metric('isobar_engine_healthy{engine="e"}') == 0)
+    mesh.keep(Reflects([file("p.proto", "p", service="S", methods=["New"])], port))
+    wait_for("the new method", lambda: "rpc New" in described(a, "p.S"))
+
+
+def test_declarations_no_compiler_would_make_hurt_nobody_else(mesh):
+    circle = [
+        file("a.proto", "p", ["b.proto"], public=[0], service="S"),
+        file("b.proto", "p2", ["a.proto"], public=[0]),
+    ]
+    itself = [file("self.proto", "q", ["self.proto"], public=[0], service="S")]
+    hole = [file("h.proto", "h", ["gone.proto"], service="S")]
+    hostile = [mesh.keep(Reflects(files)) for files in (circle, itself, hole)]
+    engines = [engine.engine(f"hostile-{number}") for number, engine in enumerate(hostile)]
+    kinds = mesh.service("kinds", reflection=True)
+    b = mesh.node("b", "us", engines=[*engines, kinds.engine()])
+    a = mesh.node("a", "eu", peers=[b])
+    wanted = {"p.S", "q.S", "h.S", KINDS}
+    wait_for("the services of the peer", lambda: wanted <= set(listed(a)))
+    assert all(engine.asked > 0 for engine in hostile)
+    for node in (a, b):
+        assert "rpc Unary" in described(node, f"{KINDS}.Unary")
+        assert described(node, "p.S") == ""
+    # What is not declared can be called all the same, by whoever knows it.
+    with channel(a) as open_channel:
+        for package in ("p", "q", "h"):
+            echo = open_channel.unary_unary(f"/{package}.S/M")
+            assert echo(b"\x0a\x01x", timeout=LONG) == b"\x0a\x01x"
+
+
+def test_a_health_check_whose_request_never_comes_does_not_hold_the_node_up(far):
+    held = threading.Event()
+
+    def never():
+        held.wait(LONG)
+        yield b""
+
+    with channel(far.a) as open_channel:
+        answer = open_channel.stream_unary(f"{HEALTH}Check").future(never(), timeout=LONG)
+        in_flight = 'isobar_calls_in_flight{side="ingress"}'
+        wait_for("the call", lambda: far.a.metric(in_flight) >= 1)
+        # Its drain timeout is two minutes, and `stop` waits for thirty seconds.
+        assert far.a.stop() == 0
+        assert answer.exception(LONG).code() == grpc.StatusCode.UNAVAILABLE
+        held.set()
+
+
+def test_compressed_health_checks_and_long_names_are_answered(far):
+    credentials = grpc.ssl_channel_credentials(far.a.ca.read_bytes())
+    with grpc.secure_channel(far.a.clients, credentials, compression=grpc.Compression.Gzip) as gzip:
+        check = gzip.unary_unary(f"{HEALTH}Check")
+        assert check(b"", timeout=LONG) == SERVING
+        with pytest.raises(grpc.RpcError) as failed:
+            check(b"\x0a\xd0\x0f" + b"x" * 2000, timeout=LONG)
+        assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT

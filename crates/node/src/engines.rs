@@ -169,7 +169,7 @@ impl Engines {
     pub(crate) fn servers<'a>(&'a self, ask: &'a Ask) -> impl Iterator<Item = (Server, Load)> + 'a {
         let now = clock::now();
         self.0.iter().enumerate().filter_map(move |(index, (engine, _))| {
-            let fit = engine.offer.fit(ask)?;
+            let fit = engine.offer.fit(ask, &engine.reflected().services)?;
             let machine = engine.machine.lock();
             let (load, standing) = (machine.load(now), machine.standing(now));
             let server = Server {

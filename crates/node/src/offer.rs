@@ -21,6 +21,12 @@ pub(crate) struct Ask {
 }
 
 impl Ask {
+    /// The service.
+    fn service(&self) -> &str {
+        let path = self.path.strip_prefix('/').unwrap_or(&self.path);
+        path.split_once('/').map_or(path, |(service, _)| service)
+    }
+
     /// The call in words, for messages.
     pub(crate) fn what(&self) -> String {
         match &self.wanted {
@@ -72,8 +78,9 @@ impl Offer {
             || self.models.iter().any(|model| model.as_str() == name)
     }
 
-    /// How well the engine suits a call; `None`: not at all.
-    pub(crate) fn fit(&self, ask: &Ask) -> Option<Fit> {
+    /// How well the engine suits a call, `services` being what it reflects, sorted; `None`: not at all.
+    pub(crate) fn fit(&self, ask: &Ask, services: &[String]) -> Option<Fit> {
+        let has_service = services.binary_search_by(|known| known.as_str().cmp(ask.service()));
         match (self.protocol, ask.path.starts_with(KSERVE_SERVICE)) {
             (Protocol::KserveV2, true) => match &ask.wanted {
                 Wanted::Nothing => Some(Fit::Well),
@@ -83,9 +90,13 @@ impl Offer {
                     self.models.is_empty().then_some(Fit::Perhaps)
                 }
             },
-            (Protocol::Grpc, false) => Some(Fit::Well),
+            (_, false) if has_service.is_ok() => Some(Fit::Well),
+            // One that says nothing of its services may have this one; one that names others probably has not.
+            (Protocol::Grpc, false) if services.is_empty() => Some(Fit::Well),
             // An engine may offer more than its protocol asks for: health, reflection, services of its own.
-            (Protocol::KserveV2, false) | (Protocol::Grpc, true) => Some(Fit::Perhaps),
+            (Protocol::KserveV2 | Protocol::Grpc, false) | (Protocol::Grpc, true) => {
+                Some(Fit::Perhaps)
+            }
         }
     }
 }
@@ -105,23 +116,42 @@ mod tests {
     #[test]
     fn a_model_is_served_by_whoever_lists_it_and_perhaps_by_who_lists_none() {
         let llama = infer(Wanted::Model("llama".parse().unwrap()));
-        assert_eq!(offer(Protocol::KserveV2, &["llama", "x"]).fit(&llama), Some(Fit::Well));
-        assert_eq!(offer(Protocol::KserveV2, &["x"]).fit(&llama), None);
-        assert_eq!(offer(Protocol::KserveV2, &[]).fit(&llama), Some(Fit::Perhaps));
+        assert_eq!(offer(Protocol::KserveV2, &["llama", "x"]).fit(&llama, &[]), Some(Fit::Well));
+        assert_eq!(offer(Protocol::KserveV2, &["x"]).fit(&llama, &[]), None);
+        assert_eq!(offer(Protocol::KserveV2, &[]).fit(&llama, &[]), Some(Fit::Perhaps));
     }
 
     #[test]
     fn a_call_whose_model_cannot_be_read_goes_to_nobody_who_lists_models() {
         let unreadable = infer(Wanted::Unreadable("garbage".into()));
-        assert_eq!(offer(Protocol::KserveV2, &["llama"]).fit(&unreadable), None);
-        assert_eq!(offer(Protocol::KserveV2, &[]).fit(&unreadable), Some(Fit::Perhaps));
+        assert_eq!(offer(Protocol::KserveV2, &["llama"]).fit(&unreadable, &[]), None);
+        assert_eq!(offer(Protocol::KserveV2, &[]).fit(&unreadable, &[]), Some(Fit::Perhaps));
     }
 
     #[test]
     fn other_services_belong_to_opaque_engines_first() {
         let other = Ask { path: "/p.S/M".into(), wanted: Wanted::Nothing };
-        assert_eq!(offer(Protocol::Grpc, &[]).fit(&other), Some(Fit::Well));
-        assert_eq!(offer(Protocol::KserveV2, &["llama"]).fit(&other), Some(Fit::Perhaps));
-        assert_eq!(offer(Protocol::Grpc, &[]).fit(&infer(Wanted::Nothing)), Some(Fit::Perhaps));
+        assert_eq!(offer(Protocol::Grpc, &[]).fit(&other, &[]), Some(Fit::Well));
+        assert_eq!(offer(Protocol::KserveV2, &["llama"]).fit(&other, &[]), Some(Fit::Perhaps));
+        assert_eq!(
+            offer(Protocol::Grpc, &[]).fit(&infer(Wanted::Nothing), &[]),
+            Some(Fit::Perhaps)
+        );
+    }
+
+    #[test]
+    fn who_reflects_a_service_is_asked_before_who_reflects_others() {
+        let ask = Ask { path: "/p.S/M".into(), wanted: Wanted::Nothing };
+        let services = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+        for protocol in [Protocol::Grpc, Protocol::KserveV2] {
+            let offer = offer(protocol, &[]);
+            assert_eq!(offer.fit(&ask, &services(&["a.B", "p.S", "z.Z"])), Some(Fit::Well));
+            assert_eq!(offer.fit(&ask, &services(&["a.B", "z.Z"])), Some(Fit::Perhaps));
+        }
+        let called = offer(Protocol::Grpc, &[]).called(&services(&["p.S"]));
+        assert_eq!(called, Called { names: services(&["p.S"]), is_all: true });
+        let called = offer(Protocol::KserveV2, &["llama"]).called(&[]);
+        assert_eq!(called, Called { names: services(&[KSERVE, "llama"]), is_all: true });
+        assert!(!offer(Protocol::KserveV2, &[]).called(&[]).is_all);
     }
 }

@@ -92,7 +92,11 @@ impl Board {
     pub(crate) fn describe(&self, index: usize, epoch: u64, descriptor: Descriptor) {
         let offers: Vec<_> = descriptor.engines.iter().map(Offer::of_peer).collect();
         let engines = descriptor.engines.iter().map(|engine| engine.name.clone()).collect();
-        let services = descriptor.engines.iter().map(|engine| engine.services.clone()).collect();
+        let sorted = |mut services: Vec<String>| {
+            services.sort();
+            services
+        };
+        let services = descriptor.engines.iter().map(|e| sorted(e.services.clone())).collect();
         let mut state = self.state.lock();
         if state.view.describe(index, epoch, descriptor) {
             let peer = &mut state.peers[index];
@@ -153,7 +157,9 @@ impl Board {
             let presence = state.view.presence(index, now);
             for (engine, offer) in peer.offers.iter().enumerate() {
                 let place = Place::Peer { node: index, engine: Some(engine) };
-                let Some(fit) = offer.as_ref().and_then(|offer| offer.fit(ask)) else { continue };
+                let services = peer.services.get(engine).map_or(&[][..], Vec::as_slice);
+                let fit = offer.as_ref().and_then(|offer| offer.fit(ask, services));
+                let Some(fit) = fit else { continue };
                 let Some(seen) = state.view.seen(index, engine, now) else { continue };
                 let standing = peer.standing(presence, &seen.load, now);
                 let server = Server {
@@ -255,8 +261,11 @@ impl Board {
         let peer = &mut state.peers[index];
         peer.breaker.begin(now);
         peer.in_flight += 1;
-        let suits = |offer: &Option<Offer>| offer.as_ref().is_some_and(|o| o.fit(ask).is_some());
-        peer.offers.iter().enumerate().filter(|(_, o)| suits(o)).map(|(i, _)| i).collect()
+        let suits = |(_, (offer, services)): &(usize, (&Option<Offer>, &Vec<String>))| {
+            offer.as_ref().is_some_and(|offer| offer.fit(ask, services).is_some())
+        };
+        let engines = peer.offers.iter().zip(&peer.services).enumerate();
+        engines.filter(suits).map(|(index, _)| index).collect()
     }
 
     fn ended(&self, call: &PeerCall) {
