@@ -19,7 +19,7 @@ pub(crate) fn svg(frames: &[Vec<Line>]) -> String {
     let all = shown.mul_add(FRAME_S, LAST_S);
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" height=\"{height}\" \
-         role=\"img\" aria-label=\"isobar demo\">\n<style>\n\
+         xml:space=\"preserve\" role=\"img\" aria-label=\"isobar demo\">\n<style>\n\
          text {{ font: 14px ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace; white-space: pre; fill: #d0d7de; }}\n\
          .head {{ font-weight: bold; fill: #ffffff; }} .dim {{ fill: #8b949e; }} .good {{ fill: #56d364; }} .bad {{ fill: #ff7b72; }}\n\
          .f {{ visibility: hidden; animation-duration: {all}s; animation-iteration-count: infinite; animation-timing-function: step-end; }}\n\
