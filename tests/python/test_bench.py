@@ -158,6 +158,9 @@ def test_bad_input_is_said(sim):
         ((address, f"{KSERVE}/Nope"), 2, "no method"),
         ((f"http://127.0.0.1:{free_port()}", READY), 1, "refused"),
         ((address, "/v1/models", "-d", "{"), 2, "not JSON"),
+        ((address, "/v1/models", "--expect", "{}"), 2, "--expect is for gRPC"),
+        ((f"https://{sim.address}", READY, "--plaintext"), 2, "leave out --plaintext"),
+        ((address, READY, "--in-flight-max", "0"), 2, "--in-flight-max"),
     ]:
         found, found_code = bench(*arguments)
         assert found_code == code and wanted in found, (arguments, found)

@@ -186,6 +186,41 @@ def test_engines_whose_files_have_one_name_are_kept_apart_and_called_each_for_it
             assert called(node, f"{package}.S/M") == f"b.us/of-{package}"
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_call_goes_to_who_names_its_service_before_who_says_nothing_or_names_others(mesh, order):
+    kinds = mesh.service("kinds", reflection=True)
+    silent = mesh.service("silent")
+    others = mesh.keep(Reflects([file("p.proto", "p", service="S")]))
+    sim = mesh.keep(SimEngine(mesh.directory, "sim"))
+    opaque_sim = {**sim.engine(), "protocol": "grpc"}
+    opaque_sim.pop("models")
+    engines = [silent.engine(), others.engine("others"), kinds.engine(), opaque_sim]
+    b = mesh.node("b", "us", engines=engines[::order])
+    a = mesh.node("a", "eu", peers=[b])
+    wait_for("the services of the peer", lambda: {KINDS, KSERVE, "p.S"} <= set(listed(a)))
+    for node in (a, b):
+        for _ in range(5):
+            assert called(node, f"{KINDS}/Unary") == "b.us/kinds"
+            assert called(node, f"{KSERVE}/ServerReady") == "b.us/sim"
+            assert called(node, "p.S/M") == "b.us/others"
+
+
+def test_a_peer_that_is_long_dead_makes_nobody_healthy(far):
+    with channel(far.a) as open_channel:
+        check = open_channel.unary_unary(f"{HEALTH}Check")
+        wait_for("the services of the peer", lambda: KINDS in listed(far.a))
+        wait_for("the engine", lambda: check(name("llama"), timeout=LONG) == SERVING)
+        far.b.kill()
+        wait_for("its silence", lambda: check(name("llama"), timeout=LONG) == NOT_SERVING)
+        # After ten seconds of silence routing tries it again when there is nobody else: that is no health.
+        heard = 'isobar_peer_heard_seconds{peer="b",region="us"}'
+        wait_for("its long silence", lambda: far.a.metric(heard) > 14 or far.a.metric(heard) == 0)
+        assert check(name("llama"), timeout=LONG) == NOT_SERVING
+        with pytest.raises(grpc.RpcError) as failed:
+            check(name("mixtral"), timeout=LONG)
+        assert failed.value.code() == grpc.StatusCode.NOT_FOUND
+
+
 def test_what_an_engine_declares_anew_is_told(mesh):
     old = mesh.keep(Reflects([file("p.proto", "p", service="S", methods=["Old"])]))
     port = old.port

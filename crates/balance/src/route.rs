@@ -13,6 +13,8 @@ pub enum Fit {
     Well,
     /// It may; its own error will say so if not.
     Perhaps,
+    /// It says what it serves, and this is not among it.
+    Unlikely,
 }
 
 /// Whether a server may be sent calls.

@@ -13,11 +13,7 @@ use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use self::{
-    drive::{Ran, Run},
-    report::Report,
-    subject::Subject,
-};
+use self::{drive::Run, report::Report, subject::Subject};
 use crate::{
     Failure,
     load::Arrivals,
@@ -25,6 +21,9 @@ use crate::{
     schema::SchemaOptions,
     target::{TargetOptions, duration},
 };
+
+/// How paths of an OpenAI-style HTTP API begin.
+const HTTP_API: &str = "/v1/";
 
 /// Options of `isobar bench`.
 #[derive(Debug, Args)]
@@ -78,8 +77,8 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     threads: u32,
     /// Calls in progress at once in the open loop; those due beyond it are counted as not made
-    #[arg(long, value_name = "CALLS", default_value_t = 10_000)]
-    in_flight_max: usize,
+    #[arg(long, value_name = "CALLS", default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..))]
+    in_flight_max: u32,
     /// Fields every answer must have, as JSON; the last message of a stream counts
     #[arg(long, value_name = "JSON", value_parser = json_value)]
     expect: Option<Value>,
@@ -112,11 +111,14 @@ fn json_value(text: &str) -> Result<Value, String> {
 
 pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     log::to_stderr(tracing::Level::WARN, false)?;
-    if options.threads > options.connections {
-        return Err(Failure::Usage(anyhow::anyhow!(
-            "{} threads need at least as many --connections",
-            options.threads
-        )));
+    let is_http = options.method.starts_with(HTTP_API);
+    if options.threads > options.connections && !is_http {
+        let why = "threads need at least as many --connections";
+        return Err(Failure::Usage(anyhow::anyhow!("{} {why}", options.threads)));
+    }
+    if options.threads > options.in_flight_max {
+        let why = "threads need at least as many calls as --in-flight-max";
+        return Err(Failure::Usage(anyhow::anyhow!("{} {why}", options.threads)));
     }
     let subject = Subject::new(options)?;
     let stop = CancellationToken::new();
@@ -137,11 +139,10 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         });
     })?;
     let ran = Run::new(options, &subject, stop.clone()).drive();
-    let is_cut_short = stop.is_cancelled();
     stop.cancel();
     // It only waits for what has just happened.
     drop(listener.join());
-    let ran = Ran { is_cut_short, ..ran? };
+    let ran = ran?;
     let report = Report { options, subject: &subject, ran: &ran };
     if options.json {
         output::json_line(&report.json())?;
@@ -149,7 +150,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         output::text(&report.text())?;
     }
     let tally = &ran.tally;
-    if is_cut_short {
+    if ran.is_cut_short {
         return Err(anyhow::anyhow!("stopped before its end").into());
     }
     if tally.ok == tally.calls && tally.calls > 0 && tally.not_made == 0 {

@@ -30,10 +30,12 @@ use tokio::{
 use self::{
     screen::{Line, Screen},
     traffic::{Arrival, Done, Figures, Server},
-    world::{ENGINES_PER_NODE, NODES_PER_REGION, REGIONS, World},
+    world::{ENGINES_PER_NODE, NODES_PER_REGION, REGIONS, Started, World},
 };
 use crate::{
-    Failure, load, log, output,
+    Failure,
+    load::Clockwork,
+    log, output,
     target::{Caller, Whom},
 };
 
@@ -45,6 +47,8 @@ const NODE_DIES: Duration = Duration::from_secs(13);
 /// Which: the node is the one before the engine, so that two engines are lost in all.
 const VICTIM_NODE: usize = 0;
 const VICTIM_ENGINE: usize = VICTIM_NODE * ENGINES_PER_NODE;
+/// Calls that are due at once and made in one go.
+const DUE_AT_ONCE: usize = 64;
 /// How often the table is drawn.
 const DRAWN_EVERY: Duration = Duration::from_millis(250);
 /// How often a frame is recorded, and a line logged.
@@ -102,19 +106,21 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         .context("cannot make a runtime")?;
     runtime.block_on(async {
         let mut stop = Stop::new()?;
-        let mut demo = Demo::new(options);
-        // Whatever runs ends with the future.
+        let dir = tempfile::Builder::new().prefix("isobar-demo-").tempdir()?;
+        let mut demo = Demo::new(options, dir.path());
         let shown = tokio::select! {
-            shown = demo.show() => shown?,
-            () = stop.asked() => {
-                return Err(anyhow::anyhow!("stopped; nothing was left behind").into());
-            }
+            shown = demo.show() => Some(shown),
+            () = stop.asked() => None,
         };
-        if let Some(running) = shown.running {
+        if let Some(Ok(Shown { goes_on: true })) = &shown {
             stop.asked().await;
-            running.stop().await;
         }
-        shown.verdict
+        demo.started.stop().await;
+        dir.close().context("the directory of the demo cannot be removed")?;
+        match shown {
+            Some(shown) => shown.map(drop),
+            None => Err(anyhow::anyhow!("stopped; nothing was left behind").into()),
+        }
     })
 }
 
@@ -147,59 +153,45 @@ impl Stop {
     }
 }
 
-/// What a demo came to.
+/// What a demo came to, when it showed what it is for.
 struct Shown {
-    verdict: Result<(), Failure>,
-    /// The mesh, when it goes on.
-    running: Option<Running>,
-}
-
-/// A mesh and the directory it lives in.
-struct Running {
-    world: World,
-    _dir: tempfile::TempDir,
-}
-
-impl Running {
-    async fn stop(self) {
-        self.world.stop().await;
-    }
+    /// Whether the mesh keeps running.
+    goes_on: bool,
 }
 
 struct Demo<'a> {
     options: &'a Options,
+    dir: &'a Path,
+    started: Started,
     screen: Screen,
     frames: Vec<Vec<Line>>,
 }
 
 impl<'a> Demo<'a> {
-    fn new(options: &'a Options) -> Self {
-        Self { options, screen: Screen::new(), frames: Vec::new() }
+    fn new(options: &'a Options, dir: &'a Path) -> Self {
+        let (started, screen) = (Started::default(), Screen::new());
+        Self { options, dir, started, screen, frames: Vec::new() }
     }
 
     async fn show(&mut self) -> Result<Shown, Failure> {
-        let dir = tempfile::Builder::new().prefix("isobar-demo-").tempdir()?;
         self.screen.log("starting 12 engines and 6 nodes");
-        let mut world = World::start(dir.path()).await?;
-        let ca = world::ca_dir(dir.path()).join("ca.pem");
+        let world = World::start(self.dir, &self.started).await?;
+        let ca = world::ca_dir(self.dir).join("ca.pem");
         let caller = Caller::new()?;
         let arrivals = traffic::arrivals(self.options.seed, ARM);
         let straight = straight(&world, &caller)?;
         let nodes = through_nodes(&world, &caller, &ca)?;
         let (direct, _) = self.arm("straight to the engines", &arrivals, &straight, None).await?;
-        let (mesh, killed) =
-            self.arm("through the mesh", &arrivals, &nodes, Some(&mut world)).await?;
+        let (mesh, killed) = self.arm("through the mesh", &arrivals, &nodes, Some(&world)).await?;
         let killed = killed.context("nothing was killed")?;
         caller.close().await;
-        let goes_on = !self.options.once && self.screen.is_terminal() && !self.options.json;
         self.tell(&direct, &mesh, &killed)?;
-        let verdict = verdict(&direct, &mesh, &killed);
+        verdict(&direct, &mesh, &killed)?;
+        let goes_on = !self.options.once && self.screen.is_terminal() && !self.options.json;
         if goes_on {
             output::text(&go_on(&world, &ca))?;
-            return Ok(Shown { verdict, running: Some(Running { world, _dir: dir }) });
         }
-        world.stop().await;
-        Ok(Shown { verdict, running: None })
+        Ok(Shown { goes_on })
     }
 
     /// Makes the calls one way.
@@ -208,14 +200,15 @@ impl<'a> Demo<'a> {
         what: &'static str,
         arrivals: &[Arrival],
         servers: &[Vec<Server>],
-        world: Option<&mut World>,
+        world: Option<&World>,
     ) -> Result<(Figures, Option<Killed>), Failure> {
         let start = clock::now() + Duration::from_millis(100);
         let regions = vec![Figures::default(); REGIONS.len()];
         let mut arm = Arm { what, start, regions, events: Vec::new() };
         let mut killer = world.map(Killer::new);
         let due: Vec<Instant> = arrivals.iter().map(|arrival| start + arrival.at).collect();
-        let mut clockwork = load::clockwork(due.into_iter())?;
+        let mut clockwork = Clockwork::start(due.into_iter())?;
+        let mut came = Vec::new();
         let mut next = arrivals.iter();
         let mut turns = vec![0; REGIONS.len()];
         let mut calls: JoinSet<Done> = JoinSet::new();
@@ -224,16 +217,16 @@ impl<'a> Demo<'a> {
         let mut more = true;
         while more || !calls.is_empty() {
             tokio::select! {
-                due = clockwork.recv(), if more => match due.zip(next.next()) {
-                    Some((due, arrival)) => {
+                is_more = clockwork.next(&mut came, DUE_AT_ONCE), if more => {
+                    more = is_more;
+                    for (due, arrival) in came.drain(..).zip(&mut next) {
                         let turn = &mut turns[arrival.region];
                         *turn += 1;
                         arm.regions[arrival.region].began();
                         let order = order(&servers[arrival.region], *turn);
                         calls.spawn(traffic::call(*arrival, due, order));
                     }
-                    None => more = false,
-                },
+                }
                 Some(done) = calls.join_next() => {
                     let done = done.context("a call panicked")?;
                     arm.regions[done.region].ended(&done);
@@ -244,7 +237,7 @@ impl<'a> Demo<'a> {
                 _ = drawing.tick() => {
                     let now = clock::now();
                     if let Some(killer) = &mut killer {
-                        arm.events.extend(killer.act(now.saturating_duration_since(start)).await?);
+                        arm.events.extend(killer.act(now.saturating_duration_since(start))?);
                     }
                     self.draw(&mut arm, now, &mut recorded, &mut logged);
                 }
@@ -324,14 +317,14 @@ fn through_nodes(world: &World, caller: &Caller, ca: &Path) -> anyhow::Result<Ve
 /// Kills an engine and a node when their time has come.
 #[derive(Debug)]
 struct Killer<'a> {
-    world: &'a mut World,
+    world: &'a World,
     killed: Killed,
     engine_is_dead: bool,
     node_is_dead: bool,
 }
 
 impl<'a> Killer<'a> {
-    fn new(world: &'a mut World) -> Self {
+    fn new(world: &'a World) -> Self {
         let node = world.nodes[VICTIM_NODE].name.clone();
         let engine = format!("{node}/{}", world.engines[VICTIM_ENGINE].name);
         let killed = Killed { engine, node, failed_calls: 0 };
@@ -339,15 +332,15 @@ impl<'a> Killer<'a> {
     }
 
     /// Kills whose time has come; says so.
-    async fn act(&mut self, passed: Duration) -> anyhow::Result<Option<String>> {
+    fn act(&mut self, passed: Duration) -> anyhow::Result<Option<String>> {
         if passed >= ENGINE_DIES && !self.engine_is_dead {
             self.engine_is_dead = true;
-            self.world.kill_engine(VICTIM_ENGINE).await?;
+            self.world.kill_engine(VICTIM_ENGINE)?;
             return Ok(Some(format!("engine {} was killed", self.killed.engine)));
         }
         if passed >= NODE_DIES && !self.node_is_dead {
             self.node_is_dead = true;
-            self.world.kill_node(VICTIM_NODE).await?;
+            self.world.kill_node(VICTIM_NODE)?;
             return Ok(Some(format!("node {} was killed", self.killed.node)));
         }
         Ok(None)

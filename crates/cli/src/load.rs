@@ -5,6 +5,10 @@
 
 use std::{
     collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -20,6 +24,8 @@ const LONGEST_US: u64 = 3_600_000_000;
 const DUE_MAX: usize = 1024;
 /// The clockwork wakes no more often; calls due in between are told together.
 const WAKES_APART: Duration = Duration::from_micros(200);
+/// A clockwork that sleeps looks up this often whether anybody still wants to know.
+const MOMENT: Duration = Duration::from_millis(50);
 /// Servers told apart in what is printed.
 const SERVED_BY_MAX: usize = 256;
 
@@ -44,33 +50,70 @@ impl Arrivals {
     }
 }
 
-/// Says when each of `due` has come, from a thread of its own: a runtime's timers are a millisecond coarse.
-pub(crate) fn clockwork(
-    due: impl Iterator<Item = Instant> + Send + 'static,
-) -> std::io::Result<mpsc::Receiver<Instant>> {
-    let (sender, receiver) = mpsc::channel(DUE_MAX);
-    thread::Builder::new().name("clockwork".to_owned()).spawn(move || {
-        let mut woke = base::clock::now();
-        for at in due {
-            // Waking for each would cost more than a call does, where there are many.
-            if at > woke {
-                wait_until(at.max(woke + WAKES_APART));
-                woke = base::clock::now();
-            }
-            if sender.blocking_send(at).is_err() {
-                return;
-            }
-        }
-    })?;
-    Ok(receiver)
+/// Says when calls are due, from a thread of its own: a runtime's timers are a millisecond coarse. The thread ends with it.
+#[derive(Debug)]
+pub(crate) struct Clockwork {
+    /// Taken when it is dropped.
+    due: Option<mpsc::Receiver<Instant>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<()>>,
 }
 
-#[expect(clippy::disallowed_methods, reason = "a thread that does nothing else")]
-fn wait_until(at: Instant) {
-    let left = at.saturating_duration_since(base::clock::now());
-    if !left.is_zero() {
-        thread::sleep(left);
+impl Clockwork {
+    /// Says when each of `due` has come.
+    pub(crate) fn start(
+        due: impl Iterator<Item = Instant> + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (sender, receiver) = mpsc::channel(DUE_MAX);
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let run = move || tell(due, &sender, &stopped);
+        let thread = thread::Builder::new().name("clockwork".to_owned()).spawn(run)?;
+        Ok(Self { due: Some(receiver), stop, thread: Some(thread) })
     }
+
+    /// Waits until calls are due, at most `limit` of them, and adds when each was; `false`: there are no more.
+    pub(crate) async fn next(&mut self, due: &mut Vec<Instant>, limit: usize) -> bool {
+        match &mut self.due {
+            Some(receiver) => receiver.recv_many(due, limit).await > 0,
+            None => false,
+        }
+    }
+}
+
+impl Drop for Clockwork {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // It may wait for somebody to listen.
+        self.due = None;
+        if let Some(thread) = self.thread.take() {
+            // It wakes within a moment; if it panicked, the calls it did not tell of are missing from what is printed.
+            drop(thread.join());
+        }
+    }
+}
+
+fn tell(due: impl Iterator<Item = Instant>, to: &mpsc::Sender<Instant>, stopped: &AtomicBool) {
+    let mut woke = base::clock::now();
+    for at in due {
+        // Waking for each would cost more than a call does, where there are many.
+        if at > woke {
+            let until = at.max(woke + WAKES_APART);
+            while !stopped.load(Ordering::Relaxed) && wait_until(until) {}
+            woke = base::clock::now();
+        }
+        if stopped.load(Ordering::Relaxed) || to.blocking_send(at).is_err() {
+            return;
+        }
+    }
+}
+
+/// Sleeps towards `until`, for a moment at most; whether there is more to sleep.
+#[expect(clippy::disallowed_methods, reason = "a thread that does nothing else")]
+fn wait_until(until: Instant) -> bool {
+    let left = until.saturating_duration_since(base::clock::now());
+    thread::sleep(left.min(MOMENT));
+    left > MOMENT
 }
 
 /// Latencies.
@@ -264,13 +307,17 @@ mod tests {
         assert_eq!(sum.served_by["b.us/gpu"], 3);
     }
 
-    #[test]
-    fn the_clockwork_says_when_each_has_come() {
+    #[tokio::test]
+    async fn the_clockwork_says_when_each_has_come_and_stops_when_nobody_listens() {
         let start = base::clock::now();
         let due: Vec<_> = (0..5).map(|i| start + Duration::from_millis(i)).collect();
-        let mut clockwork = clockwork(due.clone().into_iter()).unwrap();
-        let heard: Vec<_> = std::iter::from_fn(|| clockwork.blocking_recv()).collect();
+        let mut clockwork = Clockwork::start(due.clone().into_iter()).unwrap();
+        let mut heard = Vec::new();
+        while clockwork.next(&mut heard, 2).await {}
         assert_eq!(heard, due);
         assert!(base::clock::now() >= due[4]);
+        let far = start + Duration::from_secs(3_600);
+        drop(Clockwork::start(std::iter::once(far)).unwrap());
+        drop(Clockwork::start(std::iter::repeat(start)).unwrap());
     }
 }

@@ -21,6 +21,13 @@ pub(crate) struct SchemaOptions {
     imports: Vec<PathBuf>,
 }
 
+impl SchemaOptions {
+    /// Whether any was given.
+    pub(crate) fn is_given(&self) -> bool {
+        !self.protos.is_empty()
+    }
+}
+
 /// What can be called.
 #[derive(Debug)]
 pub(crate) struct Schema {
@@ -60,7 +67,7 @@ impl Schema {
         }
     }
 
-    /// The pool the messages of a method are from, for what they contain.
+    /// A service, by its whole name.
     pub(crate) fn service(&self, name: &str) -> Option<ServiceDescriptor> {
         self.pools.iter().find_map(|pool| pool.get_service_by_name(name))
     }

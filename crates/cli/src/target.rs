@@ -81,6 +81,9 @@ impl TargetOptions {
             Some("http") if self.h3 => {
                 return Err(usage("HTTP/3 needs TLS: leave out --h3, or write https://"));
             }
+            Some("https") if self.plaintext => {
+                return Err(usage("https:// is with TLS: leave out --plaintext, or write http://"));
+            }
             Some("http") => Protocol::H2c,
             None if self.plaintext => Protocol::H2c,
             Some("https") | None if self.h3 => Protocol::H3,

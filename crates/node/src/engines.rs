@@ -14,7 +14,7 @@ use transport::{Channel, Target, TransportError};
 
 use crate::{
     config::{EngineConfig, HealthConfig},
-    offer::{Ask, Called, Offer},
+    offer::{Ask, Has, Offer},
 };
 
 /// One engine, shared by all workers: its machine is one, never split.
@@ -184,12 +184,19 @@ impl Engines {
         })
     }
 
-    /// What each is called, and whether it may be sent calls.
-    pub(crate) fn called(&self) -> impl Iterator<Item = (Called, Standing)> + '_ {
-        self.0.iter().map(|(engine, _)| {
-            let called = engine.offer.called(&engine.reflected().services);
-            (called, engine.standing())
+    /// Whether each has a service or a model, and whether it may be sent calls.
+    pub(crate) fn have<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (Has, Standing)> + 'a {
+        self.0.iter().map(move |(engine, _)| {
+            (engine.offer.has(name, &engine.reflected().services), engine.standing())
         })
+    }
+
+    /// Hands each name of what they serve to `each`, and whether the engine may be sent calls.
+    pub(crate) fn served(&self, mut each: impl FnMut(&str, Standing)) {
+        for (engine, _) in self.0.iter() {
+            let standing = engine.standing();
+            engine.offer.names(&engine.reflected().services).for_each(|name| each(name, standing));
+        }
     }
 
     /// A slot of engine `index`, if one is free.

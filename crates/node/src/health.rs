@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, codegen::BoxStream};
 
 use crate::{
-    offer::Called,
+    offer::Has,
     router::Router,
     services::{HEALTH, REFLECTION},
 };
@@ -50,39 +50,48 @@ impl Health {
     /// An engine that does not say what it has may have it, as routing sees it too.
     fn status(&self, name: &str) -> Option<ServingStatus> {
         let is_own = name.is_empty() || name == HEALTH || REFLECTION.contains(&name);
-        let is_usable = is_own || {
-            let called = self.router.called();
-            let has = |called: &Called| called.names.iter().any(|known| known == name);
-            let mut known = called.iter().filter(|(called, _)| has(called)).peekable();
-            let mut perhaps = called.iter().filter(|(called, _)| !called.is_all).peekable();
-            let may_be_unknown = self.router.has_unknown();
-            if known.peek().is_none() && perhaps.peek().is_none() && !may_be_unknown {
-                return None;
-            }
-            let is_known = known.peek().is_some();
-            let usable = |(_, standing): &(Called, Standing)| *standing == Standing::Usable;
-            known.any(usable) || (!is_known && perhaps.any(usable)) || may_be_unknown
-        };
-        let serves = is_usable && self.ready.load(Ordering::Relaxed);
-        Some(if serves { ServingStatus::Serving } else { ServingStatus::NotServing })
+        let is_usable = if is_own { true } else { self.is_usable(name)? };
+        Some(self.serving(is_usable))
+    }
+
+    /// Whether somebody who has a service or a model may be sent calls; `None`: nobody has it.
+    fn is_usable(&self, name: &str) -> Option<bool> {
+        let have = self.router.have(name);
+        // Who says that he has it decides; where nobody does, who does not say.
+        let decides =
+            [Has::Yes, Has::Perhaps].into_iter().find(|has| have.iter().any(|h| h.0 == *has));
+        let is_usable = |decides| have.contains(&(decides, Standing::Usable));
+        match decides {
+            Some(Has::Yes) => Some(is_usable(Has::Yes)),
+            Some(decides) if is_usable(decides) => Some(true),
+            _ if self.router.has_undescribed() => Some(true),
+            decides => decides.map(|_| false),
+        }
+    }
+
+    fn serving(&self, is_usable: bool) -> ServingStatus {
+        if is_usable && self.ready.load(Ordering::Relaxed) {
+            ServingStatus::Serving
+        } else {
+            ServingStatus::NotServing
+        }
     }
 
     /// The statuses of everything that somebody says it has.
     fn statuses(&self) -> BTreeMap<String, ServingStatus> {
-        let is_ready = self.ready.load(Ordering::Relaxed);
         let own = REFLECTION.iter().chain([&HEALTH, &""]);
         let mut usable: BTreeMap<String, bool> =
             own.map(|name| ((*name).to_owned(), true)).collect();
-        for (called, standing) in self.router.called() {
-            for name in called.names {
-                *usable.entry(name).or_default() |= standing == Standing::Usable;
+        self.router.served(|name, standing| {
+            let is_usable = standing == Standing::Usable;
+            if let Some(known) = usable.get_mut(name) {
+                *known |= is_usable;
+            } else if usable.len() <= LISTED_MAX {
+                // One more than may be is enough to see that there are too many.
+                usable.insert(name.to_owned(), is_usable);
             }
-        }
-        let status = |serves| match serves && is_ready {
-            true => ServingStatus::Serving,
-            false => ServingStatus::NotServing,
-        };
-        usable.into_iter().map(|(name, usable)| (name, status(usable))).collect()
+        });
+        usable.into_iter().map(|(name, usable)| (name, self.serving(usable))).collect()
     }
 
     /// The next status of `name` that is not `last`; `None`: the node drains.

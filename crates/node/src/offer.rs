@@ -44,13 +44,15 @@ pub(crate) struct Offer {
     pub(crate) models: Vec<ModelName>,
 }
 
-/// The names of what an engine serves.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Called {
-    /// Services and models.
-    pub(crate) names: Vec<String>,
-    /// Whether that is all: otherwise it may have others, and is asked.
-    pub(crate) is_all: bool,
+/// Whether an engine has a service or a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Has {
+    /// It says so.
+    Yes,
+    /// It does not say what it has.
+    Perhaps,
+    /// It says what it has, and this is not among it.
+    No,
 }
 
 impl Offer {
@@ -60,16 +62,26 @@ impl Offer {
         Some(Self { protocol, models: engine.models.clone() })
     }
 
-    /// The names of what the engine serves, `services` being what it reflects.
-    pub(crate) fn called(&self, services: &[String]) -> Called {
-        let kserve = (self.protocol == Protocol::KserveV2).then(|| KSERVE.to_owned());
-        let models = self.models.iter().map(ToString::to_string);
-        let names: Vec<String> = services.iter().cloned().chain(kserve).chain(models).collect();
-        let is_all = match self.protocol {
+    /// The names of what the engine says it serves, services and models; `services` is what it reflects.
+    pub(crate) fn names<'a>(&'a self, services: &'a [String]) -> impl Iterator<Item = &'a str> {
+        let kserve = (self.protocol == Protocol::KserveV2).then_some(KSERVE);
+        let models = self.models.iter().map(ModelName::as_str);
+        services.iter().map(String::as_str).chain(kserve).chain(models)
+    }
+
+    /// Whether the engine has a service or a model of this name; `services` is what it reflects, sorted.
+    pub(crate) fn has(&self, name: &str, services: &[String]) -> Has {
+        let says_all = match self.protocol {
             Protocol::KserveV2 => !self.models.is_empty(),
             Protocol::Grpc => !services.is_empty(),
         };
-        Called { names, is_all }
+        if self.is_called(name) || is_among(name, services) {
+            Has::Yes
+        } else if says_all {
+            Has::No
+        } else {
+            Has::Perhaps
+        }
     }
 
     /// Whether the engine says that it has a service or a model of this name.
@@ -80,7 +92,7 @@ impl Offer {
 
     /// How well the engine suits a call, `services` being what it reflects, sorted; `None`: not at all.
     pub(crate) fn fit(&self, ask: &Ask, services: &[String]) -> Option<Fit> {
-        let has_service = services.binary_search_by(|known| known.as_str().cmp(ask.service()));
+        let has_service = is_among(ask.service(), services);
         match (self.protocol, ask.path.starts_with(KSERVE_SERVICE)) {
             (Protocol::KserveV2, true) => match &ask.wanted {
                 Wanted::Nothing => Some(Fit::Well),
@@ -90,15 +102,18 @@ impl Offer {
                     self.models.is_empty().then_some(Fit::Perhaps)
                 }
             },
-            (_, false) if has_service.is_ok() => Some(Fit::Well),
-            // One that says nothing of its services may have this one; one that names others probably has not.
-            (Protocol::Grpc, false) if services.is_empty() => Some(Fit::Well),
-            // An engine may offer more than its protocol asks for: health, reflection, services of its own.
-            (Protocol::KserveV2 | Protocol::Grpc, false) | (Protocol::Grpc, true) => {
-                Some(Fit::Perhaps)
-            }
+            (Protocol::Grpc, _) | (Protocol::KserveV2, false) if has_service => Some(Fit::Well),
+            // One that says nothing of its services may have this one.
+            (Protocol::Grpc, _) if services.is_empty() => Some(Fit::Perhaps),
+            // One that names others, or has another protocol, may offer more than it says: it is asked last.
+            (Protocol::Grpc, _) | (Protocol::KserveV2, false) => Some(Fit::Unlikely),
         }
     }
+}
+
+/// Whether a name is among sorted ones.
+fn is_among(name: &str, sorted: &[String]) -> bool {
+    sorted.binary_search_by(|known| known.as_str().cmp(name)).is_ok()
 }
 
 #[cfg(test)]
@@ -111,6 +126,10 @@ mod tests {
 
     fn infer(wanted: Wanted) -> Ask {
         Ask { path: format!("{KSERVE_SERVICE}ModelInfer"), wanted }
+    }
+
+    fn services(names: &[&str]) -> Vec<String> {
+        names.iter().map(ToString::to_string).collect()
     }
 
     #[test]
@@ -131,27 +150,37 @@ mod tests {
     #[test]
     fn other_services_belong_to_opaque_engines_first() {
         let other = Ask { path: "/p.S/M".into(), wanted: Wanted::Nothing };
-        assert_eq!(offer(Protocol::Grpc, &[]).fit(&other, &[]), Some(Fit::Well));
-        assert_eq!(offer(Protocol::KserveV2, &["llama"]).fit(&other, &[]), Some(Fit::Perhaps));
-        assert_eq!(
-            offer(Protocol::Grpc, &[]).fit(&infer(Wanted::Nothing), &[]),
-            Some(Fit::Perhaps)
-        );
+        assert_eq!(offer(Protocol::Grpc, &[]).fit(&other, &[]), Some(Fit::Perhaps));
+        assert_eq!(offer(Protocol::KserveV2, &["llama"]).fit(&other, &[]), Some(Fit::Unlikely));
+        let kserve = infer(Wanted::Nothing);
+        assert_eq!(offer(Protocol::Grpc, &[]).fit(&kserve, &[]), Some(Fit::Perhaps));
+        assert_eq!(offer(Protocol::KserveV2, &["llama"]).fit(&kserve, &[]), Some(Fit::Well));
     }
 
     #[test]
-    fn who_reflects_a_service_is_asked_before_who_reflects_others() {
-        let ask = Ask { path: "/p.S/M".into(), wanted: Wanted::Nothing };
-        let services = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+    fn who_reflects_a_service_is_asked_before_who_reflects_nothing_or_others() {
+        let other = Ask { path: "/p.S/M".into(), wanted: Wanted::Nothing };
+        let with = services(&["a.B", "p.S", "z.Z"]);
         for protocol in [Protocol::Grpc, Protocol::KserveV2] {
-            let offer = offer(protocol, &[]);
-            assert_eq!(offer.fit(&ask, &services(&["a.B", "p.S", "z.Z"])), Some(Fit::Well));
-            assert_eq!(offer.fit(&ask, &services(&["a.B", "z.Z"])), Some(Fit::Perhaps));
+            assert_eq!(offer(protocol, &[]).fit(&other, &with), Some(Fit::Well));
+            let without = services(&["a.B", "z.Z"]);
+            assert_eq!(offer(protocol, &[]).fit(&other, &without), Some(Fit::Unlikely));
         }
-        let called = offer(Protocol::Grpc, &[]).called(&services(&["p.S"]));
-        assert_eq!(called, Called { names: services(&["p.S"]), is_all: true });
-        let called = offer(Protocol::KserveV2, &["llama"]).called(&[]);
-        assert_eq!(called, Called { names: services(&[KSERVE, "llama"]), is_all: true });
-        assert!(!offer(Protocol::KserveV2, &[]).called(&[]).is_all);
+        let kserve = infer(Wanted::Model("llama".parse().unwrap()));
+        let opaque = offer(Protocol::Grpc, &[]);
+        assert_eq!(opaque.fit(&kserve, &services(&[KSERVE])), Some(Fit::Well));
+        assert_eq!(opaque.fit(&kserve, &with), Some(Fit::Unlikely));
+    }
+
+    #[test]
+    fn an_engine_has_what_it_says_and_one_that_says_nothing_may_have_anything() {
+        let (named, silent) = (services(&["p.S"]), []);
+        assert_eq!(offer(Protocol::Grpc, &[]).has("p.S", &named), Has::Yes);
+        assert_eq!(offer(Protocol::Grpc, &[]).has("q.S", &named), Has::No);
+        assert_eq!(offer(Protocol::Grpc, &[]).has("q.S", &silent), Has::Perhaps);
+        let llama = offer(Protocol::KserveV2, &["llama"]);
+        assert_eq!((llama.has("llama", &silent), llama.has("x", &silent)), (Has::Yes, Has::No));
+        assert_eq!(offer(Protocol::KserveV2, &[]).has("x", &silent), Has::Perhaps);
+        assert_eq!(llama.names(&named).collect::<Vec<_>>(), ["p.S", KSERVE, "llama"]);
     }
 }

@@ -17,7 +17,7 @@ use tonic::body::Body;
 use transport::{Channel, TransportError};
 
 use crate::{
-    offer::{Ask, Called, Offer},
+    offer::{Ask, Has, Offer},
     orca,
 };
 
@@ -176,21 +176,38 @@ impl Board {
         servers
     }
 
-    /// What the engines of peers are called, and whether they may be sent calls.
-    pub(crate) fn called(&self) -> Vec<(Called, Standing)> {
+    /// Whether each engine of a peer has a service or a model, and whether it may be sent calls.
+    pub(crate) fn have(&self, name: &str) -> Vec<(Has, Standing)> {
+        let mut all = Vec::new();
+        self.each(|offer, services, standing| all.push((offer.has(name, services), standing)));
+        all
+    }
+
+    /// Hands each name of what engines of peers serve to `each`, and whether the engine may be sent calls.
+    pub(crate) fn served(&self, mut each: impl FnMut(&str, Standing)) {
+        self.each(|offer, services, standing| {
+            offer.names(services).for_each(|name| each(name, standing));
+        });
+    }
+
+    fn each(&self, mut each: impl FnMut(&Offer, &[String], Standing)) {
         let state = self.state.lock();
         let now = clock::now();
-        let mut called = Vec::new();
         for (index, peer) in state.peers.iter().enumerate() {
             let presence = state.view.presence(index, now);
             for (engine, (offer, services)) in peer.offers.iter().zip(&peer.services).enumerate() {
                 let Some(offer) = offer else { continue };
                 let seen = state.view.seen(index, engine, now);
                 let standing = seen.map(|seen| peer.standing(presence, &seen.load, now));
-                called.push((offer.called(services), standing.unwrap_or(Standing::Down)));
+                each(offer, services, standing.unwrap_or(Standing::Down));
             }
         }
-        called
+    }
+
+    /// Whether there is a peer that has never said what it serves.
+    pub(crate) fn has_undescribed(&self) -> bool {
+        let state = self.state.lock();
+        (0..self.names.len()).any(|index| state.view.descriptor(index).is_none())
     }
 
     /// Whether an engine of a peer says that it has a service or a model of this name.

@@ -10,7 +10,7 @@ use rand::rngs::StdRng;
 use crate::{
     engines::{Engines, Slot},
     model::Wanted,
-    offer::{Ask, Called},
+    offer::{Ask, Has},
     peers::{PeerCall, Peers},
     refusal::Refusal,
 };
@@ -144,16 +144,22 @@ impl Router {
         }
     }
 
-    /// What everybody is called, and whether they may be sent calls.
-    pub(crate) fn called(&self) -> Vec<(Called, Standing)> {
-        let mut called: Vec<_> = self.engines.called().collect();
-        called.extend(self.peers.board().called());
-        called
+    /// Whether each has a service or a model, and whether it may be sent calls.
+    pub(crate) fn have(&self, name: &str) -> Vec<(Has, Standing)> {
+        let mut have: Vec<_> = self.engines.have(name).collect();
+        have.extend(self.peers.board().have(name));
+        have
     }
 
-    /// Whether there is a peer of which nothing is known, and which is tried when nobody else has room.
-    pub(crate) fn has_unknown(&self) -> bool {
-        self.peers.board().unknown(&[]).is_some()
+    /// Hands each name of what anybody serves to `each`, and whether who does may be sent calls.
+    pub(crate) fn served(&self, mut each: impl FnMut(&str, Standing)) {
+        self.engines.served(&mut each);
+        self.peers.board().served(each);
+    }
+
+    /// Whether there is a peer that has never said what it serves.
+    pub(crate) fn has_undescribed(&self) -> bool {
+        self.peers.board().has_undescribed()
     }
 
     /// Why nobody takes a call.

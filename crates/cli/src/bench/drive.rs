@@ -16,6 +16,7 @@ use base::clock;
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use rand::{SeedableRng as _, rngs::StdRng};
 use rustix::time::{ClockId, clock_gettime};
+use tokio::runtime::Runtime;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use transport::Channel;
 
@@ -27,7 +28,7 @@ use super::{
 };
 use crate::{
     Failure,
-    load::{self, Outcome, Tally},
+    load::{Clockwork, Outcome, Tally},
     openai::OpenAi,
     target::{Caller, Protocol},
 };
@@ -97,9 +98,15 @@ impl<'a> Run<'a> {
 
     /// Makes all calls.
     pub(super) fn drive(&self) -> Result<Ran, Failure> {
+        // Made here, where a failure leaves no thread that waits for the others.
+        let runtimes = (0..self.options.threads).map(|_| runtime());
+        let runtimes = runtimes.collect::<anyhow::Result<Vec<_>>>()?;
         let outcomes: Vec<anyhow::Result<Tally>> = thread::scope(|scope| {
-            let threads: Vec<_> = (0..self.options.threads)
-                .map(|index| scope.spawn(move || Share { run: self, index }.run()))
+            let threads: Vec<_> = (0..)
+                .zip(runtimes)
+                .map(|(index, runtime)| {
+                    scope.spawn(move || Share { run: self, index }.run(runtime))
+                })
                 .collect();
             let panicked = |_| Err(anyhow::anyhow!("a thread panicked"));
             threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
@@ -167,8 +174,7 @@ impl<'a> Share<'a> {
         of / threads + u64::from(u64::from(self.index) < of % threads)
     }
 
-    fn run(self) -> anyhow::Result<Tally> {
-        let runtime = runtime()?;
+    fn run(self, runtime: Runtime) -> anyhow::Result<Tally> {
         let tasks = TaskTracker::new();
         let outcome = runtime.block_on(async {
             let caller = Caller::new();
@@ -258,20 +264,22 @@ impl<'a> Share<'a> {
             next += arrivals.gap(rate, &mut rng);
             end.is_none_or(|end| next < end).then_some(next)
         });
-        let mut due = load::clockwork(due.take(usize::try_from(share).unwrap_or(usize::MAX)))?;
+        let due = due.take(usize::try_from(share).unwrap_or(usize::MAX));
+        let mut clockwork = Clockwork::start(due)?;
+        let in_flight_max = usize::try_from(self.part(options.in_flight_max.into()))?;
         let mut number = 0;
         let mut calls = FuturesUnordered::new();
         let mut came = Vec::new();
         loop {
             tokio::select! {
-                count = due.recv_many(&mut came, DUE_AT_ONCE) => {
-                    if count == 0 || self.run.stop.is_cancelled() {
+                more = clockwork.next(&mut came, DUE_AT_ONCE) => {
+                    if !more || self.run.stop.is_cancelled() {
                         break;
                     }
                     let now = clock::now();
                     for at in came.drain(..) {
                         let is_counted = at >= plan.counted;
-                        if calls.len() >= options.in_flight_max {
+                        if calls.len() >= in_flight_max {
                             tally.borrow_mut().not_made += u64::from(is_counted);
                             continue;
                         }

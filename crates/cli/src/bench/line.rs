@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::Context as _;
 use base::clock;
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use h2::{RecvStream, client::SendRequest};
 use http::{HeaderMap, Method, Request, Response, Uri, Version, header};
 use rustls::pki_types::ServerName;
@@ -205,33 +205,45 @@ impl Line {
 impl<F: FnMut(&Bytes)> Seen<F> {
     /// Takes in a piece of the answer: a flag, a length of four bytes, a message, and so on.
     fn data(&mut self, data: Bytes) -> Result<(), Wrong> {
-        const PREFIX: usize = 5;
         // Mostly a piece is a message, and need not be copied.
-        let mut data = if self.buffer.is_empty() {
-            data
-        } else {
-            self.buffer.extend_from_slice(&data);
-            self.buffer.split().freeze()
-        };
-        while data.len() >= PREFIX {
-            if data[0] != 0 {
-                return Err(Wrong::Answer("a compressed message, which was not asked for".into()));
+        let mut data = data;
+        if self.buffer.is_empty() {
+            while let Some(whole) = whole(&data)? {
+                let message = data.split_to(whole).slice(PREFIX..);
+                self.message(&message);
             }
-            let length = u32::from_be_bytes([data[1], data[2], data[3], data[4]]) as usize;
-            if length > MESSAGE_BYTES_MAX {
-                return Err(Wrong::Answer(format!("a message of {length} bytes")));
-            }
-            if data.len() < PREFIX + length {
-                break;
-            }
-            data.advance(PREFIX);
-            self.messages += 1;
-            self.first.get_or_insert_with(clock::now);
-            (self.on)(&data.split_to(length));
         }
         self.buffer.extend_from_slice(&data);
+        while let Some(whole) = whole(&self.buffer)? {
+            let message = self.buffer.split_to(whole).freeze().slice(PREFIX..);
+            self.message(&message);
+        }
         Ok(())
     }
+
+    fn message(&mut self, message: &Bytes) {
+        self.messages += 1;
+        self.first.get_or_insert_with(clock::now);
+        (self.on)(message);
+    }
+}
+
+/// What leads a message.
+const PREFIX: usize = 5;
+
+/// How long the first message is with its prefix, if it is all there.
+fn whole(data: &[u8]) -> Result<Option<usize>, Wrong> {
+    let Some(([flag, length @ ..], rest)) = data.split_first_chunk::<PREFIX>() else {
+        return Ok(None);
+    };
+    if *flag != 0 {
+        return Err(Wrong::Answer("a compressed message, which was not asked for".to_owned()));
+    }
+    let length = u32::from_be_bytes(*length) as usize;
+    if length > MESSAGE_BYTES_MAX {
+        return Err(Wrong::Answer(format!("a message of {length} bytes")));
+    }
+    Ok((rest.len() >= length).then_some(PREFIX + length))
 }
 
 /// An answer of gRPC, whatever its status.

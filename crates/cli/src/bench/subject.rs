@@ -11,7 +11,7 @@ use serde_json::Value;
 use tonic::Code;
 use transport::{Channel, PeerTls, grpc};
 
-use super::{Options, line::Line, runtime};
+use super::{HTTP_API, Options, line::Line, runtime};
 use crate::{
     Failure, call,
     caller::{self, Ended, Method},
@@ -58,7 +58,7 @@ impl Subject {
                 .map_err(Failure::Usage)?,
             None => options.data.clone(),
         };
-        if options.method.starts_with("/v1/") {
+        if options.method.starts_with(HTTP_API) {
             return Self::openai(options, &data);
         }
         let whom = options.target.whom()?;
@@ -102,6 +102,15 @@ impl Subject {
     }
 
     fn openai(options: &Options, data: &str) -> Result<Self, Failure> {
+        let for_grpc = [
+            (options.expect.is_some(), "--expect"),
+            (options.schema.is_given(), "--proto"),
+            (options.connections != 1, "--connections"),
+        ];
+        if let Some((_, option)) = for_grpc.iter().find(|(is_given, _)| *is_given) {
+            let why = "is for gRPC: an HTTP API is called over as many connections as it takes";
+            return Err(Failure::Usage(anyhow::anyhow!("{option} {why}")));
+        }
         let uri = options.target.uri(&options.method)?;
         let request: Value =
             serde_json::from_str(data).context("-d is not JSON").map_err(Failure::Usage)?;

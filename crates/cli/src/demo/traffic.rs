@@ -33,8 +33,6 @@ use crate::{
 const TOKENS_MEDIAN: f64 = 40.0;
 const TOKENS_SIGMA: f64 = 0.6;
 const TOKENS_MAX: f64 = 200.0;
-/// Steps of a request besides those that yield its tokens: its prompt is taken in with the first.
-const PREFILL_STEPS: f64 = 0.0;
 /// How long a call may take.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// How often a client asks another node when one does not answer at all.
@@ -63,7 +61,8 @@ fn tokens_mean() -> f64 {
 /// Calls per second the engines of a region can bear: all slots taken, a step twice as long as an empty one.
 fn capacity() -> f64 {
     let engines = (NODES_PER_REGION * ENGINES_PER_NODE) as f64;
-    engines * f64::from(SLOTS) / (2.0 * STEP.as_secs_f64() * (PREFILL_STEPS + tokens_mean()))
+    // A short prompt is taken in by the step that yields the first token.
+    engines * f64::from(SLOTS) / (2.0 * STEP.as_secs_f64() * tokens_mean())
 }
 
 /// Every call of `duration`, in order.
@@ -140,23 +139,21 @@ pub(crate) async fn call(arrival: Arrival, due: Instant, servers: Vec<Server>) -
             .first_message
             .filter(|_| arrival.is_stream)
             .map(|first| first.saturating_duration_since(due));
-        let class = match ended.status.code() {
+        let code = ended.status.code();
+        let is_silent = ended.head.is_none() && ended.trailers.is_empty();
+        let class = match code {
             Code::Ok if tokens == arrival.tokens => Class::Ok,
             Code::ResourceExhausted if ended.messages == 0 => Class::Busy,
-            _ if arrival.is_stream && ended.messages > 0 => Class::Cut,
-            // Nobody answered: the client asks another, if it knows one.
-            Code::Unavailable if server.node.is_some() && attempts.peek().is_some() => continue,
-            code => {
-                tracing::debug!(
-                    ?arrival,
-                    ?code,
-                    message = ended.status.message(),
-                    tokens,
-                    "failed"
-                );
-                Class::Failed
-            }
+            Code::Ok | Code::DeadlineExceeded => Class::Failed,
+            _ if arrival.is_stream && tokens > 0 => Class::Cut,
+            // The node itself did not answer: the client asks another, if it knows one.
+            _ if is_silent && server.node.is_some() && attempts.peek().is_some() => continue,
+            _ => Class::Failed,
         };
+        if class == Class::Failed {
+            let message = ended.status.message();
+            tracing::error!(?arrival, ?code, message, tokens, "a call failed");
+        }
         let forwarded = match (&server.node, ended.served_by()) {
             (Some(called), Some(by)) => by.split('/').next() != Some(called),
             _ => false,
@@ -315,7 +312,7 @@ mod tests {
         let all = arrivals(1, LONG);
         for (region, (_, demand)) in REGIONS.iter().enumerate() {
             let calls = all.iter().filter(|arrival| arrival.region == region);
-            let steps: f64 = calls.map(|call| PREFILL_STEPS + f64::from(call.tokens)).sum();
+            let steps: f64 = calls.map(|call| f64::from(call.tokens)).sum();
             let engines = (NODES_PER_REGION * ENGINES_PER_NODE) as f64;
             let possible =
                 LONG.as_secs_f64() * engines * f64::from(SLOTS) / (2.0 * STEP.as_secs_f64());

@@ -8,13 +8,14 @@ use std::{
     io::SeekFrom,
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{ExitStatus, Stdio},
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use anyhow::Context as _;
 use base::clock;
+use parking_lot::Mutex;
 use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
@@ -39,10 +40,52 @@ const READY_WITHIN: Duration = Duration::from_secs(20);
 /// Longest page of metrics that is read.
 const PAGE_BYTES_MAX: u64 = 1 << 20;
 
-/// A process of ours, killed when this is dropped.
+/// Every process that was started, and the relays: whoever holds this ends them, however far the start has come.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Started(Arc<Mutex<Running>>);
+
+#[derive(Debug, Default)]
+struct Running {
+    processes: Vec<Child>,
+    relays: Option<Relays>,
+}
+
+impl Started {
+    /// Keeps a process; returns its number.
+    fn keep(&self, child: Child) -> usize {
+        let processes = &mut self.0.lock().processes;
+        processes.push(child);
+        processes.len() - 1
+    }
+
+    /// Kills a process, as a power cut would. It is waited for at the end.
+    fn kill(&self, number: usize) -> anyhow::Result<()> {
+        let mut running = self.0.lock();
+        let child = running.processes.get_mut(number).context("there is no such process")?;
+        child.start_kill().context("a process cannot be killed")
+    }
+
+    /// How a process has ended, if it has.
+    fn ended(&self, number: usize) -> Option<ExitStatus> {
+        self.0.lock().processes.get_mut(number)?.try_wait().ok().flatten()
+    }
+
+    /// Ends everything, and waits until it has ended.
+    pub(crate) async fn stop(&self) {
+        let running = std::mem::take(&mut *self.0.lock());
+        for mut child in running.processes {
+            // It may have ended before.
+            drop(child.kill().await);
+        }
+        drop(running.relays);
+    }
+}
+
+/// A process of ours.
 #[derive(Debug)]
 struct Process {
-    child: Child,
+    started: Started,
+    number: usize,
     /// What it said when it was ready.
     ready: Value,
 }
@@ -71,7 +114,6 @@ pub(crate) struct Node {
 pub(crate) struct World {
     pub(crate) engines: Vec<Engine>,
     pub(crate) nodes: Vec<Node>,
-    _relays: Relays,
 }
 
 /// The way from one region to one node: for calls and for gossip.
@@ -84,7 +126,12 @@ struct Way {
 }
 
 impl Process {
-    async fn start(name: &str, dir: &Path, arguments: &[String]) -> anyhow::Result<Self> {
+    async fn start(
+        started: &Started,
+        name: &str,
+        dir: &Path,
+        arguments: &[String],
+    ) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("this program cannot be found again")?;
         let log = dir.join(format!("{name}.log"));
         let mut said = fs::File::options().create_new(true).read(true).write(true).open(&log)?;
@@ -102,6 +149,7 @@ impl Process {
             .spawn()
             .with_context(|| format!("{name} cannot be started"))?;
         let out = child.stdout.take().context("no output")?;
+        let number = started.keep(child);
         let mut line = String::new();
         let reading = BufReader::new(out).take(PAGE_BYTES_MAX);
         let read = async {
@@ -117,11 +165,11 @@ impl Process {
             let mut why = String::new();
             std::io::Seek::seek(&mut said, SeekFrom::Start(0))?;
             std::io::Read::read_to_string(&mut said, &mut why)?;
-            let ended =
-                child.try_wait()?.map_or_else(|| "it says nothing".to_owned(), |s| s.to_string());
+            let ended = started.ended(number);
+            let ended = ended.map_or_else(|| "it says nothing".to_owned(), |s| s.to_string());
             anyhow::bail!("{name} did not start ({ended}): {}", why.trim());
         };
-        Ok(Self { child, ready })
+        Ok(Self { started: started.clone(), number, ready })
     }
 
     fn address(&self, what: &str) -> anyhow::Result<SocketAddr> {
@@ -129,18 +177,19 @@ impl Process {
         address.parse().with_context(|| format!("`{address}` is no address"))
     }
 
-    async fn kill(&mut self) -> anyhow::Result<()> {
-        self.child.kill().await.context("a process cannot be killed")
+    fn kill(&self) -> anyhow::Result<()> {
+        self.started.kill(self.number)
     }
 }
 
 impl World {
     /// Starts everything and returns when every node knows how pressed every other is. What it needs on disk is in `dir`.
-    pub(crate) async fn start(dir: &Path) -> anyhow::Result<Self> {
-        let engines = start_engines(dir).await?;
+    pub(crate) async fn start(dir: &Path, started: &Started) -> anyhow::Result<Self> {
+        let engines = start_engines(dir, started).await?;
         let (ways, relays) = ways()?;
         let relays = Relays::run(relays).context("the relays cannot start")?;
-        let nodes = start_nodes(dir, &engines, &ways).await?;
+        started.0.lock().relays = Some(relays);
+        let nodes = start_nodes(dir, started, &engines, &ways).await?;
         for (to, node) in nodes.iter().enumerate() {
             for way in ways.iter().map(|from| &from[to]) {
                 let set = [(&way.to_peers, "peers"), (&way.to_gossip, "gossip")];
@@ -151,7 +200,7 @@ impl World {
                 }
             }
         }
-        let world = Self { engines, nodes, _relays: relays };
+        let world = Self { engines, nodes };
         world.acquainted().await?;
         Ok(world)
     }
@@ -184,26 +233,17 @@ impl World {
     }
 
     /// Kills an engine, as a power cut would.
-    pub(crate) async fn kill_engine(&mut self, index: usize) -> anyhow::Result<()> {
-        self.engines[index].process.kill().await
+    pub(crate) fn kill_engine(&self, index: usize) -> anyhow::Result<()> {
+        self.engines[index].process.kill()
     }
 
     /// Kills a node, as a power cut would.
-    pub(crate) async fn kill_node(&mut self, index: usize) -> anyhow::Result<()> {
-        self.nodes[index].process.kill().await
-    }
-
-    /// Ends everything, and waits until it has ended.
-    pub(crate) async fn stop(mut self) {
-        let engines = self.engines.iter_mut().map(|engine| &mut engine.process);
-        for process in self.nodes.iter_mut().map(|node| &mut node.process).chain(engines) {
-            // It may have ended before.
-            drop(process.kill().await);
-        }
+    pub(crate) fn kill_node(&self, index: usize) -> anyhow::Result<()> {
+        self.nodes[index].process.kill()
     }
 }
 
-async fn start_engines(dir: &Path) -> anyhow::Result<Vec<Engine>> {
+async fn start_engines(dir: &Path, started: &Started) -> anyhow::Result<Vec<Engine>> {
     let per_region = NODES_PER_REGION * ENGINES_PER_NODE;
     let starting = (0..REGIONS.len() * per_region).map(|index| async move {
         let region = index / per_region;
@@ -214,7 +254,7 @@ async fn start_engines(dir: &Path) -> anyhow::Result<Vec<Engine>> {
             "sim", "engine", "--grpc", any, "--http", any, "--admin", any, "--model", MODEL,
             "--slots", &slots, "--step", &step,
         ];
-        let process = Process::start(&name, dir, &arguments.map(str::to_owned)).await?;
+        let process = Process::start(started, &name, dir, &arguments.map(str::to_owned)).await?;
         Ok(Engine { grpc: process.address("grpc")?, name, region, process })
     });
     futures_util::future::try_join_all(starting).await
@@ -248,6 +288,7 @@ fn node_name(index: usize) -> String {
 
 async fn start_nodes(
     dir: &Path,
+    started: &Started,
     engines: &[Engine],
     ways: &[Vec<Way>],
 ) -> anyhow::Result<Vec<Node>> {
@@ -263,7 +304,8 @@ async fn start_nodes(
             fs::write(&file, config(index, own, &ways[region]))?;
             let (file, ca) = (text(&file)?, text(&ca)?);
             let arguments = ["node", "--config", &file, "--dev-ca", &ca];
-            let process = Process::start(&name, dir, &arguments.map(str::to_owned)).await?;
+            let process =
+                Process::start(started, &name, dir, &arguments.map(str::to_owned)).await?;
             let (clients, metrics) = (process.address("clients")?, process.address("metrics")?);
             anyhow::Ok(Node { name, region, clients, metrics, process })
         }
