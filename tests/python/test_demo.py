@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from nodes import BINARY, LONG, wait_for
+from nodes import DEMO_BINARY, LONG, wait_for
 
 # The demo ends within 90 s; a test that waits longer has failed.
 ENDS = 90
@@ -20,7 +20,7 @@ def start(tmp_path, *arguments):
     """A demo in a session of its own: what it starts is in it too."""
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     return subprocess.Popen(
-        [BINARY, "demo", *map(str, arguments)],
+        [DEMO_BINARY, "demo", *map(str, arguments)],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True, env=environment,
     )
