@@ -40,6 +40,8 @@ pub(crate) async fn engine(
         while !engine.is_healthy() {
             tokio::time::sleep(LOOK).await;
         }
+        // Read first: one that comes back meanwhile is asked again.
+        let returns = engine.returns();
         let wait = match reflect(&channel).await {
             Ok(reflected) => {
                 tracing::debug!(engine = %engine.name, services = ?reflected.services, "an engine reflects");
@@ -57,7 +59,7 @@ pub(crate) async fn engine(
             }
         };
         let mut waited = Duration::ZERO;
-        while waited < wait && engine.is_healthy() {
+        while waited < wait && engine.returns() == returns {
             tokio::time::sleep(LOOK).await;
             waited += LOOK;
         }

@@ -1,6 +1,12 @@
 //! This node's engines: the machine of each, shared by all workers, and a channel to it per worker.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use balance::{HealthChange, Outcome, Place, Server, Standing, Ticket};
 use base::{EngineName, Load, clock};
@@ -25,6 +31,8 @@ pub(crate) struct Engine {
     pub(crate) offer: Offer,
     pub(crate) health: HealthConfig,
     machine: Mutex<balance::Engine>,
+    /// How often it has come back from failing its health checks.
+    returns: AtomicU32,
     reflected: Mutex<Arc<Reflected>>,
 }
 
@@ -38,6 +46,7 @@ impl Engine {
             offer: Offer { protocol: config.protocol, models: config.models.clone() },
             health: config.health.clone(),
             machine: Mutex::new(balance::Engine::new(config.slots, health, now, rng)),
+            returns: AtomicU32::new(0),
             reflected: Mutex::default(),
         }
     }
@@ -67,6 +76,11 @@ impl Engine {
         }
     }
 
+    /// How often it has come back from failing its health checks: each time it may be another one.
+    pub(crate) fn returns(&self) -> u32 {
+        self.returns.load(Ordering::Relaxed)
+    }
+
     /// What it reflects.
     pub(crate) fn reflected(&self) -> Arc<Reflected> {
         self.reflected.lock().clone()
@@ -90,6 +104,7 @@ impl Engine {
                 tracing::warn!(engine = %self.name, error, "an engine failed its health checks and leaves");
             }
             (Some(HealthChange::Returned), _) => {
+                self.returns.fetch_add(1, Ordering::Relaxed);
                 tracing::info!(engine = %self.name, "an engine passes its health checks again and returns slowly");
             }
             (_, Err(error)) => tracing::debug!(engine = %self.name, error, "a health check failed"),
