@@ -1,7 +1,7 @@
 //! `isobar bench`: load on one method or one OpenAI-style path, every answer checked, latencies that leave nobody out.
 
+mod connection;
 mod drive;
-mod line;
 mod report;
 mod subject;
 

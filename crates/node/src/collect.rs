@@ -11,7 +11,12 @@ use tonic::{Code, Request, Status, client::Grpc, codegen::http::uri::PathAndQuer
 use tonic_prost::ProstCodec;
 use transport::Channel;
 
-use crate::{catalog::Catalog, engines::Engine, peers::Board};
+use crate::{
+    catalog::Catalog,
+    engines::Engine,
+    peers::Board,
+    services::{REFLECTION, REFLECTION_METHOD},
+};
 
 /// How often what is known of engines and peers is looked at.
 const LOOK: Duration = Duration::from_millis(500);
@@ -22,11 +27,6 @@ const END_WITHIN: Duration = Duration::from_secs(1);
 const AGAIN: Duration = Duration::from_secs(60);
 /// After a failure that may pass, doubling up to [`AGAIN`].
 const RETRY: Duration = Duration::from_secs(2);
-/// Paths of the method, newest first.
-const PATHS: [&str; 2] = [
-    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
-    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
-];
 
 /// Keeps what engine `index` reflects, for ever.
 pub(crate) async fn engine(
@@ -104,9 +104,9 @@ fn doubling(retry: &mut Duration) -> Duration {
 /// UNIMPLEMENTED when it offers no reflection; otherwise what went wrong.
 pub async fn reflect(channel: &Channel) -> Result<Reflected, Status> {
     let asking = async {
-        match reflect_by(channel, PATHS[0]).await {
+        match reflect_by(channel, REFLECTION[0]).await {
             Err(status) if status.code() == Code::Unimplemented => {
-                reflect_by(channel, PATHS[1]).await
+                reflect_by(channel, REFLECTION[1]).await
             }
             other => other,
         }
@@ -117,7 +117,9 @@ pub async fn reflect(channel: &Channel) -> Result<Reflected, Status> {
 }
 
 /// A stream of its own for each question it answers with the end of one.
-async fn reflect_by(channel: &Channel, path: &'static str) -> Result<Reflected, Status> {
+async fn reflect_by(channel: &Channel, service: &'static str) -> Result<Reflected, Status> {
+    let path = PathAndQuery::try_from(format!("/{service}/{REFLECTION_METHOD}"))
+        .map_err(|error| Status::internal(error.to_string()))?;
     let mut collector = Collector::default();
     while let Some(first) = collector.next_request() {
         let mut grpc = Grpc::new(channel.clone());
@@ -126,8 +128,8 @@ async fn reflect_by(channel: &Channel, path: &'static str) -> Result<Reflected, 
         sent.map_err(|_| Status::internal("the questions have no taker"))?;
         let questions = tokio_stream::wrappers::ReceiverStream::new(questions);
         let codec = ProstCodec::<ServerReflectionRequest, ServerReflectionResponse>::default();
-        let path = PathAndQuery::from_static(path);
-        let mut answers = grpc.streaming(Request::new(questions), path, codec).await?.into_inner();
+        let mut answers =
+            grpc.streaming(Request::new(questions), path.clone(), codec).await?.into_inner();
         loop {
             match answers.message().await {
                 Ok(Some(answer)) => collector.answer(answer).map_err(bad)?,

@@ -23,7 +23,7 @@ pub(crate) const REFLECTION: [&str; 2] =
 /// What health is called.
 pub(crate) const HEALTH: &str = "grpc.health.v1.Health";
 /// The method of reflection.
-const REFLECTION_METHOD: &str = "ServerReflectionInfo";
+pub(crate) const REFLECTION_METHOD: &str = "ServerReflectionInfo";
 /// Longest request that is read: a name.
 const REQUEST_BYTES_MAX: usize = 4 << 10;
 /// A request must have come within this, and within this after the node began to drain.

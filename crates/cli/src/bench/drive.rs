@@ -22,7 +22,7 @@ use transport::Channel;
 
 use super::{
     Options,
-    line::Line,
+    connection::Connection,
     runtime,
     subject::{Grpc, Http, Subject},
 };
@@ -147,7 +147,7 @@ struct Share<'a> {
 /// One thread's way to make a call.
 enum Way<'a> {
     /// HTTP/2.
-    Lines(&'a Grpc, Vec<Line>),
+    Connections(&'a Grpc, Vec<Connection>),
     /// HTTP/3.
     Channels(&'a Grpc, Vec<Channel>),
     /// HTTP/1.1.
@@ -158,7 +158,9 @@ impl Way<'_> {
     async fn call(&self, number: u64) -> Outcome {
         let number = usize::try_from(number).unwrap_or(0);
         match self {
-            Self::Lines(grpc, lines) => grpc.call_on(&lines[number % lines.len()], number).await,
+            Self::Connections(grpc, connections) => {
+                grpc.call_on(&connections[number % connections.len()], number).await
+            }
             Self::Channels(grpc, channels) => {
                 grpc.call(&channels[number % channels.len()], number).await
             }
@@ -233,19 +235,19 @@ impl<'a> Share<'a> {
                 return Ok(Way::OpenAi(Box::new(client), http));
             }
         };
-        let connections = 0..usize::try_from(self.part(options.connections.into()))?;
+        let numbers = 0..usize::try_from(self.part(options.connections.into()))?;
         if grpc.whom.protocol == Protocol::H3 {
-            let channels: Vec<_> = connections.map(|i| caller.channel(&grpc.whom, i)).collect();
+            let channels: Vec<_> = numbers.map(|i| caller.channel(&grpc.whom, i)).collect();
             for channel in &channels {
                 channel.connect().await?;
             }
             return Ok(Way::Channels(grpc, channels));
         }
-        let mut lines = Vec::new();
-        for _ in connections {
-            lines.push(Line::open(grpc, tasks).await?);
+        let mut connections = Vec::new();
+        for _ in numbers {
+            connections.push(Connection::open(grpc, tasks).await?);
         }
-        Ok(Way::Lines(grpc, lines))
+        Ok(Way::Connections(grpc, connections))
     }
 
     async fn open_loop(

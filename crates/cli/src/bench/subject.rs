@@ -11,7 +11,7 @@ use serde_json::Value;
 use tonic::Code;
 use transport::{Channel, PeerTls, grpc};
 
-use super::{HTTP_API, Options, line::Line, runtime};
+use super::{HTTP_API, Options, connection::Connection, runtime};
 use crate::{
     Failure, call,
     caller::{self, Ended, Method},
@@ -236,10 +236,10 @@ fn contains(found: &Value, wanted: &Value) -> bool {
 
 impl Grpc {
     /// Makes a call over HTTP/2.
-    pub(super) async fn call_on(&self, line: &Line, number: usize) -> Outcome {
+    pub(super) async fn call_on(&self, connection: &Connection, number: usize) -> Outcome {
         let body = self.framed[number % self.framed.len()].clone();
         let mut answer = Answer::new(&self.check);
-        let outcome = line.call(body, self.limit, |message| answer.message(message)).await;
+        let outcome = connection.call(body, self.limit, |message| answer.message(message)).await;
         answer.judge(outcome)
     }
 

@@ -41,7 +41,7 @@ const MESSAGE_BYTES_MAX: usize = 256 << 20;
 
 /// One connection of one thread.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct Connection {
     whom: Whom,
     head: Request<()>,
     sender: RefCell<Option<SendRequest<Bytes>>>,
@@ -59,7 +59,7 @@ struct Seen<F> {
     served_by: Option<String>,
 }
 
-impl Line {
+impl Connection {
     /// Connects.
     pub(super) async fn open(grpc: &Grpc, tasks: &TaskTracker) -> anyhow::Result<Self> {
         let whom = grpc.whom.clone();
@@ -81,16 +81,16 @@ impl Line {
             headers.insert(grpc::GRPC_TIMEOUT, format!("{ms}m").parse()?);
         }
         *head.headers_mut() = headers;
-        let line = Self {
+        let opened = Self {
             whom,
             head,
             sender: RefCell::new(None),
             dial: tokio::sync::Mutex::new(clock::now()),
             tasks: tasks.clone(),
         };
-        let sender = line.connect().await?;
-        line.sender.replace(Some(sender));
-        Ok(line)
+        let sender = opened.connect().await?;
+        opened.sender.replace(Some(sender));
+        Ok(opened)
     }
 
     /// Makes a call with `body`, whose messages are framed; hands each message of the answer to `on`.
