@@ -1,6 +1,6 @@
 //! The wire types: what `proto/` says, as Rust. Modules mirror the packages.
 //!
-//! Everything but [`FILE_DESCRIPTOR_SET`] is generated. Conversions, checks and meaning live with the crates that use
+//! Everything but [`FILE_DESCRIPTOR_SET`] and the `Debug` of what holds a secret is generated. Conversions, checks and meaning live with the crates that use
 //! the types; maps are ordered, so that equal messages have equal bytes.
 #![expect(
     unused_qualifications,
@@ -23,9 +23,29 @@ pub mod inference {
 pub mod isobar {
     /// The mesh.
     pub mod mesh {
-        /// What nodes tell each other over the gossip port.
+        /// What nodes tell each other over the gossip port, and how they come by their certificates.
         pub mod v1 {
+            use std::fmt;
+
             tonic::include_proto!("isobar.mesh.v1");
+
+            /// Without the token.
+            impl fmt::Debug for Join {
+                fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    let mut shown = f.debug_struct("Join");
+                    shown.field("node", &self.node).field("region", &self.region);
+                    shown.finish_non_exhaustive()
+                }
+            }
+
+            /// Without the secret.
+            impl fmt::Debug for JoinToken {
+                fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    let mut shown = f.debug_struct("JoinToken");
+                    shown.field("names", &self.names).field("region", &self.region);
+                    shown.finish_non_exhaustive()
+                }
+            }
         }
     }
 
@@ -142,6 +162,17 @@ mod tests {
                 assert!(set.file.iter().any(|other| other.name() == import), "{import}");
             }
         }
+    }
+
+    #[test]
+    fn a_token_is_never_printed() {
+        use isobar::mesh::v1::{EnrolRequest, Join, JoinToken, enrol_request::Ask};
+
+        let join = Join { token: "hush".to_owned(), node: "b".to_owned(), ..Join::default() };
+        let shown = format!("{:?}", EnrolRequest { ask: Some(Ask::Join(join)) });
+        assert!(shown.contains("\"b\"") && !shown.contains("hush"), "{shown}");
+        let token = JoinToken { secret: vec![42; 32], ..JoinToken::default() };
+        assert!(!format!("{token:?}").contains("42"));
     }
 
     #[test]
