@@ -43,6 +43,10 @@ pub(crate) struct Names {
 }
 
 impl Names {
+    pub(crate) fn uri_count(&self) -> usize {
+        self.uris.len()
+    }
+
     pub(crate) fn only_uri(&self) -> Result<&str, IdentityError> {
         match self.uris.as_slice() {
             [Some(uri)] => Ok(uri),
@@ -83,6 +87,30 @@ pub(crate) fn names(certificate: &CertificateDer<'_>) -> Result<Names, IdentityE
 fn ip(octets: &[u8]) -> Option<IpAddr> {
     let v4 = <[u8; 4]>::try_from(octets).map(IpAddr::from);
     v4.or_else(|_| <[u8; 16]>::try_from(octets).map(IpAddr::from)).ok()
+}
+
+/// The first and the last moment of a certificate's life.
+pub(crate) fn validity(
+    certificate: &CertificateDer<'_>,
+) -> Result<(SystemTime, SystemTime), IdentityError> {
+    let x509 = parse(certificate)?;
+    let (from, until) = (x509.validity().not_before, x509.validity().not_after);
+    Ok((UNIX_EPOCH + seconds(from), UNIX_EPOCH + seconds(until)))
+}
+
+/// Why a certificate may not sign others; `None`: it may.
+pub(crate) fn lacks_to_sign(certificate: &CertificateDer<'_>) -> Option<&'static str> {
+    let Ok(x509) = parse(certificate) else { return Some("it cannot be parsed") };
+    if !x509.is_ca() {
+        return Some("it is not the certificate of an authority (CA is not set)");
+    }
+    match x509.key_usage() {
+        Ok(Some(usage)) if !usage.value.key_cert_sign() => {
+            Some("its key usage does not include signing certificates")
+        }
+        Err(_) => Some("its key usage cannot be parsed"),
+        _ => None,
+    }
 }
 
 /// How a moment relates to a certificate's life.
@@ -139,7 +167,7 @@ pub(crate) fn unix_time(time: SystemTime) -> UnixTime {
     UnixTime::since_unix_epoch(since_epoch(time))
 }
 
-fn parse<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, IdentityError> {
+pub(crate) fn parse<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, IdentityError> {
     let (_, x509) = x509_parser::parse_x509_certificate(certificate).map_err(unreadable)?;
     Ok(x509)
 }

@@ -140,17 +140,7 @@ impl DevCa {
         extra_ips: &[IpAddr],
         now: SystemTime,
     ) -> Result<Certificate, IdentityError> {
-        let mut params = params(id.name.as_str(), now, (now + NODE_LIFE).min(self.until))?;
-        params.is_ca = IsCa::ExplicitNoCa;
-        params.use_authority_key_identifier_extension = true;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        params.subject_alt_names.push(SanType::URI(id.to_string().try_into()?));
-        for host in hosts(id) {
-            params.subject_alt_names.push(SanType::DnsName(host.try_into()?));
-        }
-        params.subject_alt_names.extend(ips(extra_ips).map(SanType::IpAddress));
+        let params = server_params(id, extra_ips, now, (now + NODE_LIFE).min(self.until))?;
         Ok(params.signed_by(&KeyPair::try_from(key)?, &self.issuer)?)
     }
 
@@ -205,19 +195,63 @@ impl fmt::Debug for DevCa {
 /// Key first, then the certificate made from whichever key is there.
 fn create(dir: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<(), IdentityError> {
     let key = KeyPair::try_from(&read_or_make_key(&dir.join("ca.key"), CA_REMEDY)?)?;
-    let mut params = params("", now, now + CA_LIFE)?;
-    // Two CAs on one machine need two names; the name follows the key, as everything here does.
-    let fingerprint =
-        params.key_identifier(&key).iter().take(4).fold(0, |n, b| n << 8 | u32::from(*b));
-    params.distinguished_name = common_name(&format!("isobar development CA {fingerprint:08x}"));
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    params.subject_alt_names.push(SanType::URI(mesh_uri(trust_domain).try_into()?));
+    let params = ca_params("isobar development CA", trust_domain, &key, 0, (now, now + CA_LIFE))?;
     let pem = params.self_signed(&key)?.pem();
     files::write_unless_there(&dir.join("ca.pem"), files::PUBLIC, &pem)
 }
 
-fn read_or_make_key(
+/// What a CA's certificate says, whichever key signs it. `below`: how many CAs there may be between it and a member.
+pub(crate) fn ca_params(
+    name: &str,
+    trust_domain: &TrustDomain,
+    key: &KeyPair,
+    below: u8,
+    (now, until): (SystemTime, SystemTime),
+) -> Result<CertificateParams, IdentityError> {
+    let mut params = params("", now, until)?;
+    // Two CAs on one machine need two names; the name follows the key, as everything here does.
+    let fingerprint =
+        params.key_identifier(key).iter().take(4).fold(0, |n, b| n << 8 | u32::from(*b));
+    params.distinguished_name = common_name(&format!("{name} {fingerprint:08x}"));
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(below));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params.subject_alt_names.push(SanType::URI(mesh_uri(trust_domain).try_into()?));
+    Ok(params)
+}
+
+/// What the certificate of a member says that others connect to.
+pub(crate) fn server_params(
+    id: &SpiffeId,
+    extra_ips: &[IpAddr],
+    now: SystemTime,
+    until: SystemTime,
+) -> Result<CertificateParams, IdentityError> {
+    let mut params = client_params(id, now, until)?;
+    params.extended_key_usages.insert(0, ExtendedKeyUsagePurpose::ServerAuth);
+    for host in hosts(id) {
+        params.subject_alt_names.push(SanType::DnsName(host.try_into()?));
+    }
+    params.subject_alt_names.extend(ips(extra_ips).map(SanType::IpAddress));
+    Ok(params)
+}
+
+/// What the certificate of a member says that only connects to others.
+pub(crate) fn client_params(
+    id: &SpiffeId,
+    now: SystemTime,
+    until: SystemTime,
+) -> Result<CertificateParams, IdentityError> {
+    let mut params = params(id.name.as_str(), now, until)?;
+    params.is_ca = IsCa::ExplicitNoCa;
+    params.use_authority_key_identifier_extension = true;
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    params.subject_alt_names.push(SanType::URI(id.to_string().try_into()?));
+    Ok(params)
+}
+
+/// The key in a file, made first if there is none.
+pub(crate) fn read_or_make_key(
     path: &Path,
     remedy: &'static str,
 ) -> Result<PrivateKeyDer<'static>, IdentityError> {
@@ -249,10 +283,15 @@ fn common_name(name: &str) -> DistinguishedName {
 
 /// 16 random bytes, positive and of full length whatever they are (RFC 5280 §4.1.2.2).
 fn random_serial() -> Result<SerialNumber, IdentityError> {
-    let mut bytes = [0; 16];
-    tls::provider().secure_random.fill(&mut bytes).map_err(rustls::Error::from)?;
+    let mut bytes = random::<16>()?;
     bytes[0] = bytes[0] & 0x7f | 0x40;
     Ok(SerialNumber::from_slice(&bytes))
+}
+
+pub(crate) fn random<const N: usize>() -> Result<[u8; N], IdentityError> {
+    let mut bytes = [0; N];
+    tls::provider().secure_random.fill(&mut bytes).map_err(rustls::Error::from)?;
+    Ok(bytes)
 }
 
 /// The names a client may call a node by on this machine.

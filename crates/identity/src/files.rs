@@ -67,7 +67,7 @@ pub(crate) fn write_unless_there(
     mode: u32,
     contents: &str,
 ) -> Result<(), IdentityError> {
-    match write_aside(path, mode, contents)?.persist_noclobber(path) {
+    match write_aside(path, mode, contents.as_bytes())?.persist_noclobber(path) {
         Ok(_) => Ok(()),
         Err(PersistError { error, .. }) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
         Err(PersistError { error, .. }) => Err(failed("create", path)(error)),
@@ -76,8 +76,48 @@ pub(crate) fn write_unless_there(
 
 /// Puts `contents` under the name `path`, in the place of what was there.
 pub(crate) fn replace(path: &Path, mode: u32, contents: &str) -> Result<(), IdentityError> {
-    let written = write_aside(path, mode, contents)?.persist(path);
+    let written = write_aside(path, mode, contents.as_bytes())?.persist(path);
     written.map(drop).map_err(|e| failed("replace", path)(e.error))
+}
+
+/// Like [`replace`], and on the disk when it returns: what it records has to survive a power failure.
+pub(crate) fn replace_durably(
+    path: &Path,
+    mode: u32,
+    contents: &[u8],
+) -> Result<(), IdentityError> {
+    let file = write_aside(path, mode, contents)?;
+    file.as_file().sync_all().map_err(failed("write", path))?;
+    file.persist(path).map_err(|e| failed("replace", path)(e.error))?;
+    let directory = path.parent().unwrap_or(path);
+    File::open(directory).and_then(|dir| dir.sync_all()).map_err(failed("write", directory))
+}
+
+/// The contents of a file; `None`: there is no such file.
+pub(crate) fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, IdentityError> {
+    match fs::read(path) {
+        Ok(contents) => Ok(Some(contents)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(failed("read", path)(error)),
+    }
+}
+
+/// Gives a file another name, in the place of what had it; `false`: there is no such file.
+pub(crate) fn rename_if_there(from: &Path, to: &Path) -> Result<bool, IdentityError> {
+    done_unless_absent(fs::rename(from, to)).map_err(failed("rename", from))
+}
+
+/// Removes a file; `false`: there is no such file.
+pub(crate) fn remove_if_there(path: &Path) -> Result<bool, IdentityError> {
+    done_unless_absent(fs::remove_file(path)).map_err(failed("remove", path))
+}
+
+fn done_unless_absent(result: io::Result<()>) -> io::Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Makes a public file say `contents`, touching it only when it says something else.
@@ -99,14 +139,14 @@ pub(crate) fn create_secret_directory(path: &Path) -> Result<(), IdentityError> 
     created.map_err(failed("create", path))
 }
 
-fn write_aside(path: &Path, mode: u32, contents: &str) -> Result<NamedTempFile, IdentityError> {
+fn write_aside(path: &Path, mode: u32, contents: &[u8]) -> Result<NamedTempFile, IdentityError> {
     let directory = path.parent().unwrap_or(path);
     let mut file = tempfile::Builder::new()
         .prefix(".new-")
         .permissions(Permissions::from_mode(mode))
         .tempfile_in(directory)
         .map_err(failed("create a file in", directory))?;
-    file.write_all(contents.as_bytes()).map_err(failed("write", path))?;
+    file.write_all(contents).map_err(failed("write", path))?;
     Ok(file)
 }
 
@@ -129,6 +169,6 @@ fn parse_key(file: File, path: &Path) -> Result<PrivateKeyDer<'static>, Identity
     PrivateKeyDer::from_pem_slice(&pem).map_err(|_| IdentityError::NoKey { path: path.into() })
 }
 
-fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> IdentityError {
+pub(crate) fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> IdentityError {
     move |source| IdentityError::File { action, path: path.into(), source }
 }

@@ -14,7 +14,7 @@ const SCHEME: &str = "spiffe://";
 const SHOWN_CHARS: usize = 120;
 
 /// The id of a member of the mesh.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SpiffeId {
     /// The mesh.
     pub trust_domain: TrustDomain,
@@ -27,7 +27,7 @@ pub struct SpiffeId {
 }
 
 /// What a member of the mesh may do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
     /// Relays calls and is believed about its own engines.
     Node,
