@@ -167,7 +167,9 @@ pub(crate) fn unix_time(time: SystemTime) -> UnixTime {
     UnixTime::since_unix_epoch(since_epoch(time))
 }
 
-pub(crate) fn parse<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, IdentityError> {
+pub(crate) fn parse<'a>(
+    certificate: &'a CertificateDer<'_>,
+) -> Result<X509Certificate<'a>, IdentityError> {
     let (_, x509) = x509_parser::parse_x509_certificate(certificate).map_err(unreadable)?;
     Ok(x509)
 }

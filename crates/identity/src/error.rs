@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use base::TrustDomain;
 
-use crate::SpiffeId;
+use crate::{CsrError, RevocationError, SpiffeId};
 
 /// Why an identity cannot be used, made or believed. No message and no `Debug` output contains key material.
 ///
@@ -152,6 +152,47 @@ pub enum IdentityError {
         /// What it lacks.
         reason: String,
     },
+    /// What lies in an authority's directory cannot serve as its authority; a retry alone does not help.
+    #[error("{path} cannot serve the authority: {reason}")]
+    NotAnAuthority {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
+    /// There is an authority where one was to be made; nothing has changed.
+    #[error("{path} is there already: choose another directory for a new authority, or remove it")]
+    AuthorityThere {
+        /// What is in the way.
+        path: PathBuf,
+    },
+    /// The authority must not sign any more; nothing was signed.
+    #[error(
+        "the issuing certificate ends on {until}: \
+         make the next one with `isobar ca rotate --issuer` before anybody can join or renew"
+    )]
+    IssuerEnding {
+        /// The last moment of its life.
+        until: String,
+    },
+    /// A request for a certificate is refused; the fault is with whoever sent it, and nothing was signed.
+    #[error(transparent)]
+    Csr(#[from] CsrError),
+    /// Something was asked of the authority that it does not do; nothing has changed.
+    #[error("{0}")]
+    Scope(String),
+    /// The next step of a rotation would cut off whoever has not followed the last one; nothing has changed.
+    #[error(
+        "the next step may be done from {at}, when every certificate that was issued before the last step has been \
+         renewed: run this again then, or add --now if no node is to be spared"
+    )]
+    NotYet {
+        /// When.
+        at: String,
+    },
+    /// A list of revocations cannot be used or made.
+    #[error(transparent)]
+    Revocation(#[from] RevocationError),
     /// A certificate could not be made.
     #[error("cannot make a certificate: {0}")]
     Issue(#[from] rcgen::Error),

@@ -1,21 +1,33 @@
 //! Who a node is, how it proves it, and whom it believes.
 //!
 //! A member of the mesh is a SPIFFE id in a certificate signed by the mesh's CA; host names and addresses prove nothing
-//! between peers. This crate reads and makes such identities ([`NodeIdentity`], [`DevCa`]) and turns them into `rustls`
-//! configurations; connections are somebody else's. Deliberately absent: revocation, which is why peers never resume a
-//! session (a resumed one would skip every check made here), and TLS 1.2.
+//! between peers. This crate reads and makes such identities ([`NodeIdentity`], [`Authority`], [`DevCa`]) and turns them
+//! into `rustls` configurations; connections are somebody else's. Deliberately absent: resumed sessions between peers,
+//! which would skip every check made here, and TLS 1.2.
 
+mod authority;
 mod certificate;
 mod dev;
 mod error;
 mod files;
 mod id;
 mod node;
+mod revocation;
 mod tls;
+mod token;
 
+pub use authority::{
+    Ask, Authority, AuthorityStatus, CsrError, Redemption, Refusal, Rotated, TokenScope,
+    TokenStatus, make_key, make_request,
+};
 pub use certificate::peer_id;
 pub use dev::DevCa;
 pub use error::IdentityError;
 pub use id::{Role, SpiffeId};
 pub use node::NodeIdentity;
+pub use revocation::{
+    REVOCATIONS_MAX, REVOCATIONS_MAX_BYTES, RevocationError, Revocations, Revoked,
+    SignedRevocations,
+};
 pub use tls::{ExpectedPeer, client_config, client_server_config, load_server_cert};
+pub use token::{NamePattern, Token, TokenError};
