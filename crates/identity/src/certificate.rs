@@ -62,6 +62,11 @@ impl Names {
     pub(crate) fn has_ip(&self, ip: &IpAddr) -> bool {
         self.ips.contains(ip)
     }
+
+    /// Host names and addresses, as text.
+    pub(crate) fn hosts(&self) -> Vec<String> {
+        self.dns.iter().cloned().chain(self.ips.iter().map(ToString::to_string)).collect()
+    }
 }
 
 pub(crate) fn names(certificate: &CertificateDer<'_>) -> Result<Names, IdentityError> {
@@ -183,6 +188,6 @@ fn since_epoch(time: SystemTime) -> Duration {
     time.duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-fn seconds(time: ASN1Time) -> Duration {
+pub(crate) fn seconds(time: ASN1Time) -> Duration {
     Duration::from_secs(time.timestamp().try_into().unwrap_or_default())
 }

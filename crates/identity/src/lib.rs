@@ -13,6 +13,7 @@ mod files;
 mod id;
 mod node;
 mod revocation;
+mod survey;
 mod tls;
 mod token;
 
@@ -29,5 +30,6 @@ pub use revocation::{
     REVOCATIONS_MAX, REVOCATIONS_MAX_BYTES, RevocationError, Revocations, Revoked,
     SignedRevocations,
 };
+pub use survey::{Described, PeerFault, describe, judge_peer, observing_config, read_certificates};
 pub use tls::{ExpectedPeer, client_config, client_server_config, load_server_cert};
 pub use token::{NamePattern, Token, TokenError};

@@ -16,7 +16,7 @@ use rustls::pki_types::CertificateDer;
 use crate::{QuicKeys, TransportError, bind_udp, dial, quic};
 
 /// What both ends must speak.
-const ALPN: &[u8] = b"isobar/1";
+pub(crate) const ALPN: &[u8] = b"isobar/1";
 /// Longest frame that is read.
 const FRAME_BYTES_MAX: usize = 64 << 10;
 /// A link on which nothing comes for so long is closed; a frame is asked for much more often.
