@@ -5,6 +5,7 @@ mod bench;
 mod ca;
 mod call;
 mod caller;
+mod check;
 mod demo;
 mod load;
 mod log;
@@ -13,6 +14,7 @@ mod openai;
 mod output;
 mod parent;
 mod schema;
+mod setup;
 mod sim;
 mod target;
 
@@ -34,6 +36,8 @@ enum Command {
     Demo(demo::Options),
     /// Run a node
     Node(node::Options),
+    /// Find what is wrong with a node, its machine and its way to the others
+    Check(check::Options),
     /// Call a method of any gRPC server, with JSON in and out
     Call(call::Options),
     /// Put load on a server, and say how it bore it
@@ -74,6 +78,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(options) => demo::run(&options),
         Command::Node(options) => node::run(&options),
+        Command::Check(options) => check::run(&options),
         Command::Call(options) => call::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Ca(options) => ca::run(&options),

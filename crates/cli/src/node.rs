@@ -13,10 +13,10 @@ use node::{Addresses, ClientCertificate, Node, config::Config};
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::{Failure, log, output, parent};
-
-/// What environment variables that set keys of the configuration begin with.
-const ENVIRONMENT: &str = "ISOBAR_";
+use crate::{
+    Failure, log, output, parent,
+    setup::{IdentityPaths, environment},
+};
 
 /// Options of `isobar node`.
 #[derive(Debug, Args)]
@@ -36,13 +36,6 @@ pub(crate) struct Options {
     /// Print results as JSON objects, one a line, and log as JSON
     #[arg(long)]
     json: bool,
-}
-
-/// Where the identity of a node lies when no development CA is given.
-struct IdentityPaths {
-    ca: PathBuf,
-    cert: PathBuf,
-    key: PathBuf,
 }
 
 pub(crate) fn run(options: &Options) -> Result<(), Failure> {
@@ -67,15 +60,6 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     outcome
 }
 
-/// The environment variables that set keys of the configuration.
-fn environment() -> Vec<(String, String)> {
-    std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
-        .filter(|(name, _)| name.starts_with(ENVIRONMENT) && name != log::VARIABLE)
-        .map(|(name, value)| (name, value.to_string_lossy().into_owned()))
-        .collect()
-}
-
 /// The identity of the node, and where the certificate of its authority lies.
 fn identity(options: &Options, config: &Config) -> Result<(NodeIdentity, PathBuf), Failure> {
     let (identity, ca) = if let Some(dir) = &options.dev_ca {
@@ -87,12 +71,7 @@ fn identity(options: &Options, config: &Config) -> Result<(NodeIdentity, PathBuf
             authority.node(region, name, &listened(config), now).map_err(Failure::usage)?;
         (identity, authority.ca_path())
     } else {
-        let dir = config.node.state_dir.join("identity");
-        let paths = IdentityPaths {
-            ca: dir.join("ca.pem"),
-            cert: dir.join("cert.pem"),
-            key: dir.join("key.pem"),
-        };
+        let paths = IdentityPaths::of_state(config);
         let identity = NodeIdentity::load(&paths.ca, &paths.cert, &paths.key)
             .context("this node has no identity; for development start it with --dev-ca")
             .map_err(Failure::Usage)?;
