@@ -1,6 +1,7 @@
 """`isobar check`: what it finds, and that it finds nothing where nothing is wrong."""
 
 import datetime
+import ipaddress
 import json
 import re
 import socket
@@ -88,10 +89,9 @@ def certified(ca, directory, name, left, life):
     key = ec.generate_private_key(ec.SECP256R1())
     until = datetime.datetime.now(datetime.timezone.utc) + left
     uses = [x509.ExtendedKeyUsageOID.SERVER_AUTH, x509.ExtendedKeyUsageOID.CLIENT_AUTH]
-    names = [
-        x509.UniformResourceIdentifier(f"spiffe://mesh.test/node/eu/{name}"),
-        x509.DNSName("localhost"),
-    ]
+    names = [x509.UniformResourceIdentifier(f"spiffe://mesh.test/node/eu/{name}")]
+    names += [x509.DNSName(host) for host in ("localhost", name)]
+    names += [x509.IPAddress(ipaddress.ip_address(ip)) for ip in ("127.0.0.1", "::1")]
     certificate = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]))
@@ -153,8 +153,9 @@ def test_a_healthy_pair_is_good(tmp_path, pair):
     assert len(report.of("served.differs", "ok")) == 5
     assert len(report.of("listen.taken", "ok")) == 4
     assert not report.of("peer.udp") and not report.of("listen.taken")
-    # Nothing but the one question for the time has been counted there.
-    assert b.metric('isobar_calls_total{side="egress",code="OK"}') == 0
+    # The question for the time was refused, and reached no engine.
+    assert b.metric('isobar_calls_total{side="egress",code="UNKNOWN"}') == 1
+    assert a.popen.poll() is None and b.popen.poll() is None
 
     text = run("-c", config, "--dev-ca", tmp_path / "ca")
     assert text.returncode == 0
@@ -284,6 +285,19 @@ def test_the_time_left_is_judged(tmp_path, left, life, level):
     assert report.code == (1 if level == "error" else 0)
     if left < 0 * DAY:
         assert "expired" in found[0]["what"]
+
+
+def test_a_peer_whose_certificate_ends_is_a_warning(tmp_path):
+    ca = dev_ca(tmp_path / "ca", "a")
+    # The authority leaves a certificate alone that has more than a week.
+    certified(ca, ca / "nodes/eu/b", "b", 20 * DAY, 365 * DAY)
+    b = Node(tmp_path / "b", "b", "eu", ca)
+    try:
+        report = Report(configuration(tmp_path, "a", peers=[b.as_peer()]), "--dev-ca", ca)
+        assert report.code == 0, report.errors()
+        assert "19 days" in report.one("peer.expiring", "warning")["what"]
+    finally:
+        b.stop()
 
 
 def test_a_key_that_others_can_read_is_an_error(tmp_path):

@@ -111,16 +111,26 @@ fn resolved(subject: &str, host: &str, addresses: &[SocketAddr], took: Duration)
     Finding::ok(Check::DnsUnresolved, subject, what)
 }
 
-/// Addresses there is no way to from here.
-pub(super) fn family(subject: &str, addresses: &[SocketAddr]) -> Option<Finding> {
-    let reached = |address: &&SocketAddr| transport::towards(**address).is_ok();
-    if addresses.is_empty() || addresses.iter().any(|address| reached(&address)) {
-        return None;
+/// Addresses there is no way to from here, or back; `listen` is where this node is reached.
+pub(super) fn family(
+    subject: &str,
+    addresses: &[SocketAddr],
+    listen: SocketAddr,
+) -> Option<Finding> {
+    let first = addresses.first()?.ip();
+    let is_only_v6 = addresses.iter().all(SocketAddr::is_ipv6);
+    if !addresses.iter().any(|address| transport::towards(*address).is_ok()) {
+        let family = if is_only_v6 { "IPv6" } else { "IP" };
+        let what = format!("this machine has no {family} route to {first}");
+        let remedy = "give this machine such a route, or the peer an address of the other family";
+        return Some(Finding::error(Check::DnsFamily, subject, what, remedy));
     }
-    let family = if addresses.iter().all(SocketAddr::is_ipv6) { "IPv6" } else { "IP" };
-    let what = format!("this machine has no {family} route to {}", addresses[0].ip());
-    let remedy = "give this machine such a route, or the peer an address of the other family";
-    Some(Finding::error(Check::DnsFamily, subject, what, remedy))
+    (is_only_v6 && listen.is_ipv4() && !first.is_loopback()).then(|| {
+        let what = format!("it has IPv6 addresses only, and this node listens on {listen}");
+        let remedy =
+            "listen on `[::]`, which takes both families, or give the peer an IPv4 address";
+        Finding::warning(Check::DnsFamily, subject, what, remedy)
+    })
 }
 
 #[cfg(test)]
@@ -148,5 +158,15 @@ mod tests {
         let (found, said) = look("x", &"gpu.invalid:7".parse().unwrap(), within).await;
         assert!(found.is_empty());
         assert_eq!(said[0].check, Check::DnsUnresolved);
+    }
+
+    #[test]
+    fn a_peer_of_the_other_family_is_found() {
+        let four = "0.0.0.0:8444".parse().unwrap();
+        let here = ["127.0.0.1:9".parse().unwrap()];
+        assert!(family("x", &here, four).is_none() && family("x", &[], four).is_none());
+        // A reserved address: whether there is a route, or only none back, it is named.
+        let six = ["[2001:db8::1]:9".parse().unwrap()];
+        assert_eq!(family("x", &six, four).unwrap().check, Check::DnsFamily);
     }
 }

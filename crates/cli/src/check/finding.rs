@@ -206,7 +206,7 @@ fn line(finding: &Finding) -> String {
     let (level, what) = (finding.level.as_str(), &finding.what);
     match finding.level {
         Level::Ok => format!("  {level:7}  {what}"),
-        _ => format!("  {level:7}  {what}: {} ({})", finding.remedy, finding.see()),
+        _ => format!("  {level:7}  {what} -> {} ({})", finding.remedy, finding.see()),
     }
 }
 
@@ -240,7 +240,7 @@ mod tests {
             [
                 "peer b",
                 "ok       h2 answers",
-                "error    h3 is silent: open UDP port 8444 (docs/checks.md#peer-udp)",
+                "error    h3 is silent -> open UDP port 8444 (docs/checks.md#peer-udp)",
             ]
         );
         assert_eq!(lines.last(), Some(&"1 errors, 1 warnings"));

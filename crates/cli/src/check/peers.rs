@@ -58,9 +58,12 @@ async fn calls(
     if addresses.is_empty() {
         return findings;
     }
-    if let Some(no_way) = dns::family(&subject, &addresses) {
-        findings.push(no_way);
-        return findings;
+    if let Some(found) = dns::family(&subject, &addresses, facts.config.listen.peers) {
+        let is_cut_off = found.level == Level::Error;
+        findings.push(found);
+        if is_cut_off {
+            return findings;
+        }
     }
     findings.extend(system::mtu(&subject, &addresses));
     let within = share(facts.timeout, &addresses);
