@@ -308,6 +308,10 @@ def test_a_key_that_others_can_read_is_an_error(tmp_path):
     assert report.code == 1
     found = report.one("certificate.key-exposed", "error")
     assert f"chmod 600 {key}" in found["remedy"] and "644" in found["what"]
+    key.chmod(0o600)
+    (ca / "ca.key").chmod(0o640)
+    report = Report(configuration(tmp_path, "a"), "--dev-ca", ca)
+    assert report.one("certificate.key-exposed", "error")["subject"] == str(ca / "ca.key")
 
 
 def test_a_key_of_another_certificate_is_an_error(tmp_path):
@@ -363,6 +367,13 @@ def test_a_port_of_somebody_else_is_an_error(tmp_path, pair):
         report = Report(configuration(tmp_path, "a", {"metrics": address}), "--dev-ca", ca)
         assert report.code == 1
         assert address in report.one("listen.taken", "error")["what"]
+    # So is who took the port that the configuration gives this node since it started.
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        listen = {**listening(a), "clients": "127.0.0.1:%d" % held.getsockname()[1]}
+        report = Report(configuration(tmp_path, "a", listen), "--dev-ca", tmp_path / "ca")
+        assert report.one("listen.taken", "error")["subject"] == "listen.clients"
     # Another node is somebody else too.
     report = Report(configuration(tmp_path, "a", {"peers": b.peers}), "--dev-ca", tmp_path / "ca")
     assert len(report.of("listen.taken", "error")) == 2

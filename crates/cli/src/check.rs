@@ -78,7 +78,7 @@ async fn all(facts: &Facts) -> anyhow::Result<Vec<Finding>> {
     prober.close().await;
     let findings = [
         certificates::check(facts),
-        listen::check(facts, &doors, served.is_running),
+        listen::check(facts, &doors, &served),
         served.findings,
         system::check(),
         traps::check(facts),

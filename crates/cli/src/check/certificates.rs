@@ -29,7 +29,9 @@ fn own(facts: &Facts) -> Vec<Finding> {
     if let Some(first) = missing.first() {
         return vec![absent(facts, first)];
     }
-    let mut findings: Vec<_> = exposed(&paths.key).into_iter().collect();
+    // A development CA has its key beside the roots.
+    let of_ca = facts.is_dev.then(|| exposed(&paths.ca.with_file_name("ca.key"))).flatten();
+    let mut findings: Vec<_> = exposed(&paths.key).into_iter().chain(of_ca).collect();
     match &facts.own {
         Some(own) => findings.extend(identity_of(facts, own)),
         None => findings.extend(unusable(&paths.cert, &paths.key, Some(&paths.ca))),

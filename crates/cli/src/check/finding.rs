@@ -122,8 +122,8 @@ impl Finding {
         what: impl Into<String>,
         remedy: impl Into<String>,
     ) -> Self {
-        let (subject, what, remedy) = (subject.into(), what.into(), remedy.into());
-        Self { level, check, subject, what, remedy }
+        let (subject, what) = (printable(subject.into()), printable(what.into()));
+        Self { level, check, subject, what, remedy: remedy.into() }
     }
 
     pub(super) fn ok(check: Check, subject: impl Into<String>, what: impl Into<String>) -> Self {
@@ -160,6 +160,11 @@ impl Finding {
     fn see(&self) -> String {
         format!("{DOCUMENT}#{}", self.check.anchor())
     }
+}
+
+/// Others' words are among them, and a terminal obeys control characters.
+fn printable(text: String) -> String {
+    text.replace(char::is_control, " ")
 }
 
 fn count(findings: &[Finding], level: Level) -> usize {
@@ -224,6 +229,12 @@ mod tests {
         let anchors: BTreeSet<_> = Check::ALL.iter().map(|check| check.anchor()).collect();
         assert_eq!(sections.len(), anchors.len(), "a section or an id stands there twice");
         assert_eq!(anchors, sections.into_iter().map(str::to_owned).collect());
+    }
+
+    #[test]
+    fn nobody_elses_words_reach_the_terminal_as_commands() {
+        let found = Finding::ok(Check::PeerTcp, "peer\n", "said \u{1b}[2J");
+        assert_eq!((found.subject.as_str(), found.what.as_str()), ("peer ", "said  [2J"));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::{
     dns,
     facts::Facts,
     finding::{Check, Finding},
+    served::Served,
 };
 
 /// What one port is like at the moment.
@@ -77,20 +78,21 @@ fn state(bound: io::Result<()>) -> State {
     }
 }
 
-/// `is_running`: this node itself holds the ports that are taken.
-pub(super) fn check(facts: &Facts, doors: &[Door], is_running: bool) -> Vec<Finding> {
-    let mut findings: Vec<_> = doors.iter().flat_map(|door| bindable(door, is_running)).collect();
+pub(super) fn check(facts: &Facts, doors: &[Door], served: &Served) -> Vec<Finding> {
+    let mut findings: Vec<_> =
+        doors.iter().flat_map(|door| bindable(door, served.holds(door.key))).collect();
     findings.extend(too_narrow(facts));
     findings.extend(too_wide(&facts.config.listen));
     findings
 }
 
-fn bindable(door: &Door, is_running: bool) -> Vec<Finding> {
+/// `is_ours`: where it is taken, this node holds it.
+fn bindable(door: &Door, is_ours: bool) -> Vec<Finding> {
     let (subject, address) = (door.subject(), door.address);
     let faults: Vec<_> = door
         .states
         .iter()
-        .filter_map(|(protocol, state)| fault(door, protocol, state, is_running))
+        .filter_map(|(protocol, state)| fault(door, protocol, state, is_ours))
         .collect();
     if !faults.is_empty() {
         return faults;
@@ -103,12 +105,12 @@ fn bindable(door: &Door, is_running: bool) -> Vec<Finding> {
     vec![Finding::ok(Check::ListenTaken, subject, what)]
 }
 
-fn fault(door: &Door, protocol: &str, state: &State, is_running: bool) -> Option<Finding> {
+fn fault(door: &Door, protocol: &str, state: &State, is_ours: bool) -> Option<Finding> {
     let (subject, address) = (door.subject(), door.address);
     let port = address.port();
     match state {
         State::Free => None,
-        State::Taken if is_running => None,
+        State::Taken if is_ours => None,
         State::Taken => {
             let what = format!("{address} ({protocol}) is held by something that is not this node");
             let remedy = format!(

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use identity::SpiffeId;
 use rustls::{ClientConfig, pki_types::CertificateDer};
 use transport::{Prober, Sight, Unreached};
 
@@ -14,9 +15,18 @@ use super::{
 /// What the node's own ports show.
 #[derive(Debug, Default)]
 pub(super) struct Served {
-    /// Whether this node holds its ports.
-    pub(super) is_running: bool,
+    is_running: bool,
+    /// The ports that showed a certificate.
+    shown: Vec<&'static str>,
     pub(super) findings: Vec<Finding>,
+}
+
+impl Served {
+    /// Whether this node holds a port that is taken, as far as can be told: those without TLS say nothing of it.
+    pub(super) fn holds(&self, key: &str) -> bool {
+        let is_mute = matches!(key, "plaintext" | "metrics");
+        self.is_running && (is_mute || self.shown.contains(&key))
+    }
 }
 
 /// A certificate that a port shows.
@@ -33,7 +43,10 @@ pub(super) async fn check(facts: &Facts, prober: &Prober, doors: &[Door]) -> Ser
     let looks = taken.map(|door| look(facts, prober, door, &tls));
     let shown: Vec<_> = futures_util::future::join_all(looks).await.into_iter().flatten().collect();
     // The clients' certificate is a name's, not the node's: what the other ports show says whether this node runs.
-    if !shown.iter().any(|one| is_ours(facts, one)) {
+    let is_ours = |one: &Shown| id(one).as_ref() == Some(&facts.id());
+    let shown: Vec<_> =
+        shown.into_iter().filter(|one| one.key == "clients" || is_ours(one)).collect();
+    if shown.iter().all(|one| one.key == "clients") {
         return Served::default();
     }
     let (own, clients) = on_disk(facts);
@@ -44,12 +57,12 @@ pub(super) async fn check(facts: &Facts, prober: &Prober, doors: &[Door]) -> Ser
             Some(compare(one, file?))
         })
         .collect();
-    Served { is_running: true, findings }
+    Served { is_running: true, shown: shown.iter().map(|one| one.key).collect(), findings }
 }
 
-fn is_ours(facts: &Facts, one: &Shown) -> bool {
-    let id = identity::describe(&one.leaf).ok().and_then(|said| said.id);
-    one.key != "clients" && id == Some(facts.id())
+/// Whose certificate it is.
+fn id(one: &Shown) -> Option<SpiffeId> {
+    identity::describe(&one.leaf).ok()?.id
 }
 
 /// The node's own certificate on disk, and that for clients.
