@@ -100,7 +100,8 @@ async fn engine() -> anyhow::Result<()> {
 }
 
 async fn run_node(dir: &Path, name: &str) -> anyhow::Result<()> {
-    let config = Config::load(&dir.join(format!("{name}.toml")), &[])?;
+    let mut config = Config::load(&dir.join(format!("{name}.toml")), &[])?;
+    config.open_for_development();
     let identity = identity(dir, name)?;
     let (chain, key) = identity.server_cert();
     let node = Node::start(&config, &identity, ClientCertificate { chain, key }).await?;

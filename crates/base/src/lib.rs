@@ -10,4 +10,6 @@ mod name;
 
 pub use deadline::{Deadline, TimeoutError, format_grpc_timeout, parse_grpc_timeout};
 pub use load::{ASSUMED_SLOTS, Load};
-pub use name::{EngineName, ModelName, NameError, NodeName, RegionName, TrustDomain, ZoneName};
+pub use name::{
+    EngineName, ModelName, NameError, NodeName, RegionName, TenantName, TrustDomain, ZoneName,
+};

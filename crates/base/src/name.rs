@@ -149,6 +149,10 @@ name!(
     EngineName, "an engine name", is_label, LABEL_RULE, LABEL_PATTERN
 );
 name!(
+    /// A tenant: on whose behalf a client calls.
+    TenantName, "a tenant name", is_label, LABEL_RULE, LABEL_PATTERN
+);
+name!(
     /// The domain a mesh's certificates speak for (SPIFFE ID standard §2.1).
     TrustDomain, "a trust domain", is_trust_domain, DOMAIN_RULE, DOMAIN_PATTERN
 );

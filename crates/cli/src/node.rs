@@ -27,6 +27,9 @@ pub(crate) struct Options {
     /// Take the node's identity from a development CA, made when it does not exist
     #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = ".isobar")]
     dev_ca: Option<PathBuf>,
+    /// Let everybody call everything, unless the configuration says who may; --dev-ca does so too
+    #[arg(long)]
+    dev: bool,
     /// Check the configuration and the certificates, start nothing
     #[arg(long)]
     check: bool,
@@ -40,12 +43,19 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     log::to_stderr(tracing::Level::INFO, options.json)?;
-    let config = Config::load(&options.config, &environment()).map_err(Failure::usage)?;
+    let mut config = Config::load(&options.config, &environment()).map_err(Failure::usage)?;
+    let opened = if options.dev || options.dev_ca.is_some() {
+        config.open_for_development()
+    } else {
+        Vec::new()
+    };
+    node::check_access(&config).map_err(Failure::usage)?;
     let (identity, ca) = identity(options, &config)?;
     let certificate = certificate(options, &config, &identity)?;
     if options.check {
         return checked(options, &config);
     }
+    say_who_may_call(&config, &opened);
     if options.exit_with_stdin {
         parent::exit_with_stdin()?;
     }
@@ -124,17 +134,31 @@ fn certificate(
     Ok(ClientCertificate { chain, key })
 }
 
+/// Says loudly what was opened, and that nobody may call where that is so: both are easily missed.
+fn say_who_may_call(config: &Config, opened: &[String]) {
+    for sentence in opened {
+        tracing::warn!("--dev: {sentence}");
+    }
+    if config.is_closed() {
+        tracing::warn!("{}", config.who_may_call());
+    }
+}
+
 fn checked(options: &Options, config: &Config) -> Result<(), Failure> {
     let (peers, engines) = (config.mesh.peers.len(), config.engines.len());
     let (name, region) = (&config.node.name, &config.node.region);
     if options.json {
         let node = (name.as_str(), region.as_str());
-        let found = json!({ "ok": true, "node": node.0, "region": node.1, "peers": peers, "engines": engines });
+        let access = config.who_may_call();
+        let found = json!({
+            "ok": true, "node": node.0, "region": node.1, "peers": peers, "engines": engines, "access": access,
+        });
         output::json_line(&found)?;
     } else {
         let file = options.config.display();
         output::text(&format!(
-            "{file} is good: node {name} (region {region}), {engines} engines, {peers} peers"
+            "{file} is good: node {name} (region {region}), {engines} engines, {peers} peers; {}",
+            config.who_may_call()
         ))?;
     }
     Ok(())

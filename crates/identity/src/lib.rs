@@ -7,6 +7,7 @@
 
 mod authority;
 mod certificate;
+mod client;
 mod dev;
 mod error;
 mod files;
@@ -22,6 +23,7 @@ pub use authority::{
     TokenStatus, make_key, make_request,
 };
 pub use certificate::peer_id;
+pub use client::{ClientNames, ClientRoots};
 pub use dev::DevCa;
 pub use error::IdentityError;
 pub use id::{Role, SpiffeId};

@@ -17,14 +17,14 @@ use rustls::{
     crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature},
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime},
     server::{
-        NoServerSessionStorage,
+        NoServerSessionStorage, WebPkiClientVerifier,
         danger::{ClientCertVerified, ClientCertVerifier},
     },
     version::TLS13,
 };
 
 use crate::{
-    IdentityError, NodeIdentity, Role, SpiffeId,
+    ClientRoots, IdentityError, NodeIdentity, Role, SpiffeId,
     certificate::{Side, peer_id, verify_chain},
     files,
     node::{Paths, check_key, root_store},
@@ -82,7 +82,8 @@ impl NodeIdentity {
     }
 }
 
-/// For the port of clients: shows a certificate, asks for none. Sessions may be resumed, early data is off.
+/// For the port of clients: shows a certificate. Asks for none, and sessions may be resumed; or, with `clients`, takes a good
+/// one from who has it, and no session is resumed: that would skip the check. Early data is off.
 ///
 /// # Errors
 /// The key is not that of the first certificate, or the TLS library cannot use it.
@@ -90,13 +91,26 @@ pub fn client_server_config(
     certificates: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     alpn: &[&[u8]],
+    clients: Option<ClientRoots>,
 ) -> Result<ServerConfig, IdentityError> {
-    let mut config = ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(VERSIONS)?
-        .with_no_client_auth()
-        .with_single_cert(certificates, key)?;
+    let builder =
+        ServerConfig::builder_with_provider(provider()).with_protocol_versions(VERSIONS)?;
+    let mut config = if let Some(ClientRoots(roots)) = clients {
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider())
+            .allow_unauthenticated()
+            .build()
+            .map_err(|error| TlsError::General(error.to_string()))?;
+        let mut config =
+            builder.with_client_cert_verifier(verifier).with_single_cert(certificates, key)?;
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        config
+    } else {
+        let mut config = builder.with_no_client_auth().with_single_cert(certificates, key)?;
+        config.ticketer = aws_lc_rs::Ticketer::new()?;
+        config
+    };
     config.alpn_protocols = owned(alpn);
-    config.ticketer = aws_lc_rs::Ticketer::new()?;
     Ok(config)
 }
 
@@ -366,11 +380,12 @@ mod tests {
     use rustls::{
         ClientConnection, ConnectionCommon, HandshakeKind, NamedGroup, ProtocolVersion,
         ServerConnection, SideData,
+        sign::{CertifiedKey, SingleCertAndKey},
     };
     use tempfile::TempDir;
 
     use super::*;
-    use crate::DevCa;
+    use crate::{ClientNames, DevCa};
 
     const ALPN: &[&[u8]] = &[b"h3"];
     const DAY: Duration = Duration::from_secs(86_400);
@@ -600,7 +615,7 @@ mod tests {
         let mesh = Mesh::new();
         let identity = mesh.node("b");
         let (chain, key) = identity.server_cert();
-        let server = client_server_config(chain, key, &[b"h2", b"h3"]).unwrap();
+        let server = client_server_config(chain, key, &[b"h2", b"h3"], None).unwrap();
         let mut client = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(VERSIONS)
             .unwrap()
@@ -615,6 +630,44 @@ mod tests {
             exchange(&mut from, &mut to).unwrap();
             assert_eq!(from.handshake_kind(), Some(kind));
             assert_eq!(from.alpn_protocol(), Some(&b"h2"[..]));
+        }
+    }
+
+    #[test]
+    fn a_client_may_show_a_certificate_and_one_that_is_shown_must_be_good() {
+        let (mesh, other) = (Mesh::new(), Mesh::new());
+        let identity = mesh.node("b");
+        let (chain, key) = identity.server_cert();
+        let roots = ClientRoots::load(&mesh.ca.ca_path()).unwrap();
+        let server = client_server_config(chain, key, &[], Some(roots)).unwrap();
+        let (server, known, foreign) = (Arc::new(server), mesh.node("c"), other.node("c"));
+        for (shown, is_good) in [(None, true), (Some(known), true), (Some(foreign), false)] {
+            let builder = ClientConfig::builder_with_provider(provider())
+                .with_protocol_versions(VERSIONS)
+                .unwrap()
+                .with_root_certificates(identity.roots.clone());
+            let client = match &shown {
+                Some(own) => {
+                    // Whoever it is that is asked for: this client shows what it has.
+                    let certified =
+                        CertifiedKey::from_der(own.chain.clone(), own.key.clone_key(), &provider());
+                    builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(
+                        certified.unwrap(),
+                    )))
+                }
+                None => builder.with_no_client_auth(),
+            };
+            let client = Arc::new(client);
+            let mut from = ClientConnection::new(client, "localhost".try_into().unwrap()).unwrap();
+            let mut to = ServerConnection::new(server.clone()).unwrap();
+            assert_eq!(exchange(&mut from, &mut to).is_ok(), is_good);
+            if is_good {
+                let certificates = to.peer_certificates().map(<[_]>::to_vec);
+                let names = certificates.map(|chain| ClientNames::of(&chain[0]).unwrap().names);
+                let has_id =
+                    names.map(|names| names.contains(&"spiffe://mesh.test/node/eu/c".into()));
+                assert_eq!(has_id, shown.map(|_| true));
+            }
         }
     }
 

@@ -4,6 +4,7 @@
 //! differ. Every key has a default except what names an engine or a peer.
 
 mod load;
+mod policy;
 mod values;
 
 use std::{
@@ -19,6 +20,10 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 pub use load::{ConfigError, Fault, Place};
+pub use policy::{
+    AccessConfig, AllowConfig, CertificateName, Claim, Glob, JwksSource, JwtConfig, KeyHash,
+    ServiceGlob, TenantConfig,
+};
 pub use values::{
     BufferBytes, EngineUrl, HealthKind, HostPort, Latitude, Longitude, MethodPattern, Share,
     Timeout, ValueError,
@@ -54,6 +59,15 @@ pub struct Config {
     /// The engines (GPU servers) behind this node, one table each, at most 1,024.
     #[serde(default, rename = "engine")]
     pub engines: Vec<EngineConfig>,
+    /// How callers say who they are.
+    #[serde(default)]
+    pub access: AccessConfig,
+    /// On whose behalf clients call, one table each, at most 1,024.
+    #[serde(default, rename = "tenant")]
+    pub tenants: Vec<TenantConfig>,
+    /// What tenants may call, one table each, at most 1,024; nothing else may be called.
+    #[serde(default)]
+    pub allow: Vec<AllowConfig>,
 }
 
 /// Who and where a node is.
@@ -111,8 +125,8 @@ pub struct ListenConfig {
     /// For other nodes to say how pressed they are, QUIC over UDP with mutual TLS: an address and port such as
     /// "0.0.0.0:8445"; port 0 takes any. Default "0.0.0.0:8445".
     pub gossip: SocketAddr,
-    /// For clients without TLS (h2c): an address and port such as "127.0.0.1:8080"; port 0 takes any. Anybody who reaches
-    /// it may call. Default: off.
+    /// For clients without TLS (h2c): an address and port such as "127.0.0.1:8080"; port 0 takes any. Who may call
+    /// is the same as with TLS, but keys and tokens are open to whoever listens on the way. Default: off.
     pub plaintext: Option<SocketAddr>,
     /// For /metrics, /livez, /readyz and /room over plain HTTP: an address and port such as "127.0.0.1:9464"; port 0 takes any.
     /// Default "127.0.0.1:9464".
@@ -128,6 +142,9 @@ pub struct TlsConfig {
     pub cert: Option<PathBuf>,
     /// File of the private key of `tls.cert`, PEM. Default: as `tls.cert`.
     pub key: Option<PathBuf>,
+    /// File of the authorities whose certificates clients may show at `listen.clients`, PEM; one that is shown must be good,
+    /// and whose it is says `tenant.certificates`. Default: none, clients are asked for no certificate.
+    pub client_ca: Option<PathBuf>,
 }
 
 /// The mesh a node belongs to.

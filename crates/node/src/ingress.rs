@@ -6,13 +6,14 @@
 //!  3 gRPC         anything else is answered with 415
 //!  4 hop          what only a node may say is stripped; a call that comes back is refused
 //!  5 deadline     over everything below, headers and body
-//!  6 own services health and reflection are answered for the whole mesh
-//!  7 memory       a node that holds back as much as it may is busy
-//!  8 model        a bounded look at the front of the body, where who serves it depends on it
-//!  9 route        an engine of this node with room, else a peer's by free share, else a refusal
-//! 10 attempt      the call, relayed both ways
-//! 11 again        elsewhere, before the first byte of an answer, within the node's budget
-//! 12 ending       a reply that breaks off or lacks a status gets one; it says how pressed this node is
+//!  6 who          which tenant calls, and whether it may call this; health is open to everybody
+//!  7 own services health and reflection are answered for the whole mesh
+//!  8 memory       a node that holds back as much as it may is busy
+//!  9 model        a bounded look at the front of the body, where who serves it or who may call it depends on it
+//! 10 route        an engine of this node with room, else a peer's by free share, else a refusal
+//! 11 attempt      the call, relayed both ways
+//! 12 again        elsewhere, before the first byte of an answer, within the node's budget
+//! 13 ending       a reply that breaks off or lacks a status gets one; it says how pressed this node is
 //! ```
 
 use std::{convert::Infallible, pin::Pin, sync::Arc, task};
@@ -26,6 +27,7 @@ use transport::{
 };
 
 use crate::{
+    access::{Access, Tenant, Verdict},
     attempt::{Answer, Attempt},
     buffers::Buffers,
     config::MethodPattern,
@@ -39,7 +41,7 @@ use crate::{
     refusal::{Refusal, Who},
     replay::Replay,
     router::{RETRIES_MAX, Route, Router},
-    services::Services,
+    services::{self, Own, Services},
 };
 
 /// The service of the ports for clients, on one worker. Cloneable.
@@ -51,6 +53,7 @@ pub(crate) struct Ingress(pub(crate) Arc<Parts>);
 pub(crate) struct Parts {
     pub(crate) own: Pseudonym,
     pub(crate) who: Who,
+    pub(crate) access: Arc<Access>,
     pub(crate) probes: Probes,
     pub(crate) services: Services,
     pub(crate) metrics: Metrics,
@@ -137,6 +140,7 @@ impl Ingress {
         hop::strip_request(request.headers_mut());
         hop::guard(request.headers(), &self.0.own).map_err(Refusal::Loop)?;
         let deadline = hop::deadline(request.headers()).map_err(Refusal::from)?;
+        let for_models = self.who(&mut request, deadline, record).await?;
         let own = grpc::until(deadline, self.0.services.answer(request)).await;
         let request = match own.map_err(|_| Refusal::Deadline)? {
             Ok(reply) => return Ok((reply, deadline, None)),
@@ -145,23 +149,53 @@ impl Ingress {
         if !self.0.buffers.have_room() {
             return Err(Refusal::NoMemory.into());
         }
-        let (reply, route, replay) = grpc::until(deadline, self.answer(request, deadline, record))
-            .await
-            .map_err(|_| Refusal::Deadline)??;
+        let answer = self.answer(request, deadline, for_models.as_deref(), record);
+        let (reply, route, replay) =
+            grpc::until(deadline, answer).await.map_err(|_| Refusal::Deadline)??;
         Ok((reply, deadline, Some((route, replay))))
     }
 
-    /// Attempts until one is answered, or there may be no other.
+    /// Who calls, and whether that tenant may call this method; the tenant, where it may for some models.
+    async fn who(
+        &self,
+        request: &mut Request<Body>,
+        deadline: Option<Deadline>,
+        record: &mut Record,
+    ) -> Result<Option<Arc<Tenant>>, Refusal> {
+        let own = services::own(request.uri().path());
+        if own == Some(Own::Health) {
+            return Ok(None);
+        }
+        let info = request.extensions().get::<CallInfo>();
+        let shown = info.map(|info| info.certificates.clone()).unwrap_or_default();
+        let access = &self.0.access;
+        let tenant = access.who(request.headers_mut(), &shown, deadline, clock::wall()).await?;
+        record.tenant(tenant.name());
+        let path = request.uri().path();
+        match tenant.may_call(path) {
+            // Whoever is known may ask what there is.
+            _ if own.is_some() => Ok(None),
+            Verdict::Allowed => Ok(None),
+            Verdict::ForSomeModels => Ok(Some(tenant)),
+            Verdict::Refused => {
+                let what = format!("method {}", path.trim_start_matches('/'));
+                Err(Refusal::NotAllowed { tenant: tenant.name().clone(), what })
+            }
+        }
+    }
+
+    /// Attempts until one is answered, or there may be no other. `tenant` may call for some models.
     async fn answer(
         &self,
         request: Request<Body>,
         deadline: Option<Deadline>,
+        tenant: Option<&Tenant>,
         record: &mut Record,
     ) -> Result<(Response<Body>, Route, Replay), Answer> {
         let parts = &self.0;
         let (head, body) = request.into_parts();
         let path = head.uri.path();
-        let (wanted, body) = if parts.router.depends_on_model() {
+        let (wanted, body) = if parts.router.depends_on_model() || tenant.is_some() {
             let found = model::find(path, &head.headers, body, &parts.buffers).await;
             found.map_err(Refusal::from)?
         } else {
@@ -169,6 +203,9 @@ impl Ingress {
         };
         if let Wanted::Model(model) = &wanted {
             record.model(model.as_str());
+        }
+        if let Some(tenant) = tenant {
+            may_call_model(tenant, path, &wanted)?;
         }
         let idempotent = inference::is_idempotent(path)
             || parts.idempotent.iter().any(|pattern| pattern.covers(path));
@@ -214,6 +251,17 @@ impl Ingress {
             route = another;
         }
     }
+}
+
+/// Refuses a call for a model the tenant may not call, or for none that can be read.
+fn may_call_model(tenant: &Tenant, path: &str, wanted: &Wanted) -> Result<(), Refusal> {
+    let what = match wanted {
+        Wanted::Model(model) if tenant.may_call_model(path, model) => return Ok(()),
+        Wanted::Model(model) => format!("model {model}"),
+        Wanted::Nothing => "a method without naming a model".to_owned(),
+        Wanted::Unreadable(why) => format!("a model that cannot be read ({why})"),
+    };
+    Err(Refusal::NotAllowed { tenant: tenant.name().clone(), what })
 }
 
 impl Parts {

@@ -3,6 +3,7 @@
 //! The whole path of a call is two files: `ingress` for calls from clients and `egress` for calls from peers, each
 //! a list of layers in order. Everything else here serves one of those layers, or puts the parts together.
 
+mod access;
 mod admin;
 mod attempt;
 mod buffers;
@@ -30,5 +31,6 @@ mod replay;
 mod router;
 mod services;
 
+pub use access::{AccessError, KeySetError};
 pub use collect::reflect;
-pub use node::{Addresses, ClientCertificate, Node, NodeError};
+pub use node::{Addresses, ClientCertificate, Node, NodeError, check_access};

@@ -16,7 +16,7 @@ use std::{
 use balance::RetryBudget;
 use base::{NodeName, RegionName, clock};
 use http::HeaderValue;
-use identity::{ExpectedPeer, IdentityError, NodeIdentity};
+use identity::{ClientRoots, ExpectedPeer, IdentityError, NodeIdentity};
 use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -28,6 +28,7 @@ use transport::{
 };
 
 use crate::{
+    access::{Access, AccessError},
     admin::Admin,
     buffers::Buffers,
     catalog::{Catalog, Scope},
@@ -79,6 +80,9 @@ pub enum NodeError {
     /// The certificates cannot be used.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// What is said of who may call cannot be used.
+    #[error(transparent)]
+    Access(#[from] AccessError),
     /// A worker cannot start.
     #[error("a worker cannot start: {0}")]
     Worker(String),
@@ -188,6 +192,9 @@ impl Node {
         };
         // The metrics port stays up while the node drains: that is when it is looked at.
         control.tasks.spawn(admin.serve(metrics, CancellationToken::new()));
+        for task in plan.access.tasks() {
+            control.tasks.spawn(task);
+        }
         control.gossip.spawn(gossip.run(control.stop.clone()));
         ready.store(true, Ordering::Relaxed);
         let drain_timeout = config.node.drain_timeout.into();
@@ -411,6 +418,7 @@ struct Plan {
     engines: Arc<[Arc<Engine>]>,
     board: Arc<Board>,
     catalog: Arc<Catalog>,
+    access: Arc<Access>,
     peers: Vec<Target>,
     clients_tls: rustls::ServerConfig,
     peers_tls: rustls::ServerConfig,
@@ -460,7 +468,8 @@ impl Plan {
             engines,
             board,
             peers,
-            clients_tls: identity::client_server_config(certificate.chain, certificate.key, &[])?,
+            access: Arc::new(Access::load(config)?),
+            clients_tls: clients_tls(config, certificate)?,
             peers_tls: identity.peer_server_config(&[])?,
             keys: QuicKeys::random(),
             ready: Arc::new(AtomicBool::new(false)),
@@ -518,6 +527,7 @@ impl Plan {
         let ingress = Ingress(Arc::new(ingress::Parts {
             own: self.own.clone(),
             who: self.who.clone(),
+            access: self.access.clone(),
             probes: Probes { ready: self.ready.clone(), router: router.clone() },
             services: Services {
                 reflection: self.reflection(Scope::Mesh, &worker),
@@ -577,6 +587,24 @@ impl Plan {
             never = overdue.run() => match never {},
         }
     }
+}
+
+/// The TLS of the port for clients.
+fn clients_tls(
+    config: &Config,
+    certificate: ClientCertificate,
+) -> Result<rustls::ServerConfig, IdentityError> {
+    let clients = config.tls.client_ca.as_deref().map(ClientRoots::load).transpose()?;
+    identity::client_server_config(certificate.chain, certificate.key, &[], clients)
+}
+
+/// Reads the files that say who may call, as a node does when it starts.
+///
+/// # Errors
+/// [`AccessError`]: one is missing or cannot be used.
+pub fn check_access(config: &Config) -> Result<(), AccessError> {
+    config.tls.client_ca.as_deref().map(ClientRoots::load).transpose()?;
+    Access::load(config).map(drop)
 }
 
 /// How a peer is called in messages.

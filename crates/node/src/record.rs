@@ -12,7 +12,7 @@ use std::{
     time::Instant,
 };
 
-use base::clock;
+use base::{TenantName, clock};
 use http::{HeaderMap, Request};
 use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
@@ -122,6 +122,7 @@ struct Line {
     protocol: &'static str,
     trace_id: Option<String>,
     model: Option<String>,
+    tenant: Option<TenantName>,
     served_by: Option<String>,
     refusal: Option<&'static str>,
 }
@@ -144,6 +145,7 @@ impl Record {
                 protocol: info.map_or("", |info| protocol(info.protocol)),
                 trace_id: trace_id(request.headers()),
                 model: None,
+                tenant: None,
                 served_by: None,
                 refusal: None,
             }
@@ -156,6 +158,13 @@ impl Record {
             retries: 0,
             ended: false,
             line,
+        }
+    }
+
+    /// The call is made on behalf of `tenant`.
+    pub(crate) fn tenant(&mut self, tenant: &TenantName) {
+        if let Some(line) = &mut self.line {
+            line.tenant = Some(tenant.clone());
         }
     }
 
@@ -209,6 +218,7 @@ impl Record {
             "access": self.side.label(),
             "method": line.method,
             "model": line.model,
+            "tenant": line.tenant,
             "code": grpc::code_name(end.code),
             "broke_off": end.broke_off,
             "refusal": line.refusal,

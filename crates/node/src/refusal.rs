@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use base::TenantName;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body_util::BodyExt as _;
 use prost::Message as _;
@@ -34,6 +35,25 @@ pub(crate) enum Refusal {
     /// The caller's `grpc-timeout` cannot be read. Its fault.
     #[error(transparent)]
     Timeout(#[from] base::TimeoutError),
+    /// The caller shows more than one credential. Its fault.
+    #[error(
+        "the call shows more than one credential: send `authorization` or `x-api-key`, and that once"
+    )]
+    TwoCredentials,
+    /// The caller does not say who it is, or not so that it can be believed. Its fault; no engine has seen the call.
+    #[error("{why}")]
+    Unauthenticated {
+        /// What is wrong, and what to do.
+        why: String,
+    },
+    /// The caller's tenant may not call this. No engine has seen the call.
+    #[error("tenant {tenant} may not call {what}: only what [[allow]] names may be called")]
+    NotAllowed {
+        /// On whose behalf it calls.
+        tenant: TenantName,
+        /// The model, or the method.
+        what: String,
+    },
     /// The request does not say which model it is for. The caller's fault; no engine has seen the call.
     #[error("the request cannot be routed: {why}")]
     Unreadable {
@@ -116,9 +136,13 @@ const MESSAGE_CHARS_MAX: usize = 600;
 impl Refusal {
     fn code(&self) -> Code {
         match self {
-            Self::NotGrpc | Self::NotOverHttp1 | Self::Timeout(_) | Self::Unreadable { .. } => {
-                Code::InvalidArgument
-            }
+            Self::NotGrpc
+            | Self::NotOverHttp1
+            | Self::Timeout(_)
+            | Self::TwoCredentials
+            | Self::Unreadable { .. } => Code::InvalidArgument,
+            Self::Unauthenticated { .. } => Code::Unauthenticated,
+            Self::NotAllowed { .. } => Code::PermissionDenied,
             Self::Loop(_) => Code::FailedPrecondition,
             Self::NoEngine { .. } => Code::NotFound,
             Self::Full { .. } | Self::NoMemory | Self::TooManyRetries => Code::ResourceExhausted,
@@ -141,7 +165,9 @@ impl Refusal {
     fn reason(&self) -> RefusalReason {
         match self {
             Self::NotGrpc | Self::NotOverHttp1 | Self::Timeout(_) => RefusalReason::Unspecified,
-            Self::Unreadable { .. } => RefusalReason::Unreadable,
+            Self::Unreadable { .. } | Self::TwoCredentials => RefusalReason::Unreadable,
+            Self::Unauthenticated { .. } => RefusalReason::Unauthenticated,
+            Self::NotAllowed { .. } => RefusalReason::NotAllowed,
             Self::Loop(_) => RefusalReason::Loop,
             Self::NoEngine { .. } => RefusalReason::NoEngine,
             Self::Full { .. } | Self::TooManyRetries => RefusalReason::EngineFull,
@@ -162,7 +188,9 @@ impl Refusal {
     pub(crate) fn label(&self) -> &'static str {
         match self {
             Self::NotGrpc | Self::NotOverHttp1 => "protocol",
-            Self::Timeout(_) | Self::Unreadable { .. } => "unreadable",
+            Self::Timeout(_) | Self::Unreadable { .. } | Self::TwoCredentials => "unreadable",
+            Self::Unauthenticated { .. } => "unauthenticated",
+            Self::NotAllowed { .. } => "not_allowed",
             Self::Loop(_) => "loop",
             Self::NoEngine { .. } => "no_engine",
             Self::Full { .. } => "full",
@@ -179,15 +207,18 @@ impl Refusal {
 
     fn target(&self) -> String {
         match self {
-            Self::NoEngine { what } | Self::Full { what, .. } | Self::Unusable { what } => {
-                shown(what, SHOWN_CHARS_MAX)
-            }
+            Self::NoEngine { what }
+            | Self::Full { what, .. }
+            | Self::Unusable { what }
+            | Self::NotAllowed { what, .. } => shown(what, SHOWN_CHARS_MAX),
             Self::Transport { target, .. }
             | Self::Http { target, .. }
             | Self::Unacknowledged { target } => target.clone(),
             Self::NotGrpc
             | Self::NotOverHttp1
             | Self::Timeout(_)
+            | Self::TwoCredentials
+            | Self::Unauthenticated { .. }
             | Self::Unreadable { .. }
             | Self::Loop(_)
             | Self::NoMemory

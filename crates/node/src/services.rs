@@ -39,16 +39,32 @@ pub(crate) struct Services {
     pub(crate) drain: CancellationToken,
 }
 
+/// Which of them a call is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Own {
+    Reflection,
+    Health,
+}
+
+/// Which of the services a node may answer itself the method at `path` is of.
+pub(crate) fn own(path: &str) -> Option<Own> {
+    let (service, method) = path.trim_start_matches('/').split_once('/').unwrap_or_default();
+    if REFLECTION.contains(&service) && method == REFLECTION_METHOD {
+        Some(Own::Reflection)
+    } else {
+        (service == HEALTH).then_some(Own::Health)
+    }
+}
+
 impl Services {
     /// The answer, if the call is for one of them; otherwise the call.
     pub(crate) async fn answer(
         &self,
         request: Request<Body>,
     ) -> Result<Response<Body>, Request<Body>> {
-        let path = request.uri().path().trim_start_matches('/');
-        let (service, method) = path.split_once('/').unwrap_or_default();
-        let health = self.health.as_ref().filter(|_| service == HEALTH);
-        if REFLECTION.contains(&service) && method == REFLECTION_METHOD {
+        let own = own(request.uri().path());
+        let health = self.health.as_ref().filter(|_| own == Some(Own::Health));
+        if own == Some(Own::Reflection) {
             let reflection = self.reflection.clone();
             let mut gzip = EnabledCompressionEncodings::default();
             gzip.enable(CompressionEncoding::Gzip);

@@ -19,7 +19,7 @@ use toml::{
     de::{DeArray, DeTable, DeValue},
 };
 
-use super::{Config, ENTRIES_MAX, json_schema};
+use super::{Config, ENTRIES_MAX, json_schema, policy};
 
 /// Engines are not checked more often, nor given less time to answer.
 const HEALTH_MIN: Duration = Duration::from_millis(50);
@@ -357,7 +357,10 @@ impl Loader {
             let about = lookup(&self.schema, &join(key, field)).and_then(description);
             return format!("{field} is missing: {}", about.unwrap_or_default());
         }
-        let shown = find(&self.table, key).map(|value| {
+        // What may be a secret is not repeated.
+        let is_secret = lookup(&self.schema, key)
+            .is_some_and(|schema| schema.get("writeOnly").is_some_and(|secret| *secret == true));
+        let shown = find(&self.table, key).filter(|_| !is_secret).map(|value| {
             let text = match value {
                 // On one line, whatever it holds.
                 Value::String(text) => format!("{text:?}"),
@@ -427,6 +430,9 @@ impl Loader {
             (Some(_), None) => self.conflict("tls.cert", "it needs tls.key beside it".into()),
             (None, Some(_)) => self.conflict("tls.key", "it needs tls.cert beside it".into()),
             _ => {}
+        }
+        for (key, problem) in policy::check(config) {
+            self.conflict(&key, problem);
         }
         let listen = &config.listen;
         // Key, address, whether it takes the port of TCP, and that of UDP.

@@ -45,7 +45,7 @@ fn error(text: &str) -> String {
 }
 
 /// Key, a file in which its value is wrong, the line of the fault, and what the error must say beside file and key.
-const WRONG: [(&str, &str, usize, &str); 25] = [
+const WRONG: [(&str, &str, usize, &str); 29] = [
     ("node.name", "[node]\nname = \"Not A Name\"", 2, "1 to 63 characters"),
     ("node.region", "[node]\nname = \"a\"\nregion = 5", 3, "1 to 63 characters"),
     ("node.zone", "[node]\nzone = \"-\"", 2, "1 to 63 characters"),
@@ -63,6 +63,10 @@ const WRONG: [(&str, &str, usize, &str); 25] = [
     ("listen.metrics", "[listen]\nmetrics = \":9464\"", 2, "such as \"127.0.0.1:9464\""),
     ("tls.cert", "[tls]\ncert = 1\nkey = \"k\"", 2, "PEM, leaf first"),
     ("tls.key", "[tls]\ncert = \"c\"\nkey = []", 3, "private key"),
+    ("tls.client_ca", "[tls]\nclient_ca = []", 2, "may show"),
+    ("access.anonymous", "[access]\nanonymous = \"Every One\"", 2, "who show nothing"),
+    ("tenant[0].name", "[[tenant]]\nname = \"The Lab\"", 2, "1 to 63 characters"),
+    ("allow[0].tenant", "[[allow]]\ntenant = \"\"", 2, "any characters"),
     ("mesh.trust_domain", "[mesh]\ntrust_domain = \"Mesh!\"", 2, "1 to 255 characters"),
     (
         "mesh.peer[0].name",
@@ -114,6 +118,23 @@ const WRONG_IN_ENGINE: [(&str, &str, &str); 7] = [
     ("engine[0].health.successes", "health = { successes = -1 }", "a whole number from 1"),
 ];
 
+/// And for those of who may call: tables with everything else they need, and what the line below holds.
+const WRONG_IN_ACCESS: [(&str, &str, &str, &str); 10] = [
+    ("access.jwt[0].issuer", "[[access.jwt]]\n", "issuer = 5", "1 to 512 bytes"),
+    ("access.jwt[0].audience", "[[access.jwt]]\n", "audience = \"\"", "must contain"),
+    ("access.jwt[0].jwks", "[[access.jwt]]\n", "jwks = \"http://keys.example/\"", "a JWK set"),
+    ("access.jwt[0].tenant_claim", JWT, "tenant_claim = true", "names the tenant"),
+    ("access.jwt[0].refresh", JWT, "refresh = 5", "a duration such as"),
+    ("tenant[0].api_key_sha256", TENANT, "api_key_sha256 = [\"ab\"]", "64 hex digits"),
+    ("tenant[0].certificates", TENANT, "certificates = [\"CN=x\"]", "URIs such as"),
+    ("tenant[0].jwt", TENANT, "jwt = \"s\"", "texts of 1 to 512"),
+    ("allow[0].models", ALLOW, "models = \"m\"", "a list of names"),
+    ("allow[0].services", ALLOW, "services = [\"/p.S\"]", "package.Service"),
+];
+const JWT: &str = "[[access.jwt]]\nissuer = \"i\"\naudience = \"a\"\njwks = \"k.json\"\n";
+const TENANT: &str = "[[tenant]]\nname = \"lab\"\n";
+const ALLOW: &str = "[[allow]]\ntenant = \"lab\"\n";
+
 #[test]
 fn a_wrong_value_of_any_key_names_file_line_key_and_what_is_allowed() {
     for (key, text, line, allowed) in WRONG {
@@ -126,11 +147,18 @@ fn a_wrong_value_of_any_key_names_file_line_key_and_what_is_allowed() {
         assert!(error.contains(&format!("node.toml:4: {key}")), "{key}: {error}");
         assert!(error.contains(allowed), "{key}: {error}");
     }
+    for (key, before, text, allowed) in WRONG_IN_ACCESS {
+        let error = error(&format!("{before}{text}"));
+        let line = 1 + before.lines().count();
+        assert!(error.contains(&format!("node.toml:{line}: {key}")), "{key}: {error}");
+        assert!(error.contains(allowed), "{key}: {error}");
+    }
 }
 
 #[test]
 fn every_key_of_the_schema_has_a_wrong_value_above() {
     let tested = WRONG.iter().map(|row| row.0).chain(WRONG_IN_ENGINE.iter().map(|row| row.0));
+    let tested = tested.chain(WRONG_IN_ACCESS.iter().map(|row| row.0));
     let tested: BTreeSet<String> = tested.map(|key| key.replace("[0]", "")).collect();
     let mut known = BTreeSet::new();
     leaves(&json_schema(), &json_schema(), "", &mut known);
@@ -182,11 +210,12 @@ fn an_unknown_key_names_the_nearest_known_one_and_all_of_them() {
         ),
         ("[node]\nregoin = \"eu\"", 2, "node.regoin", "region"),
         ("[node]\nposition = { lat = 1, lon = 1, alt = 1 }", 2, "node.position.alt", "lat"),
-        ("[tls]\nclient_ca = \"x\"", 2, "tls.client_ca", "cert"),
+        ("[tls]\nclient_cas = \"x\"", 2, "tls.client_cas", "client_ca"),
         ("[mesh]\nseeds = []", 2, "mesh.seeds", "trust_domain"),
         (&format!("{PEER}adress = \"x\""), 5, "mesh.peer[0].adress", "peers"),
         (&format!("{ENGINE}slot = 4"), 4, "engine[0].slot", "slots"),
-        ("[[tenant]]\nname = \"x\"", 1, "tenant", "engine"),
+        ("[[tenants]]\nname = \"x\"", 1, "tenants", "tenant"),
+        (&format!("{TENANT}api_key = \"x\""), 3, "tenant[0].api_key", "api_key_sha256"),
     ] {
         let error = error(text);
         assert!(
@@ -428,6 +457,88 @@ fn what_contradicts_itself_is_refused() {
     let many: String =
         (0..1025).map(|i| format!("[[engine]]\nname = \"e{i}\"\nurl = \"http://e:1\"\n")).collect();
     assert!(error(&format!("{name}{many}")).contains("1025 are more than 1024"));
+}
+
+/// A hash of nothing in particular.
+fn hash(digit: char) -> String {
+    String::from(digit).repeat(64)
+}
+
+#[test]
+fn who_may_call_contradicts_itself() {
+    let lab = format!("{TENANT}api_key_sha256 = \"{}\"\n", hash('a'));
+    let other = "[[tenant]]\nname = \"shop\"\n";
+    let (twice, upper) = (hash('a'), hash('A'));
+    for (text, want) in [
+        (format!("{TENANT}{TENANT}"), "node.toml:6: tenant[1].name: two tenants are called lab".to_owned()),
+        (
+            format!("{lab}{other}api_key_sha256 = [\"{}\", \"{upper}\"]", hash('b')),
+            "node.toml:7: tenant[1].api_key_sha256: lab has one of these hashes already".to_owned(),
+        ),
+        (
+            format!("{TENANT}api_key_sha256 = [\"{twice}\", \"{twice}\"]"),
+            "tenant[0].api_key_sha256: lab has".to_owned(),
+        ),
+        (
+            format!("[tls]\nclient_ca = \"c\"\n{TENANT}certificates = [\"a.b\"]\n{other}certificates = [\"A.B\"]"),
+            "node.toml:9: tenant[1].certificates: a.b is a certificate of lab already".to_owned(),
+        ),
+        (
+            format!("{TENANT}certificates = [\"a.b\"]"),
+            "node.toml:5: tenant[0].certificates: clients are asked for a certificate only with tls.client_ca".to_owned(),
+        ),
+        (format!("{TENANT}jwt = [\"s\"]"), "tenant[0].jwt: nobody's tokens are believed".to_owned()),
+        (
+            format!("{JWT}{TENANT}{other}jwt = [\"lab\"]"),
+            "node.toml:11: tenant[1].jwt: lab stands for lab already".to_owned(),
+        ),
+        (format!("{JWT}{JWT}"), "access.jwt[1].issuer: i is listed twice for a".to_owned()),
+        (format!("{JWT}refresh = \"10ms\""), "access.jwt[0].refresh: 10ms is shorter than 1s".to_owned()),
+        (
+            format!("{TENANT}[access]\nanonymous = \"public\""),
+            "node.toml:6: access.anonymous: there is no tenant public: add a [[tenant]], or name one of lab".to_owned(),
+        ),
+        ("[[allow]]\ntenant = \"*\"".to_owned(), "allow[0].tenant: there is no tenant *".to_owned()),
+        (
+            format!("{TENANT}{ALLOW}models = []\nservices = []"),
+            "node.toml:7: allow[0].models: it is empty, and so allows nothing".to_owned(),
+        ),
+    ] {
+        let error = error(&format!("[node]\nname = \"a\"\n{text}"));
+        assert!(error.contains(&want), "{want} is not in {error}");
+    }
+}
+
+#[test]
+fn a_key_in_place_of_its_hash_is_not_repeated() {
+    for wrong in ["\"sk-secret-1\"", "[\"sk-secret-1\"]", "5417235417235", "[5417235417235]"] {
+        let error = error(&format!("{TENANT}api_key_sha256 = {wrong}"));
+        assert!(error.contains("node.toml:3: tenant[0].api_key_sha256"), "{error}");
+        assert!(error.contains("sha256sum"), "{error}");
+        assert!(!error.contains("secret") && !error.contains("5417"), "{error}");
+    }
+}
+
+#[test]
+fn a_file_that_says_who_may_call_is_not_opened() {
+    let name = "[node]\nname = \"a\"\n";
+    let mut silent = load(name).unwrap();
+    assert!(silent.is_closed() && silent.who_may_call().starts_with("nobody may call"));
+    let opened = silent.open_for_development();
+    assert_eq!(opened, ["anybody who reaches 0.0.0.0:8443 may call every model and service"]);
+    assert_eq!(
+        silent.who_may_call(),
+        "anonymous may call (callers who show nothing are anonymous)"
+    );
+    assert!(silent.open_for_development().is_empty(), "it says so now");
+    for says in [TENANT, "[tls]\nclient_ca = \"c\"", JWT, &format!("{TENANT}{ALLOW}")] {
+        let mut config = load(&format!("{name}{says}")).unwrap();
+        assert!(config.open_for_development().is_empty(), "{says}");
+        assert!(config.is_closed(), "{says}");
+    }
+    let known =
+        load(&format!("{name}{TENANT}api_key_sha256 = \"{}\"\n{ALLOW}", hash('a'))).unwrap();
+    assert_eq!(known.who_may_call(), "lab may call");
 }
 
 #[test]

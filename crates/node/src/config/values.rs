@@ -21,7 +21,7 @@ const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
 pub struct ValueError(Cow<'static, str>);
 
 impl ValueError {
-    fn new(why: &'static str) -> Self {
+    pub(super) fn new(why: &'static str) -> Self {
         Self(why.into())
     }
 }
@@ -59,7 +59,7 @@ impl FromStr for HostPort {
 }
 
 /// A DNS name (RFC 1035 §2.3.4, and `_`) or an IP address as a URL spells it.
-fn is_host(host: &str) -> bool {
+pub(super) fn is_host(host: &str) -> bool {
     if let Some(rest) = host.strip_prefix('[') {
         return rest.strip_suffix(']').is_some_and(|ip| ip.parse::<Ipv6Addr>().is_ok());
     }
@@ -175,6 +175,8 @@ macro_rules! text_value {
         }
     )*};
 }
+
+pub(super) use text_value;
 
 /// What a health check asks.
 #[derive(Clone, PartialEq, Eq)]
