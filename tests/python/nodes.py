@@ -122,6 +122,10 @@ class Node(Process):
         environment=None,
         idempotent=(),
         log=None,
+        tls=None,
+        access=None,
+        tenants=(),
+        allow=(),
         **keys,
     ):
         directory = Path(directory)
@@ -138,6 +142,15 @@ class Node(Process):
             lines += ["[routing]", f"idempotent = {toml(list(idempotent))}"]
         if log:
             lines += ["[log]"] + [f"{k} = {toml(v)}" for k, v in log.items()]
+        if tls:
+            lines += ["[tls]"] + [f"{k} = {toml(v)}" for k, v in tls.items()]
+        anonymous = (access or {}).get("anonymous")
+        if anonymous:
+            lines += ["[access]", f"anonymous = {toml(anonymous)}"]
+        tables = {"access.jwt": (access or {}).get("jwt", ()), "tenant": tenants, "allow": allow}
+        for table, entries in tables.items():
+            for entry in entries:
+                lines += [f"[[{table}]]"] + [f"{k} = {toml(v)}" for k, v in entry.items()]
         for peer in peers:
             if isinstance(peer, Node):
                 peer = peer.as_peer()
@@ -150,7 +163,8 @@ class Node(Process):
         self.made_with = (directory, name, region, ca)
         self.options = {
             **keys, "engines": engines, "plaintext": plaintext, "environment": environment,
-            "idempotent": idempotent, "log": log,
+            "idempotent": idempotent, "log": log, "tls": tls, "access": access,
+            "tenants": tenants, "allow": allow,
         }
         self.peer_list = peers
         variables = {**os.environ, "ISOBAR_LOG": "debug,h2=info,rustls=info", **(environment or {})}

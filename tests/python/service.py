@@ -68,7 +68,8 @@ class Kinds(kinds_pb2_grpc.KindsServicer):
         via = ", ".join(v for k, v in metadata if k == "via")
         if via:
             initial.append(("x-saw-via", via))
-        initial += [("x-saw-" + k, v) for k, v in metadata if k in ("traceparent", "priority")]
+        told = ("traceparent", "priority", "authorization", "x-api-key")
+        initial += [("x-saw-" + k, v) for k, v in metadata if k in told]
         if initial:
             await context.send_initial_metadata(initial)
         context.set_trailing_metadata([(k, v) for k, v in metadata if k.startswith("x-trail-")])

@@ -79,6 +79,7 @@ def test_check_starts_nothing(tmp_path):
     assert done.returncode == 0 and "is good" in done.stdout
     done = isobar("node", "-c", path, "--dev-ca", tmp_path / "ca", "--check", "--json")
     assert json.loads(done.stdout)["ok"] is True
+    assert json.loads(done.stdout)["access"].startswith("anonymous may call")
 
 
 def test_the_schema_is_the_committed_one():

@@ -223,7 +223,7 @@ fn ready_text(config: &Config, addresses: Addresses, ca: &Path) -> String {
     }
     lines.push(format!("  metrics    {}   /metrics /livez /readyz /room", addresses.metrics));
     lines.push(format!("  ca         {}", ca.display()));
-    if config.tls.cert.is_none() {
+    if config.tls.cert.is_none() && config.access.anonymous.is_some() {
         lines.push("  try it from Python (pip install 'tritonclient[grpc]'):".to_owned());
         lines.push(format!(
             "    python3 -c 'import tritonclient.grpc as t; print(t.InferenceServerClient(\"{}\", ssl=True, \

@@ -10,7 +10,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use jsonwebtoken::{Algorithm, AlgorithmFamily, Validation};
+use jsonwebtoken::{Algorithm, AlgorithmFamily, Validation, errors::ErrorKind};
 use lru::LruCache;
 use parking_lot::Mutex;
 use serde_json::{Map, Value};
@@ -159,7 +159,10 @@ impl Tokens {
         })?;
         let validation = validation(header.alg, config.issuer.as_str(), config.audience.as_str());
         let claims = jsonwebtoken::decode::<Claims>(token, key, &validation)
-            .map_err(|_| TokenError::Signature)?
+            .map_err(|error| match error.kind() {
+                ErrorKind::InvalidSignature => TokenError::Signature,
+                _ => TokenError::Malformed,
+            })?
             .claims;
         let expires_s = seconds(&claims, "exp")?.ok_or(TokenError::NoExpiry)?;
         in_time(expires_s, now_s)?;

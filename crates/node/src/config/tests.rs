@@ -473,7 +473,7 @@ fn who_may_call_contradicts_itself() {
         (format!("{TENANT}{TENANT}"), "node.toml:6: tenant[1].name: two tenants are called lab".to_owned()),
         (
             format!("{lab}{other}api_key_sha256 = [\"{}\", \"{upper}\"]", hash('b')),
-            "node.toml:7: tenant[1].api_key_sha256: lab has one of these hashes already".to_owned(),
+            "node.toml:8: tenant[1].api_key_sha256: lab has one of these hashes already".to_owned(),
         ),
         (
             format!("{TENANT}api_key_sha256 = [\"{twice}\", \"{twice}\"]"),
@@ -481,7 +481,7 @@ fn who_may_call_contradicts_itself() {
         ),
         (
             format!("[tls]\nclient_ca = \"c\"\n{TENANT}certificates = [\"a.b\"]\n{other}certificates = [\"A.B\"]"),
-            "node.toml:9: tenant[1].certificates: a.b is a certificate of lab already".to_owned(),
+            "node.toml:10: tenant[1].certificates: a.b is a certificate of lab already".to_owned(),
         ),
         (
             format!("{TENANT}certificates = [\"a.b\"]"),
