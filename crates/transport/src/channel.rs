@@ -98,6 +98,14 @@ impl Connection {
         }
     }
 
+    /// Whether another connection should take its place.
+    pub(crate) fn is_old(&self) -> bool {
+        match self {
+            Self::H2(client) => client.is_old(),
+            Self::H3(client) => client.is_old(),
+        }
+    }
+
     pub(crate) fn is_quic(&self) -> bool {
         matches!(self, Self::H3(_))
     }

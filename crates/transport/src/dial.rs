@@ -3,12 +3,14 @@
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::uri::Authority;
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{CertificateDer, ServerName};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
 use tokio_util::task::TaskTracker;
 
-use crate::{Limits, QuicKeys, TransportError, Worker, channel::Connection, h3, http2, quic};
+use crate::{
+    Lease, Lessor, Limits, QuicKeys, TransportError, Worker, channel::Connection, h3, http2, quic,
+};
 
 /// A TCP connection on which nothing came for so long is probed this often; the kernel gives up after nine probes.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
@@ -38,7 +40,34 @@ pub enum Via {
 
 /// TLS towards a peer, made by the caller. ALPN is set here.
 #[derive(Clone, Debug)]
-pub struct PeerTls(pub Box<rustls::ClientConfig>);
+pub struct PeerTls {
+    config: Box<rustls::ClientConfig>,
+    lessor: Option<Arc<dyn Lessor>>,
+}
+
+impl PeerTls {
+    /// With connections that may be used for ever.
+    #[must_use]
+    pub fn new(config: rustls::ClientConfig) -> Self {
+        Self { config: Box::new(config), lessor: None }
+    }
+
+    /// With connections that may be used as long as `lessor` says.
+    #[must_use]
+    pub fn leased(config: rustls::ClientConfig, lessor: Arc<dyn Lessor>) -> Self {
+        Self { config: Box::new(config), lessor: Some(lessor) }
+    }
+
+    /// The configuration, without ALPN.
+    #[must_use]
+    pub fn config(&self) -> &rustls::ClientConfig {
+        &self.config
+    }
+
+    fn lease(&self, certificates: &[CertificateDer<'static>]) -> Lease {
+        self.lessor.as_ref().map_or_else(Lease::unlimited, |lessor| lessor.lease(certificates))
+    }
+}
 
 impl Target {
     /// A node: h3 over QUIC, h2 over TLS where UDP is blocked. `name` is for messages, `authority` is `host:port`.
@@ -178,10 +207,10 @@ impl Dialer {
 
     /// Connects over QUIC.
     pub(crate) async fn dial_quic(&self, target: &Target) -> Result<Connection, TransportError> {
-        let Some(PeerTls(tls)) = &target.tls else {
+        let Some(tls) = &target.tls else {
             return Err(failure(target, "it is not reached over QUIC"));
         };
-        let config = quic::client_config(*tls.clone(), &self.limits)
+        let config = quic::client_config(*tls.config.clone(), &self.limits)
             .map_err(|error| failure(target, error))?;
         let mut last = failure(target, "its name has no address");
         let addresses = self.resolve(target).await?;
@@ -201,7 +230,9 @@ impl Dialer {
             match connected {
                 Ok(Ok(connection)) => {
                     let (limits, tasks) = (self.limits.clone(), self.tasks.clone());
-                    return Ok(Connection::H3(h3::client::Client::new(connection, limits, tasks)));
+                    let lease = tls.lease(&quic::certificates(&connection));
+                    let client = h3::client::Client::new(connection, limits, tasks, lease);
+                    return Ok(Connection::H3(client));
                 }
                 Ok(Err(error)) => last = failure(target, format!("QUIC: {error}")),
                 Err(_) => last = failure(target, "QUIC: no answer"),
@@ -251,20 +282,24 @@ impl Dialer {
         if let Err(error) = SockRef::from(&stream).set_tcp_keepalive(&probes) {
             tracing::debug!(%error, "no TCP keep-alive");
         }
-        let Some(PeerTls(tls)) = &target.tls else {
-            let client =
-                http2::Client::handshake(stream, "http", &self.limits, &self.tasks).await?;
+        let (limits, tasks) = (&self.limits, &self.tasks);
+        let Some(tls) = &target.tls else {
+            let lease = Lease::unlimited();
+            let client = http2::Client::handshake(stream, "http", limits, tasks, lease).await?;
             return Ok(Connection::H2(client));
         };
-        let mut tls = *tls.clone();
-        tls.alpn_protocols = vec![b"h2".to_vec()];
+        let mut config = *tls.config.clone();
+        config.alpn_protocols = vec![b"h2".to_vec()];
         let name = ServerName::try_from(target.tls_name().to_owned())
             .map_err(|error| failure(target, error))?;
-        let stream = tokio_rustls::TlsConnector::from(Arc::new(tls))
+        let stream = tokio_rustls::TlsConnector::from(Arc::new(config))
             .connect(name, stream)
             .await
             .map_err(|error| failure(target, format!("TLS: {error}")))?;
-        let client = http2::Client::handshake(stream, "https", &self.limits, &self.tasks).await?;
+        let shown = stream.get_ref().1.peer_certificates().unwrap_or_default();
+        let shown: Vec<_> = shown.iter().cloned().map(CertificateDer::into_owned).collect();
+        let lease = tls.lease(&shown);
+        let client = http2::Client::handshake(stream, "https", limits, tasks, lease).await?;
         Ok(Connection::H2(client))
     }
 }

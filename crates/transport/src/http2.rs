@@ -26,7 +26,7 @@ use tonic::{Status, body::Body};
 use tower::{Service, ServiceExt as _};
 
 use crate::{
-    CallInfo, Limits, Progress, TransportError,
+    CallInfo, Lease, Limits, Progress, TransportError,
     unread::{Unread, Watch, Watched},
 };
 
@@ -49,14 +49,35 @@ where
     }
 }
 
-/// Serves one connection until it ends, or until `drain` or its age and then the last call in progress.
+/// What ends a connection that serves.
+#[derive(Debug)]
+pub(crate) struct Until {
+    pub(crate) age: Duration,
+    pub(crate) drain: CancellationToken,
+    pub(crate) lease: Lease,
+}
+
+impl Until {
+    /// Resolves when it should take no new call.
+    async fn over(&self) {
+        let over = async {
+            tokio::select! {
+                () = self.drain.cancelled() => {}
+                () = self.lease.over() => {}
+            }
+        };
+        // The only outcome of either is to drain.
+        drop(tokio::time::timeout(self.age, over).await);
+    }
+}
+
+/// Serves one connection until it ends, or until it should take no new call and then the last one in progress.
 pub(crate) async fn serve<I, S>(
     io: I,
     limits: &Limits,
-    age: Duration,
+    until: Until,
     info: CallInfo,
     service: S,
-    drain: CancellationToken,
     tasks: TaskTracker,
 ) where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -84,16 +105,19 @@ pub(crate) async fn serve<I, S>(
         .keep_alive_timeout(limits.idle_timeout / 2);
     let connection = builder.serve_connection(TokioIo::new(io), handler);
     tokio::pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = drain_or_age(&drain, age) => {
-            connection.as_mut().graceful_shutdown();
-            tokio::select! {
-                ended = connection => ended,
-                never = sweep(&unread) => match never {},
-            }
+    let serving = async {
+        tokio::select! {
+            ended = connection.as_mut() => return ended,
+            () = until.over() => {}
         }
+        connection.as_mut().graceful_shutdown();
+        connection.await
+    };
+    let ended = tokio::select! {
+        ended = serving => ended,
         never = sweep(&unread) => match never {},
+        // The other end sees the connection break off.
+        () = until.lease.withdrawn() => Ok(()),
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "an HTTP/2 connection broke off");
@@ -108,11 +132,6 @@ async fn sweep(unread: &Unread) -> Infallible {
     }
 }
 
-async fn drain_or_age(drain: &CancellationToken, age: Duration) {
-    // The only outcome of either is to drain.
-    drop(tokio::time::timeout(age, drain.cancelled()).await);
-}
-
 /// One HTTP/2 connection to a server, cloneable.
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
@@ -122,6 +141,7 @@ pub(crate) struct Client {
     unread: Arc<Unread>,
     closed: CancellationToken,
     scheme: &'static str,
+    lease: Lease,
 }
 
 impl Client {
@@ -131,6 +151,7 @@ impl Client {
         scheme: &'static str,
         limits: &Limits,
         tasks: &TaskTracker,
+        lease: Lease,
     ) -> Result<Self, TransportError>
     where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -158,7 +179,9 @@ impl Client {
             unread: Arc::new(Unread::new(limits)),
             closed: CancellationToken::new(),
             scheme,
+            lease,
         };
+        let lease = client.lease.clone();
         let (in_flight, streams) = (client.in_flight.clone(), client.streams.clone());
         let (unread, closed) = (client.unread.clone(), client.closed.clone());
         let idle_timeout = limits.idle_timeout;
@@ -185,6 +208,7 @@ impl Client {
                 () = idle(&in_flight, idle_timeout) => {}
                 never = sweep(&unread) => match never {},
                 () = closed.cancelled() => {}
+                () = lease.withdrawn() => {}
             }
             closed.cancel();
         });
@@ -204,7 +228,13 @@ impl Client {
 
     /// Whether new calls may be made on it.
     pub(crate) fn is_usable(&self) -> bool {
-        !self.closed.is_cancelled() && !self.sender.is_closed()
+        let is_open = !self.closed.is_cancelled() && !self.sender.is_closed();
+        is_open && !self.lease.is_over(base::clock::now())
+    }
+
+    /// Whether another connection should take its place.
+    pub(crate) fn is_old(&self) -> bool {
+        self.lease.is_old(base::clock::now())
     }
 
     /// Calls in progress.

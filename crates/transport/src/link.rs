@@ -9,14 +9,14 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use bytes::Bytes;
 use quinn::{
     TransportConfig,
-    crypto::rustls::{QuicClientConfig, QuicServerConfig},
+    crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig},
 };
 use rustls::pki_types::CertificateDer;
 
 use crate::{QuicKeys, TransportError, bind_udp, dial, quic};
 
-/// What both ends must speak.
-pub(crate) const ALPN: &[u8] = b"isobar/1";
+/// What both ends of a link speak.
+pub const LINK_ALPN: &[u8] = b"isobar/1";
 /// Longest frame that is read.
 const FRAME_BYTES_MAX: usize = 64 << 10;
 /// A link on which nothing comes for so long is closed; a frame is asked for much more often.
@@ -39,7 +39,7 @@ pub struct Links {
 }
 
 impl Links {
-    /// Binds `address` and serves links with `tls`; ALPN is set here.
+    /// Binds `address` and serves links with `tls`, which speaks [`LINK_ALPN`] and whatever else it says.
     ///
     /// # Errors
     /// What the kernel says, for instance that the address is in use; or that `tls` cannot serve QUIC.
@@ -48,7 +48,9 @@ impl Links {
         mut tls: rustls::ServerConfig,
         keys: &QuicKeys,
     ) -> io::Result<Self> {
-        tls.alpn_protocols = vec![ALPN.to_vec()];
+        if tls.alpn_protocols.is_empty() {
+            tls.alpn_protocols = vec![LINK_ALPN.to_vec()];
+        }
         tls.max_early_data_size = 0;
         let crypto = QuicServerConfig::try_from(tls).map_err(io::Error::other)?;
         let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
@@ -57,6 +59,15 @@ impl Links {
         let (socket, _) = bind_udp(address, false)?;
         let endpoint = quic::endpoint(keys, CONTROL, Some(server), socket)?;
         Ok(Self { endpoint, config })
+    }
+
+    /// Only dials, from a port of its own.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn dialing(keys: &QuicKeys) -> io::Result<Self> {
+        let endpoint = quic::dialing_endpoint(keys, CONTROL)?;
+        Ok(Self { endpoint, config: Arc::new(transport_config()) })
     }
 
     /// The address really bound.
@@ -72,7 +83,7 @@ impl Links {
         self.endpoint.accept().await.map(Incoming)
     }
 
-    /// Begins a link with the node at `authority` (`host:port`).
+    /// Begins a link with the node at `authority` (`host:port`). It speaks [`LINK_ALPN`] unless `tls` says something else.
     ///
     /// # Errors
     /// [`TransportError::Dial`] when nobody answers there, or not who was expected.
@@ -83,7 +94,9 @@ impl Links {
     ) -> Result<Link, TransportError> {
         let failed =
             |reason: String| TransportError::Dial { target: authority.to_string(), reason };
-        tls.alpn_protocols = vec![ALPN.to_vec()];
+        if tls.alpn_protocols.is_empty() {
+            tls.alpn_protocols = vec![LINK_ALPN.to_vec()];
+        }
         tls.enable_early_data = false;
         let crypto = QuicClientConfig::try_from(tls).map_err(|error| failed(error.to_string()))?;
         let mut config = quinn::ClientConfig::new(Arc::new(crypto));
@@ -129,6 +142,12 @@ fn transport_config() -> TransportConfig {
 pub struct Incoming(quinn::Incoming);
 
 impl Incoming {
+    /// Where it comes from.
+    #[must_use]
+    pub fn remote(&self) -> SocketAddr {
+        self.0.remote_address()
+    }
+
     /// Turns it down.
     pub fn refuse(self) {
         self.0.refuse();
@@ -163,8 +182,14 @@ impl Link {
     /// The certificates of the other end, its own first.
     #[must_use]
     pub fn certificates(&self) -> Vec<CertificateDer<'static>> {
-        let identity = self.0.peer_identity().map(|i| i.downcast::<Vec<CertificateDer<'static>>>());
-        identity.and_then(Result::ok).map(|certificates| *certificates).unwrap_or_default()
+        quic::certificates(&self.0)
+    }
+
+    /// What both ends speak, by ALPN.
+    #[must_use]
+    pub fn protocol(&self) -> Vec<u8> {
+        let data = self.0.handshake_data().map(|d| d.downcast::<HandshakeData>());
+        data.and_then(Result::ok).and_then(|data| data.protocol).unwrap_or_default()
     }
 
     /// The address of the other end.
@@ -226,6 +251,45 @@ impl Link {
         }
     }
 
+    /// Asks the other end one question, and waits for its answer.
+    ///
+    /// # Errors
+    /// [`TransportError::Closed`] when the link is gone, the answer is too long or does not come.
+    pub async fn ask(&self, question: Bytes) -> Result<Bytes, TransportError> {
+        let asking = async {
+            let (mut send, mut receive) = self.0.open_bi().await.map_err(|e| e.to_string())?;
+            send.write_chunk(question).await.map_err(|e| e.to_string())?;
+            send.finish().map_err(|e| e.to_string())?;
+            receive.read_to_end(FRAME_BYTES_MAX).await.map_err(|e| e.to_string())
+        };
+        match tokio::time::timeout(DONE_WITHIN, asking).await {
+            Ok(Ok(answer)) => Ok(answer.into()),
+            // What ended the link says more than that the stream is gone.
+            Ok(Err(error)) => Err(TransportError::Closed(match self.0.close_reason() {
+                Some(reason) => reason.to_string(),
+                None => error,
+            })),
+            Err(_) => Err(TransportError::Closed("no answer in time".to_owned())),
+        }
+    }
+
+    /// Lets the other end ask one question of at most `bytes_max`, which is to be answered.
+    ///
+    /// # Errors
+    /// [`TransportError::Closed`] when the link is gone, the question is too long or does not come.
+    pub async fn asked(&self, bytes_max: usize) -> Result<(Bytes, Answer), TransportError> {
+        self.0.set_max_concurrent_bi_streams(1u32.into());
+        let asked = async {
+            let (send, mut receive) = self.0.accept_bi().await.map_err(|e| e.to_string())?;
+            let question = receive.read_to_end(bytes_max).await.map_err(|e| e.to_string())?;
+            Ok((question.into(), Answer(send)))
+        };
+        match tokio::time::timeout(DONE_WITHIN, asked).await {
+            Ok(asked) => asked.map_err(TransportError::Closed),
+            Err(_) => Err(TransportError::Closed("nothing was asked in time".to_owned())),
+        }
+    }
+
     /// Closes the link and says why.
     pub fn close(&self, reason: &str) {
         self.0.close(1u32.into(), reason.as_bytes());
@@ -234,5 +298,27 @@ impl Link {
     /// Resolves when the link is gone, with the reason.
     pub async fn closed(&self) -> String {
         self.0.closed().await.to_string()
+    }
+}
+
+/// The way back to whoever asked.
+#[derive(Debug)]
+pub struct Answer(quinn::SendStream);
+
+impl Answer {
+    /// Sends the answer, and waits until the other end has it.
+    ///
+    /// # Errors
+    /// [`TransportError::Closed`] when the other end is gone or does not read.
+    pub async fn send(mut self, answer: Bytes) -> Result<(), TransportError> {
+        let sending = async {
+            self.0.write_chunk(answer).await.map_err(|e| e.to_string())?;
+            self.0.finish().map_err(|e| e.to_string())?;
+            self.0.stopped().await.map(drop).map_err(|e| e.to_string())
+        };
+        match tokio::time::timeout(DONE_WITHIN, sending).await {
+            Ok(sent) => sent.map_err(TransportError::Closed),
+            Err(_) => Err(TransportError::Closed("the other end does not read".to_owned())),
+        }
     }
 }

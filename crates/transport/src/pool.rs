@@ -138,6 +138,10 @@ impl Pool {
                 self.dial(entry).await?;
                 continue;
             };
+            if connection.is_old() {
+                // The next calls find the new one; this one need not wait for it. A dial that fails is tried again.
+                drop(self.dialling(entry));
+            }
             if !connection.is_quic() && entry.target.prefers_quic() {
                 self.probe_quic(entry, base::clock::now());
             }
@@ -154,18 +158,20 @@ impl Pool {
         Err(TransportError::Full { target: entry.target.name().into() })
     }
 
-    /// The least loaded usable connection with room, QUIC before TCP; forgets those that are gone.
+    /// The least loaded usable connection with room, young before old, QUIC before TCP; forgets those that are gone, and
+    /// the old ones once there is a young one.
     fn choose(&self, entry: &Entry) -> Option<Connection> {
         let limits = self.0.dialer.limits();
         let mut connections = entry.connections.lock();
+        let has_young = connections.iter().any(|c| c.is_usable() && !c.is_old());
         connections.retain(|connection| {
-            let usable = connection.is_usable();
+            let usable = connection.is_usable() && !(has_young && connection.is_old());
             if !usable && connection.in_flight() == 0 {
                 connection.close();
             }
             usable
         });
-        let least = connections.iter().min_by_key(|c| (!c.is_quic(), c.in_flight()))?;
+        let least = connections.iter().min_by_key(|c| (c.is_old(), !c.is_quic(), c.in_flight()))?;
         let full = least.in_flight() >= least.streams(limits).saturating_mul(FULL_PERCENT) / 100;
         (!full || connections.len() >= PER_TARGET).then(|| least.clone())
     }

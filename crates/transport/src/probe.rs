@@ -101,7 +101,7 @@ impl Prober {
         tls: rustls::ClientConfig,
         within: Duration,
     ) -> Result<Sight, Unreached> {
-        self.quic(address, tls, link::ALPN, within).await
+        self.quic(address, tls, link::LINK_ALPN, within).await
     }
 
     /// A handshake over TCP, and good-bye.

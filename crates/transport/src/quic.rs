@@ -13,6 +13,7 @@ use quinn::{
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
 };
 use rand::Rng as _;
+use rustls::pki_types::CertificateDer;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{Limits, h3};
@@ -177,4 +178,10 @@ fn transport_config(limits: &Limits) -> TransportConfig {
         // DATAGRAM stays off on data ports: its buffers are fixed before the peer is known.
         .datagram_receive_buffer_size(None);
     config
+}
+
+/// The certificates the other end of a connection showed, its own first.
+pub(crate) fn certificates(connection: &quinn::Connection) -> Vec<CertificateDer<'static>> {
+    let identity = connection.peer_identity().map(|i| i.downcast::<Vec<CertificateDer<'static>>>());
+    identity.and_then(Result::ok).map(|certificates| *certificates).unwrap_or_default()
 }

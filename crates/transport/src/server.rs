@@ -30,7 +30,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tower::Service;
 
-use crate::{Limits, QuicKeys, SocketBuffers, Worker, bind_udp, h3, http1, http2, quic};
+use crate::{
+    Lease, Lessor, Limits, QuicKeys, SocketBuffers, Worker, bind_udp, h3, http1, http2, quic,
+};
 
 /// Accepted TCP connections that wait for their worker; beyond it accepting pauses and the kernel's backlog fills.
 const INBOX: usize = 1024;
@@ -197,6 +199,7 @@ pub struct Server<S> {
     service: S,
     seed: u64,
     http1: bool,
+    lessor: Option<Arc<dyn Lessor>>,
 }
 
 impl<S> Server<S>
@@ -207,7 +210,14 @@ where
 {
     /// A server of `service`. `seed` is for the jitter of connection ages.
     pub fn new(limits: Limits, tls: ServerTls, keys: QuicKeys, service: S, seed: u64) -> Self {
-        Self { limits: Arc::new(limits), tls, keys, service, seed, http1: false }
+        Self { limits: Arc::new(limits), tls, keys, service, seed, http1: false, lessor: None }
+    }
+
+    /// Lets connections with TLS be used as long as `lessor` says.
+    #[must_use]
+    pub fn with_lessor(mut self, lessor: Arc<dyn Lessor>) -> Self {
+        self.lessor = Some(lessor);
+        self
     }
 
     /// Also serves HTTP/1.1 over TCP.
@@ -222,7 +232,7 @@ where
     /// # Errors
     /// When the sockets or the TLS configuration cannot be used.
     pub async fn serve(self, worker: Worker, mut port: Port) -> io::Result<()> {
-        let Self { limits, tls, keys, service, seed, http1 } = self;
+        let Self { limits, tls, keys, service, seed, http1, lessor } = self;
         let mut rng = StdRng::seed_from_u64(seed ^ u64::from(worker.index));
         let gate = Gate { open: port.open.clone(), handshakes: Arc::default() };
         let (acceptor, endpoint) = match tls {
@@ -255,7 +265,8 @@ where
             tokio::select! {
                 Some(incoming) = incoming => {
                     if let Some(connecting) = gate.admit_quic(incoming, &limits) {
-                        let connection = QuicConnection { connecting, permit: gate.permit() };
+                        let (permit, lessor) = (gate.permit(), lessor.clone());
+                        let connection = QuicConnection { connecting, permit, lessor };
                         let (limits, service) = (limits.clone(), service.clone());
                         let drain = worker.drain.clone();
                         worker.tasks.spawn(connection.serve(limits, service, drain));
@@ -267,8 +278,9 @@ where
                         continue;
                     }
                     let age = limits.h2_connection_age.mul_f64(rng.random_range(0.9..1.1));
+                    let (acceptor, lessor) = (acceptor.clone(), lessor.clone());
                     let connection =
-                        TcpConnection { acceptor: acceptor.clone(), permit: gate.permit(), age, http1 };
+                        TcpConnection { acceptor, permit: gate.permit(), age, http1, lessor };
                     let (limits, service) = (limits.clone(), service.clone());
                     worker.tasks.spawn(connection.serve(stream, limits, service, worker.clone()));
                 }
@@ -356,6 +368,7 @@ impl Drop for Permit {
 struct QuicConnection {
     connecting: quinn::Connecting,
     permit: Permit,
+    lessor: Option<Arc<dyn Lessor>>,
 }
 
 impl QuicConnection {
@@ -369,24 +382,30 @@ impl QuicConnection {
         let connection = match tokio::time::timeout(limits.handshake_timeout, self.connecting).await
         {
             Ok(Ok(connection)) => connection,
-            Ok(Err(error)) => {
-                tracing::debug!(%error, %remote, "a QUIC handshake failed");
-                return;
-            }
+            Ok(Err(error)) => return refused(self.lessor.as_deref(), remote, &error),
             Err(_) => {
-                tracing::debug!(%remote, "a QUIC handshake took too long");
-                return;
+                return refused(self.lessor.as_deref(), remote, &"the handshake took too long");
             }
         };
         self.permit.handshake_done();
-        let certificates = connection
-            .peer_identity()
-            .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok())
-            .map(|certificates| Arc::from(*certificates))
-            .unwrap_or_default();
+        let certificates: Arc<[_]> = quic::certificates(&connection).into();
+        let lease = lease(self.lessor.as_deref(), &certificates);
         let info = CallInfo { remote, protocol: Protocol::H3, certificates };
-        h3::server::serve(connection, limits, info, service, drain).await;
+        h3::server::serve(connection, limits, info, service, drain, lease).await;
     }
+}
+
+/// A handshake failed.
+fn refused(lessor: Option<&dyn Lessor>, remote: SocketAddr, why: &dyn std::fmt::Display) {
+    match lessor {
+        Some(lessor) => lessor.refused(remote, &why.to_string()),
+        None => tracing::debug!(%why, %remote, "a handshake failed"),
+    }
+}
+
+/// How long a connection may be used.
+fn lease(lessor: Option<&dyn Lessor>, certificates: &[CertificateDer<'static>]) -> Lease {
+    lessor.map_or_else(Lease::unlimited, |lessor| lessor.lease(certificates))
 }
 
 struct TcpConnection {
@@ -394,6 +413,7 @@ struct TcpConnection {
     permit: Permit,
     age: Duration,
     http1: bool,
+    lessor: Option<Arc<dyn Lessor>>,
 }
 
 impl TcpConnection {
@@ -412,7 +432,8 @@ impl TcpConnection {
         };
         let Some(acceptor) = self.acceptor.take() else {
             let info = CallInfo { remote, protocol: Protocol::H2c, certificates: Arc::default() };
-            return self.serve_http(stream, limits, info, service, worker).await;
+            let lease = Lease::unlimited();
+            return self.serve_http(stream, limits, info, service, worker, lease).await;
         };
         let accepting = tokio::time::timeout(limits.handshake_timeout, acceptor.accept(stream));
         let accepted = tokio::select! {
@@ -421,16 +442,12 @@ impl TcpConnection {
         };
         let stream = match accepted {
             Ok(Ok(stream)) => stream,
-            Ok(Err(error)) => {
-                tracing::debug!(%error, %remote, "a TLS handshake failed");
-                return;
-            }
+            Ok(Err(error)) => return refused(self.lessor.as_deref(), remote, &error),
             Err(_) => {
-                tracing::debug!(%remote, "a TLS handshake took too long");
-                return;
+                return refused(self.lessor.as_deref(), remote, &"the handshake took too long");
             }
         };
-        let certificates = stream
+        let certificates: Arc<[_]> = stream
             .get_ref()
             .1
             .peer_certificates()
@@ -438,8 +455,9 @@ impl TcpConnection {
                 certificates.iter().cloned().map(CertificateDer::into_owned).collect()
             })
             .unwrap_or_default();
+        let lease = lease(self.lessor.as_deref(), &certificates);
         let info = CallInfo { remote, protocol: Protocol::H2, certificates };
-        self.serve_http(stream, limits, info, service, worker).await;
+        self.serve_http(stream, limits, info, service, worker, lease).await;
     }
 
     /// Serves whichever HTTP the client begins with. One that begins with nothing is let go.
@@ -450,6 +468,7 @@ impl TcpConnection {
         mut info: CallInfo,
         service: S,
         worker: Worker,
+        lease: Lease,
     ) where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
         S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
@@ -464,7 +483,8 @@ impl TcpConnection {
         self.permit.handshake_done();
         match sniffed {
             Some((http1::Version::Http2, stream)) => {
-                http2::serve(stream, &limits, self.age, info, service, drain, tasks).await;
+                let until = http2::Until { age: self.age, drain, lease };
+                http2::serve(stream, &limits, until, info, service, tasks).await;
             }
             Some((http1::Version::Http1, stream)) if self.http1 => {
                 info.protocol = Protocol::H1;

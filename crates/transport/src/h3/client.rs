@@ -13,27 +13,46 @@ use super::{
     headers,
     stream::{AbortOnDrop, Cut, Incoming, Receiver, Sender},
 };
-use crate::{Limits, Progress, TransportError};
+use crate::{Lease, Limits, Progress, TransportError};
 
 /// One connection to a server, cloneable.
 #[derive(Clone, Debug)]
 pub(crate) struct Client {
     connection: Arc<Connection>,
     tasks: TaskTracker,
+    lease: Lease,
 }
 
 impl Client {
     /// Speaks HTTP/3 on `quic`; upkeep and uploads run as `tasks`.
-    pub(crate) fn new(quic: quinn::Connection, limits: Arc<Limits>, tasks: TaskTracker) -> Self {
+    pub(crate) fn new(
+        quic: quinn::Connection,
+        limits: Arc<Limits>,
+        tasks: TaskTracker,
+        lease: Lease,
+    ) -> Self {
         let connection = Connection::new(quic, limits, Side::Client);
-        let upkeep = connection.clone();
-        tasks.spawn(async move { upkeep.run().await });
-        Self { connection, tasks }
+        let (upkeep, until) = (connection.clone(), lease.clone());
+        tasks.spawn(async move {
+            tokio::select! {
+                () = upkeep.run() => {}
+                () = until.withdrawn() => {
+                    upkeep.quic.close(Code::NO_ERROR.into(), b"the certificate was withdrawn");
+                }
+            }
+        });
+        Self { connection, tasks, lease }
     }
 
     /// Whether new calls may be made on it.
     pub(crate) fn is_usable(&self) -> bool {
-        self.connection.quic.close_reason().is_none() && !self.connection.is_going_away()
+        let is_open = self.connection.quic.close_reason().is_none();
+        is_open && !self.connection.is_going_away() && !self.lease.is_over(base::clock::now())
+    }
+
+    /// Whether another connection should take its place.
+    pub(crate) fn is_old(&self) -> bool {
+        self.lease.is_old(base::clock::now())
     }
 
     /// Calls in progress.

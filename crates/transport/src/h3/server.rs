@@ -21,15 +21,16 @@ use super::{
     headers,
     stream::{Cut, Incoming, Receiver, Sender},
 };
-use crate::{Acknowledge, CallInfo, Limits, TransportError};
+use crate::{Acknowledge, CallInfo, Lease, Limits, TransportError};
 
-/// Serves one connection until it ends, or until `drain` and then the last call in progress.
+/// Serves one connection until it ends, or until `drain` or the end of its lease and then the last call in progress.
 pub(crate) async fn serve<S>(
     quic: quinn::Connection,
     limits: Arc<Limits>,
     info: CallInfo,
     service: S,
     drain: CancellationToken,
+    lease: Lease,
 ) where
     S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
     S: Clone + Send + 'static,
@@ -45,7 +46,8 @@ pub(crate) async fn serve<S>(
     // Both run beside the rest, so that late streams are refused meanwhile.
     let announce = async { connection.send_goaway(next_stream.load(Ordering::Relaxed)).await };
     let linger = connection.linger();
-    tokio::pin!(announce, linger);
+    let over = lease.over();
+    tokio::pin!(announce, linger, over);
     loop {
         tokio::select! {
             () = &mut upkeep => return,
@@ -74,6 +76,11 @@ pub(crate) async fn serve<S>(
             }
             // First no stream is begun any more, then the first that was not is announced.
             () = drain.cancelled(), if !draining => draining = true,
+            () = &mut over, if !draining => draining = true,
+            () = lease.withdrawn() => {
+                quic.close(Code::NO_ERROR.into(), b"the certificate was withdrawn");
+                return;
+            }
             () = &mut announce, if draining && !announced => announced = true,
             () = &mut linger, if announced && calls.is_empty() => {
                 quic.close(Code::NO_ERROR.into(), b"drained");

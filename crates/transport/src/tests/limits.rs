@@ -25,7 +25,7 @@ async fn a_target_that_never_answers_is_given_up_at_the_dial_timeout() {
     let tcp = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = tcp.local_addr().unwrap();
     let _udp = UdpSocket::bind(address).await.unwrap();
-    let tls = PeerTls(Box::new(world.client_tls()));
+    let tls = PeerTls::new(world.client_tls());
     let target = Target::peer("mute", address.to_string().parse().unwrap(), tls);
     let started = base::clock::now();
     let error =

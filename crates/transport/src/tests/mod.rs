@@ -396,7 +396,7 @@ async fn an_unreachable_target_is_a_retry_safe_error_that_names_it() {
     let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let nobody = socket.local_addr().unwrap();
     drop(socket);
-    let tls = crate::PeerTls(Box::new(world.client_tls()));
+    let tls = crate::PeerTls::new(world.client_tls());
     let target = crate::Target::peer("b (us)", nobody.to_string().parse().unwrap(), tls);
     let started = base::clock::now();
     let calls = (0..50).map(|_| {

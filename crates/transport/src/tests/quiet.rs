@@ -81,7 +81,7 @@ impl Relay {
 async fn a_connection_on_which_nothing_comes_is_given_up_within_seconds() {
     let world = World::new(Way::H3, echo());
     let relay = Relay::new(world.address).await;
-    let tls = crate::PeerTls(Box::new(world.client_tls()));
+    let tls = crate::PeerTls::new(world.client_tls());
     let target = crate::Target::peer("b", relay.address.to_string().parse().unwrap(), tls);
     let channel = world.pool.channel(target);
     let (_feed, body) = fed();

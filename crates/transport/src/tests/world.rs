@@ -116,9 +116,7 @@ impl World {
         let authority = self.address.to_string().parse().unwrap();
         match self.way {
             Way::H2c => Target::plaintext(name, authority),
-            Way::H2 | Way::H3 => {
-                Target::peer(name, authority, PeerTls(Box::new(self.client_tls())))
-            }
+            Way::H2 | Way::H3 => Target::peer(name, authority, PeerTls::new(self.client_tls())),
         }
     }
 
@@ -155,7 +153,7 @@ pub(super) fn bare_server() -> (quinn::Endpoint, PeerTls) {
     let config = crate::quic::server_config(tls, &Limits::peers()).unwrap();
     let (socket, _) = crate::bind_udp((Ipv4Addr::LOCALHOST, 0).into(), false).unwrap();
     let endpoint = crate::quic::endpoint(&QuicKeys::random(), 0, Some(config), socket).unwrap();
-    (endpoint, PeerTls(Box::new(client_tls(certificate))))
+    (endpoint, PeerTls::new(client_tls(certificate)))
 }
 
 fn client_tls(certificate: CertificateDer<'static>) -> rustls::ClientConfig {
