@@ -212,7 +212,7 @@ async fn run(dir: &Path, name: &str, address: &str) -> anyhow::Result<Duration> 
     let limits = Limits { tcp_race_after: Duration::ZERO, ..Limits::peers() };
     let pool = Pool::new(Dialer::new(&worker, &QuicKeys::random(), limits)?);
     let expect = ExpectedPeer { region: "bench".parse()?, name: name.parse()? };
-    let tls = PeerTls(Box::new(identity(dir, "client")?.peer_client_config(&[], expect)?));
+    let tls = PeerTls::new(identity(dir, "client")?.peer_client_config(&[], expect)?);
     let channel = pool.channel(Target::peer(name, address.parse()?, tls));
     call(&channel).await?;
     let left = Arc::new(AtomicUsize::new(CALLS));

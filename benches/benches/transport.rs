@@ -220,7 +220,7 @@ async fn run(dir: &str, server: &Served, case: &Case) -> anyhow::Result<(f64, f6
     let worker = worker();
     let pool = Pool::new(Dialer::new(&worker, &QuicKeys::random(), Limits::peers())?);
     let expect = ExpectedPeer { region: "bench".parse()?, name: "server".parse()? };
-    let tls = PeerTls(Box::new(identity(dir, "client")?.peer_client_config(&[], expect)?));
+    let tls = PeerTls::new(identity(dir, "client")?.peer_client_config(&[], expect)?);
     let channel = pool.channel(Target::peer("server", server.1.parse()?, tls));
     call(&channel, case).await?;
 

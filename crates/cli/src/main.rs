@@ -6,7 +6,9 @@ mod ca;
 mod call;
 mod caller;
 mod check;
+mod credentials;
 mod demo;
+mod join;
 mod load;
 mod log;
 mod node;
@@ -38,6 +40,8 @@ enum Command {
     Node(node::Options),
     /// Find what is wrong with a node, its machine and its way to the others
     Check(check::Options),
+    /// Make this machine a node of a mesh, with a token
+    Join(join::Options),
     /// Call a method of any gRPC server, with JSON in and out
     Call(call::Options),
     /// Put load on a server, and say how it bore it
@@ -79,6 +83,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Node(options) => node::run(&options),
         Command::Check(options) => check::run(&options),
+        Command::Join(options) => join::run(&options),
         Command::Call(options) => call::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Ca(options) => ca::run(&options),

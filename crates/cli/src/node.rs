@@ -1,22 +1,17 @@
 //! `isobar node`: runs a node until it is told to stop.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
 };
 
 use anyhow::Context as _;
-use base::clock;
 use clap::Args;
-use identity::{DevCa, NodeIdentity};
-use node::{Addresses, ClientCertificate, Node, config::Config};
+use node::{Addresses, Credentials, Node, config::Config};
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::{
-    Failure, log, output, parent,
-    setup::{IdentityPaths, environment},
-};
+use crate::{Failure, credentials, log, output, parent, setup::environment};
 
 /// Options of `isobar node`.
 #[derive(Debug, Args)]
@@ -50,8 +45,13 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         Vec::new()
     };
     node::check_access(&config).map_err(Failure::usage)?;
-    let (identity, ca) = identity(options, &config)?;
-    let certificate = certificate(options, &config, &identity)?;
+    // The control side: one thread, apart from the workers, so that a busy data plane never delays it.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot make a runtime")?;
+    let credentials = credentials::of(&config, options.dev_ca.as_deref(), !options.check);
+    let (credentials, ca) = runtime.block_on(credentials)?;
     if options.check {
         return checked(options, &config);
     }
@@ -59,79 +59,10 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     if options.exit_with_stdin {
         parent::exit_with_stdin()?;
     }
-    // The control side: one thread, apart from the workers, so that a busy data plane never delays it.
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot make a runtime")?;
-    let outcome = runtime.block_on(serve(options, &config, &identity, certificate, &ca));
+    let outcome = runtime.block_on(serve(options, &config, credentials, &ca));
     // Names that are being looked up are not waited for.
     runtime.shutdown_background();
     outcome
-}
-
-/// The identity of the node, and where the certificate of its authority lies.
-fn identity(options: &Options, config: &Config) -> Result<(NodeIdentity, PathBuf), Failure> {
-    let (identity, ca) = if let Some(dir) = &options.dev_ca {
-        let now = clock::wall();
-        let authority =
-            DevCa::open_or_create(dir, &config.mesh.trust_domain, now).map_err(Failure::usage)?;
-        let (region, name) = (&config.node.region, &config.node.name);
-        let identity =
-            authority.node(region, name, &listened(config), now).map_err(Failure::usage)?;
-        (identity, authority.ca_path())
-    } else {
-        let paths = IdentityPaths::of_state(config);
-        let identity = NodeIdentity::load(&paths.ca, &paths.cert, &paths.key)
-            .context("this node has no identity; for development start it with --dev-ca")
-            .map_err(Failure::Usage)?;
-        (identity, paths.ca)
-    };
-    matches_config(&identity, config)?;
-    let ca = ca.canonicalize().with_context(|| format!("cannot find {}", ca.display()))?;
-    Ok((identity, ca))
-}
-
-/// A node may only speak under the name its certificate gives it.
-fn matches_config(identity: &NodeIdentity, config: &Config) -> Result<(), Failure> {
-    let id = identity.id();
-    let configured = (&config.node.name, &config.node.region, &config.mesh.trust_domain);
-    if (&id.name, &id.region, &id.trust_domain) != configured {
-        return Err(Failure::Usage(anyhow::anyhow!(
-            "the certificate is for {id}, and the configuration says node {} in region {} of {}: \
-             set node.name, node.region and mesh.trust_domain to what the certificate says, or get another",
-            configured.0,
-            configured.1,
-            configured.2,
-        )));
-    }
-    Ok(())
-}
-
-/// The particular addresses the node listens on: a development certificate covers them too.
-fn listened(config: &Config) -> Vec<IpAddr> {
-    let listen = &config.listen;
-    let addresses = [listen.clients.ip(), listen.peers.ip(), listen.gossip.ip()];
-    addresses.into_iter().filter(|address| !address.is_unspecified()).collect()
-}
-
-/// The certificate for clients: from `[tls]`, or the node's own where a development CA vouches for localhost.
-fn certificate(
-    options: &Options,
-    config: &Config,
-    identity: &NodeIdentity,
-) -> Result<ClientCertificate, Failure> {
-    let (chain, key) = match (&config.tls.cert, &config.tls.key) {
-        (Some(cert), Some(key)) => identity::load_server_cert(cert, key).map_err(Failure::usage)?,
-        _ if options.dev_ca.is_some() => identity.server_cert(),
-        _ => {
-            return Err(Failure::Usage(anyhow::anyhow!(
-                "{}: clients need a certificate: set tls.cert and tls.key, or start with --dev-ca",
-                options.config.display()
-            )));
-        }
-    };
-    Ok(ClientCertificate { chain, key })
 }
 
 /// Says loudly what was opened, and that nobody may call where that is so: both are easily missed.
@@ -167,13 +98,12 @@ fn checked(options: &Options, config: &Config) -> Result<(), Failure> {
 async fn serve(
     options: &Options,
     config: &Config,
-    identity: &NodeIdentity,
-    certificate: ClientCertificate,
+    credentials: Credentials,
     ca: &Path,
 ) -> Result<(), Failure> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let node = Node::start(config, identity, certificate).await?;
+    let node = Node::start(config, credentials).await?;
     let ready = if options.json {
         output::json_line(&ready_json(config, node.addresses(), ca))
     } else {

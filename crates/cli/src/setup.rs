@@ -1,7 +1,8 @@
 //! What `isobar node` and `isobar check` read alike: the environment, and where a node's identity lies.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use identity::IdentityFiles;
 use node::config::Config;
 
 use crate::log;
@@ -18,25 +19,10 @@ pub(crate) fn environment() -> Vec<(String, String)> {
         .collect()
 }
 
-/// The files of a node's identity.
-#[derive(Clone, Debug)]
-pub(crate) struct IdentityPaths {
-    pub(crate) ca: PathBuf,
-    pub(crate) cert: PathBuf,
-    pub(crate) key: PathBuf,
-}
-
-impl IdentityPaths {
-    /// Where they lie when no development CA is given.
-    pub(crate) fn of_state(config: &Config) -> Self {
-        let dir = config.node.state_dir.join("identity");
-        Self { ca: dir.join("ca.pem"), cert: dir.join("cert.pem"), key: dir.join("key.pem") }
-    }
-
-    /// Where the development CA in `dir` keeps them.
-    pub(crate) fn of_dev_ca(dir: &Path, config: &Config) -> Self {
-        let (region, name) = (config.node.region.as_str(), config.node.name.as_str());
-        let node = dir.join("nodes").join(region).join(name);
-        Self { ca: dir.join("ca.pem"), cert: node.join("cert.pem"), key: node.join("key.pem") }
-    }
+/// Where a node's identity lies: with a development CA in `dev_ca`, or where the configuration says.
+pub(crate) fn identity_files(config: &Config, dev_ca: Option<&Path>) -> IdentityFiles {
+    let Some(dir) = dev_ca else { return config.identity.files(&config.node.state_dir) };
+    let (region, name) = (config.node.region.as_str(), config.node.name.as_str());
+    let node = dir.join("nodes").join(region).join(name);
+    IdentityFiles { ca: dir.join("ca.pem"), ..IdentityFiles::in_dir(&node) }
 }

@@ -125,7 +125,7 @@ impl TargetOptions {
     pub(crate) fn tls(&self) -> Result<PeerTls, Failure> {
         let own = self.cert.as_deref().zip(self.key.as_deref());
         let tls = identity::client_config(self.ca.as_deref(), own).map_err(Failure::usage)?;
-        Ok(PeerTls(Box::new(tls)))
+        Ok(PeerTls::new(tls))
     }
 }
 
@@ -163,7 +163,7 @@ impl Whom {
 
     /// A server over HTTP/2 whose certificate `ca` vouches for.
     pub(crate) fn h2(address: &str, ca: &Path) -> anyhow::Result<Self> {
-        let tls = PeerTls(Box::new(identity::client_config(Some(ca), None)?));
+        let tls = PeerTls::new(identity::client_config(Some(ca), None)?);
         let authority = authority(address)?;
         Ok(Self { authority, protocol: Protocol::H2, tls: Some(tls), server_name: None })
     }

@@ -36,6 +36,7 @@ use base::{NodeName, RegionName, TrustDomain};
 use rcgen::KeyPair;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
+pub(crate) use self::issuing::fingerprint;
 use self::{
     csr::requested_key,
     issuing::{Issuing, Terms},
@@ -126,7 +127,7 @@ impl Authority {
     /// A root cannot be parsed.
     pub fn status(&self) -> Result<AuthorityStatus, IdentityError> {
         let of = |certificate: &CertificateDer<'static>| {
-            Ok::<_, IdentityError>((issuing::fingerprint(certificate), validity(certificate)?.1))
+            Ok::<_, IdentityError>((fingerprint(certificate), validity(certificate)?.1))
         };
         let Issuing { chain, root, until, .. } = &self.issuing;
         Ok(AuthorityStatus {

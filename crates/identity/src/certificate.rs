@@ -118,6 +118,33 @@ pub(crate) fn lacks_to_sign(certificate: &CertificateDer<'_>) -> Option<&'static
     }
 }
 
+/// What an operator asks of a certificate: which one it is, and how long it lives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CertificateSummary {
+    /// The serial number, in lower-case hexadecimal digits.
+    pub serial: String,
+    /// The first moment of its life.
+    pub from: SystemTime,
+    /// The last.
+    pub until: SystemTime,
+}
+
+impl CertificateSummary {
+    /// Reads a certificate, and does not judge it.
+    ///
+    /// # Errors
+    /// It cannot be parsed.
+    pub fn of(certificate: &CertificateDer<'_>) -> Result<Self, IdentityError> {
+        let x509 = parse(certificate)?;
+        let (from, until) = (x509.validity().not_before, x509.validity().not_after);
+        Ok(Self {
+            serial: x509.raw_serial().iter().map(|byte| format!("{byte:02x}")).collect(),
+            from: UNIX_EPOCH + seconds(from),
+            until: UNIX_EPOCH + seconds(until),
+        })
+    }
+}
+
 /// How a moment relates to a certificate's life.
 #[derive(Debug)]
 pub(crate) enum Life {

@@ -305,7 +305,7 @@ fn ips(extra: &[IpAddr]) -> impl Iterator<Item = IpAddr> {
 }
 
 fn covers(identity: &NodeIdentity, extra_ips: &[IpAddr]) -> bool {
-    let Some(names) = identity.chain.first().and_then(|leaf| names(leaf).ok()) else {
+    let Some(names) = identity.certified.cert.first().and_then(|leaf| names(leaf).ok()) else {
         return false;
     };
     hosts(&identity.id).into_iter().all(|host| names.has_host(host))
@@ -341,7 +341,7 @@ mod tests {
     }
 
     fn leaf_names(identity: &NodeIdentity) -> Names {
-        names(&identity.chain[0]).unwrap()
+        names(&identity.certified.cert[0]).unwrap()
     }
 
     fn mode(path: &Path) -> u32 {
@@ -369,12 +369,16 @@ mod tests {
         let now = clock::wall();
         let ca = DevCa::open_or_create(dir.path(), &mesh(), now).unwrap();
         let first = node(&ca, "a", now);
-        assert_eq!(node(&ca, "a", now + DAY * 357).chain, first.chain);
+        assert_eq!(node(&ca, "a", now + DAY * 357).certified.cert, first.certified.cert);
         let renewed = node(&ca, "a", now + DAY * 359);
-        assert_ne!(renewed.chain, first.chain);
+        assert_ne!(renewed.certified.cert, first.certified.cert);
         assert_eq!(renewed.key, first.key);
-        assert_eq!(node(&ca, "a", now + DAY * 360).chain, renewed.chain);
-        assert_ne!(node(&ca, "a", now).chain, renewed.chain, "renewed is not valid yet");
+        assert_eq!(node(&ca, "a", now + DAY * 360).certified.cert, renewed.certified.cert);
+        assert_ne!(
+            node(&ca, "a", now).certified.cert,
+            renewed.certified.cert,
+            "renewed is not valid yet"
+        );
     }
 
     #[test]
@@ -403,9 +407,9 @@ mod tests {
         let first = node(&ca, "a", now);
         let extra = ["127.0.0.2".parse().unwrap(), "127.0.0.1".parse().unwrap()];
         let wider = ca.node(&region, &name, &extra, now).unwrap();
-        assert_ne!(wider.chain, first.chain);
+        assert_ne!(wider.certified.cert, first.certified.cert);
         assert!(leaf_names(&wider).has_ip(&extra[0]));
-        assert_eq!(node(&ca, "a", now).chain, wider.chain);
+        assert_eq!(node(&ca, "a", now).certified.cert, wider.certified.cert);
     }
 
     #[test]
@@ -420,7 +424,7 @@ mod tests {
         assert!(usage.key_cert_sign() && usage.crl_sign() && !usage.digital_signature());
 
         let identity = node(&ca, "a", clock::wall());
-        let (_, x509) = x509_parser::parse_x509_certificate(&identity.chain[0]).unwrap();
+        let (_, x509) = x509_parser::parse_x509_certificate(&identity.certified.cert[0]).unwrap();
         assert!(!x509.basic_constraints().unwrap().unwrap().value.ca);
         let usage = x509.key_usage().unwrap().unwrap().value;
         assert!(usage.digital_signature() && !usage.key_cert_sign());
@@ -521,7 +525,7 @@ mod tests {
         }
         let ca = DevCa::open_or_create(dir.path(), &"new.test".parse().unwrap(), now).unwrap();
         let second = node(&ca, "a", now);
-        assert_ne!(second.chain, first.chain);
+        assert_ne!(second.certified.cert, first.certified.cert);
         assert_eq!(second.id().to_string(), "spiffe://new.test/node/eu/a");
         assert_eq!(fs::read_to_string(dir.path().join("trust-domain")).unwrap(), "new.test\n");
     }

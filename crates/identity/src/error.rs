@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use base::TrustDomain;
 
-use crate::{CsrError, RevocationError, SpiffeId};
+use crate::{CsrError, RevocationError, Role, SpiffeId};
 
 /// Why an identity cannot be used, made or believed. No message and no `Debug` output contains key material.
 ///
@@ -101,8 +101,8 @@ pub enum IdentityError {
     },
     /// A certificate is of the past.
     #[error(
-        "{path} expired on {until}: issue it anew (if `isobar ca dev` made it, delete it and run that again), \
-         or check this machine's clock"
+        "{path} expired on {until}: get a new one with a token (`isobar ca token` at an authority, then \
+         `isobar join --token TOKEN` here; if `isobar ca dev` made it, delete it and run that again), or check this machine's clock"
     )]
     Expired {
         /// The certificate's file.
@@ -214,6 +214,36 @@ pub enum IdentityError {
     /// A member of the mesh that is not a node.
     #[error("{0} is not a node; only certificates with the role `node` are peers")]
     NotANode(SpiffeId),
+    /// A member of the mesh whose role is not the one that is wanted.
+    #[error("{found} does not have the role `{wanted}`")]
+    OtherRole {
+        /// Who it is.
+        found: SpiffeId,
+        /// The role it should have.
+        wanted: Role,
+    },
+    /// An authority revoked the certificate.
+    #[error("{id} was revoked: its operator must join it again with a new token")]
+    Revoked {
+        /// Whose certificate it was.
+        id: SpiffeId,
+    },
+    /// Whoever answered is not under the root the token names.
+    #[error(
+        "who answered is not an authority of the mesh the token is for: it showed no certificate under the root {wanted}…;          check the address, or make a new token if the mesh's root was changed since"
+    )]
+    OtherRoot {
+        /// The beginning of the root's fingerprint.
+        wanted: String,
+    },
+    /// A renewed identity is somebody else's.
+    #[error("the new certificate is for {found}, and this node is {ours}: nothing was changed")]
+    AnotherNode {
+        /// Whose it is.
+        found: SpiffeId,
+        /// Who this node is.
+        ours: SpiffeId,
+    },
     /// A node of another mesh.
     #[error("{found} is not of the trust domain `{ours}`")]
     ForeignPeer {

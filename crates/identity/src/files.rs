@@ -6,7 +6,7 @@
 use std::{
     fs::{self, DirBuilder, File, Permissions},
     io::{self, ErrorKind, Read, Write},
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, PermissionsExt, symlink},
     path::Path,
 };
 
@@ -21,6 +21,9 @@ pub(crate) const SECRET: u32 = 0o600;
 pub(crate) const PUBLIC: u32 = 0o644;
 
 const READABLE_BY_OTHERS: u32 = 0o077;
+/// The link [`replace_all`] turns, and how the directories it turns to begin.
+const CURRENT: &str = "current";
+const GENERATION: &str = ".identity-";
 
 /// Every certificate of a file, at least one.
 pub(crate) fn read_certificates(
@@ -118,6 +121,67 @@ fn done_unless_absent(result: io::Result<()>) -> io::Result<bool> {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// Puts several files into `dir` at once: they are written into a directory of their own, and a link that all of them are
+/// reached through is turned to it in one step.
+pub(crate) fn replace_all(dir: &Path, files: &[(&str, u32, &str)]) -> Result<(), IdentityError> {
+    create_secret_directory(dir)?;
+    let fresh = tempfile::Builder::new()
+        .prefix(GENERATION)
+        .permissions(Permissions::from_mode(0o700))
+        .tempdir_in(dir)
+        .map_err(failed("create a directory in", dir))?;
+    for (name, mode, contents) in files {
+        replace_durably(&fresh.path().join(name), *mode, contents.as_bytes())?;
+    }
+    let current = dir.join(CURRENT);
+    let before = fs::read_link(&current).ok();
+    let fresh = fresh.keep();
+    link(Path::new(fresh.file_name().unwrap_or_default()), &current)?;
+    for (name, ..) in files {
+        link(&Path::new(CURRENT).join(name), &dir.join(name))?;
+    }
+    // What nobody can reach any more; a leftover hurts nobody.
+    if let Some(before) = before {
+        drop(fs::remove_dir_all(dir.join(before)));
+    }
+    Ok(())
+}
+
+/// Makes `path` a link to `target`, in the place of what was there.
+fn link(target: &Path, path: &Path) -> Result<(), IdentityError> {
+    if fs::read_link(path).is_ok_and(|found| found == target) {
+        return Ok(());
+    }
+    let aside = path.with_extension("new");
+    // One that an interrupted start left.
+    drop(fs::remove_file(&aside));
+    symlink(target, &aside).map_err(failed("create", &aside))?;
+    fs::rename(&aside, path).map_err(failed("replace", path))
+}
+
+/// Blocks of PEM.
+pub(crate) fn pem<'a>(label: &str, blocks: impl Iterator<Item = &'a [u8]>) -> String {
+    let config = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
+    blocks.map(|der| pem::encode_config(&pem::Pem::new(label, der), config)).collect()
+}
+
+/// What PEM calls a key of this kind.
+pub(crate) fn key_label(key: &PrivateKeyDer<'_>) -> &'static str {
+    match key {
+        PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",
+        PrivateKeyDer::Sec1(_) => "EC PRIVATE KEY",
+        _ => "PRIVATE KEY",
+    }
+}
+
+/// Puts bytes that are no secret under the name `path` in one step, in the place of what was there.
+///
+/// # Errors
+/// The file cannot be written; what was there before is there still.
+pub fn write_file(path: &Path, contents: &[u8]) -> Result<(), IdentityError> {
+    replace_durably(path, PUBLIC, contents)
 }
 
 /// Makes a public file say `contents`, touching it only when it says something else.

@@ -12,7 +12,9 @@ mod dev;
 mod error;
 mod files;
 mod id;
+mod live;
 mod node;
+mod request;
 mod revocation;
 mod survey;
 mod tls;
@@ -22,16 +24,22 @@ pub use authority::{
     Ask, Authority, AuthorityStatus, CsrError, Redemption, Refusal, Rotated, TokenScope,
     TokenStatus, make_key, make_request,
 };
-pub use certificate::peer_id;
+pub use certificate::{CertificateSummary, peer_id};
 pub use client::{ClientNames, ClientRoots};
 pub use dev::DevCa;
 pub use error::IdentityError;
+pub use files::write_file;
 pub use id::{Role, SpiffeId};
-pub use node::NodeIdentity;
+pub use live::{Identity, Renewal, Urgency, Validity};
+pub use node::{IdentityFiles, NodeIdentity};
+pub use request::CertificateRequest;
 pub use revocation::{
     REVOCATIONS_MAX, REVOCATIONS_MAX_BYTES, RevocationError, Revocations, Revoked,
     SignedRevocations,
 };
 pub use survey::{Described, PeerFault, describe, judge_peer, observing_config, read_certificates};
-pub use tls::{ExpectedPeer, client_config, client_server_config, load_server_cert};
+pub use tls::{
+    ClientFacing, ENROL_ALPN, ExpectedPeer, ServedCertificate, client_config, client_server_config,
+    join_client_config, load_server_cert,
+};
 pub use token::{NamePattern, Token, TokenError};

@@ -3,7 +3,12 @@
 //! Everything that would make peers refuse the node is found here, when the identity is loaded, instead of at the first
 //! handshake.
 
-use std::{fmt, path::Path, time::SystemTime};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
 
 use base::clock;
 use rustls::{
@@ -13,21 +18,22 @@ use rustls::{
 };
 
 use crate::{
-    IdentityError, Role, SpiffeId,
+    CertificateSummary, IdentityError, Role, SpiffeId,
     certificate::{Life, Side, life, peer_id, unix_time, verify_chain},
     files, tls,
 };
 
-const REMEDY: &str =
-    "check the path, or make an identity for development with `isobar ca dev --dir DIR`";
+const REMEDY: &str = "join a mesh with `isobar join --token TOKEN`, check the path, or start with --dev-ca for development";
 
-/// What a node shows its peers and what it demands of them; [`Self::peer_server_config`] and
-/// [`Self::peer_client_config`] put it to use.
+/// What a node shows its peers and what it demands of them, at one moment; [`crate::Identity`] puts it to use.
+#[derive(Clone)]
 pub struct NodeIdentity {
     pub(crate) id: SpiffeId,
-    pub(crate) chain: Vec<CertificateDer<'static>>,
-    pub(crate) key: PrivateKeyDer<'static>,
-    pub(crate) roots: RootCertStore,
+    pub(crate) certified: Arc<CertifiedKey>,
+    pub(crate) roots: Arc<RootCertStore>,
+    pub(crate) key: Arc<PrivateKeyDer<'static>>,
+    trusted: Vec<CertificateDer<'static>>,
+    summary: CertificateSummary,
 }
 
 /// Where an identity's parts are; errors point there.
@@ -60,12 +66,64 @@ impl NodeIdentity {
         key: PrivateKeyDer<'static>,
         now: SystemTime,
     ) -> Result<Self, IdentityError> {
-        check_key(paths, &chain, &key)?;
+        let certified = check_key(paths, &chain, &key)?;
         check_life(paths.cert, &chain, now)?;
-        let roots = root_store(paths.ca, roots)?;
-        check_chain(paths, &chain, &roots, now)?;
+        let store = root_store(paths.ca, roots)?;
+        check_chain(paths, &chain, &store, now)?;
         let id = node_id(paths.cert, &chain)?;
-        Ok(Self { id, chain, key, roots })
+        Ok(Self {
+            id,
+            summary: CertificateSummary::of(certified.end_entity_cert()?)?,
+            certified: Arc::new(certified),
+            roots: Arc::new(store),
+            key: Arc::new(key),
+            trusted: roots.to_vec(),
+        })
+    }
+
+    /// An identity as an authority handed it out: the chain for `key`, own certificate first, and the roots to believe. `dir`
+    /// is where [`Self::store`] will put it; errors point there.
+    ///
+    /// # Errors
+    /// Peers would not believe it.
+    pub fn issued(
+        dir: &Path,
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+        roots: &[CertificateDer<'static>],
+        now: SystemTime,
+    ) -> Result<Self, IdentityError> {
+        let at = IdentityFiles::in_dir(dir);
+        Self::new(at.paths(), roots, chain, key, now)
+    }
+
+    /// Puts the identity into `dir` as `ca.pem`, `cert.pem` and `key.pem`, all at once: nobody ever sees a certificate
+    /// beside another's key.
+    ///
+    /// # Errors
+    /// The directory cannot be written; what was there before is there still.
+    pub fn store(&self, dir: &Path) -> Result<(), IdentityError> {
+        let chain = files::pem("CERTIFICATE", self.certified.cert.iter().map(AsRef::as_ref));
+        let roots = files::pem("CERTIFICATE", self.trusted.iter().map(AsRef::as_ref));
+        let key = files::pem(files::key_label(&self.key), [self.key.secret_der()].into_iter());
+        files::replace_all(
+            dir,
+            &[
+                (IdentityFiles::CA, files::PUBLIC, &roots),
+                (IdentityFiles::CERT, files::PUBLIC, &chain),
+                (IdentityFiles::KEY, files::SECRET, &key),
+            ],
+        )
+    }
+
+    /// Puts the roots alone into `dir` as `ca.pem`, for clients: somebody else keeps the rest.
+    ///
+    /// # Errors
+    /// The directory cannot be written.
+    pub fn store_roots(&self, dir: &Path) -> Result<(), IdentityError> {
+        files::create_secret_directory(dir)?;
+        let roots = files::pem("CERTIFICATE", self.trusted.iter().map(AsRef::as_ref));
+        files::write_file(&dir.join(IdentityFiles::CA), roots.as_bytes())
     }
 
     /// Who the node is.
@@ -74,11 +132,80 @@ impl NodeIdentity {
         &self.id
     }
 
-    /// The node's certificate and key for a port whose clients know it by host name: a development certificate is also
-    /// valid for `localhost`, the node's name and loopback addresses. Feed it to [`crate::client_server_config`].
+    /// The node's certificate and key for a port whose clients know it by host name: it is also valid for `localhost`, the
+    /// node's name and loopback addresses. Feed it to [`crate::client_server_config`].
     #[must_use]
     pub fn server_cert(&self) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
-        (self.chain.clone(), self.key.clone_key())
+        (self.certified.cert.clone(), self.key.clone_key())
+    }
+
+    /// The certificate: its number and its life.
+    #[must_use]
+    pub fn certificate(&self) -> &CertificateSummary {
+        &self.summary
+    }
+
+    /// Whether both show the same certificates and believe the same roots.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.certified.cert == other.certified.cert && self.trusted == other.trusted
+    }
+
+    /// The roots it believes, ready to judge by.
+    #[must_use]
+    pub fn roots(&self) -> &RootCertStore {
+        &self.roots
+    }
+
+    /// The roots it believes, as certificates.
+    #[must_use]
+    pub fn trusted(&self) -> &[CertificateDer<'static>] {
+        &self.trusted
+    }
+}
+
+#[cfg(test)]
+impl NodeIdentity {
+    /// The same node showing other certificates, which nobody has judged.
+    pub(crate) fn showing(self, chain: Vec<CertificateDer<'static>>) -> Self {
+        let key = self.key.clone_key();
+        let certified = CertifiedKey::from_der(chain, key, &tls::provider()).unwrap();
+        Self { certified: Arc::new(certified), ..self }
+    }
+}
+
+/// Where the three files of an identity are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IdentityFiles {
+    /// The roots to believe.
+    pub ca: PathBuf,
+    /// The node's certificate and its intermediates.
+    pub cert: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+}
+
+impl IdentityFiles {
+    const CA: &str = "ca.pem";
+    const CERT: &str = "cert.pem";
+    const KEY: &str = "key.pem";
+
+    /// Under their usual names in a directory.
+    #[must_use]
+    pub fn in_dir(dir: &Path) -> Self {
+        Self { ca: dir.join(Self::CA), cert: dir.join(Self::CERT), key: dir.join(Self::KEY) }
+    }
+
+    /// Reads the identity: see [`NodeIdentity::load`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load(&self) -> Result<NodeIdentity, IdentityError> {
+        NodeIdentity::load(&self.ca, &self.cert, &self.key)
+    }
+
+    fn paths(&self) -> Paths<'_> {
+        Paths { ca: &self.ca, cert: &self.cert, key: &self.key }
     }
 }
 
@@ -93,9 +220,9 @@ pub(crate) fn check_key(
     paths: Paths<'_>,
     chain: &[CertificateDer<'static>],
     key: &PrivateKeyDer<'static>,
-) -> Result<(), IdentityError> {
+) -> Result<CertifiedKey, IdentityError> {
     match CertifiedKey::from_der(chain.to_vec(), key.clone_key(), &tls::provider()) {
-        Ok(_) => Ok(()),
+        Ok(certified) => Ok(certified),
         Err(TlsError::InconsistentKeys(InconsistentKeys::KeyMismatch)) => {
             Err(IdentityError::KeyMismatch { cert: paths.cert.into(), key: paths.key.into() })
         }
@@ -233,7 +360,7 @@ mod tests {
         fs::set_permissions(world.path("empty"), PermissionsExt::from_mode(0o600)).unwrap();
         for (ca, cert, key, file, says) in [
             ("none", CERT, KEY, "none", "does not exist"),
-            ("ca.pem", "none", KEY, "none", "isobar ca dev"),
+            ("ca.pem", "none", KEY, "none", "isobar join"),
             ("ca.pem", CERT, "none", "none", "does not exist"),
             ("empty", CERT, KEY, "empty", "no readable PEM certificate"),
             ("ca.pem", "empty", KEY, "empty", "no readable PEM certificate"),

@@ -7,24 +7,27 @@
 use std::{fmt, path::Path, sync::Arc};
 
 use base::{NodeName, RegionName, TrustDomain};
+use parking_lot::RwLock;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error as TlsError,
     OtherError, RootCertStore, ServerConfig, SignatureScheme, SupportedProtocolVersion,
     client::{
-        Resumption,
+        ResolvesClientCert, Resumption,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
     crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature},
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime},
     server::{
-        NoServerSessionStorage, WebPkiClientVerifier,
+        ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier,
         danger::{ClientCertVerified, ClientCertVerifier},
     },
+    sign::CertifiedKey,
     version::TLS13,
 };
 
 use crate::{
-    ClientRoots, IdentityError, NodeIdentity, Role, SpiffeId,
+    CertificateSummary, ClientRoots, Identity, IdentityError, Role, SpiffeId,
+    authority::fingerprint,
     certificate::{Side, peer_id, verify_chain},
     files,
     node::{Paths, check_key, root_store},
@@ -44,16 +47,45 @@ pub struct ExpectedPeer {
     pub name: NodeName,
 }
 
-impl NodeIdentity {
+/// The protocol of enrolment, which whoever has no certificate yet may speak to an authority.
+pub const ENROL_ALPN: &[u8] = b"isobar-enrol/1";
+
+impl Identity {
     /// For the port of peers: lets in whoever proves to be a node of our mesh, in any region.
     ///
     /// # Errors
-    /// The TLS library refuses our key or certificate.
+    /// The TLS library refuses the protocol versions.
     pub fn peer_server_config(&self, alpn: &[&[u8]]) -> Result<ServerConfig, IdentityError> {
+        self.server_config(true, Shown::Own(self.clone()), alpn)
+    }
+
+    /// For the gossip port of an authority: as [`Self::peer_server_config`], and whoever shows no certificate is let in
+    /// too. A handshake that offers [`ENROL_ALPN`] alone is shown `authority`, every other this node's certificate.
+    ///
+    /// Whoever accepts connections must refuse those without a certificate that speak anything else.
+    ///
+    /// # Errors
+    /// The TLS library refuses the protocol versions.
+    pub fn authority_server_config(
+        &self,
+        authority: &ServedCertificate,
+        alpn: &[&[u8]],
+    ) -> Result<ServerConfig, IdentityError> {
+        self.server_config(false, Shown::Either(self.clone(), authority.clone()), alpn)
+    }
+
+    fn server_config(
+        &self,
+        must_authenticate: bool,
+        shown: Shown,
+        alpn: &[&[u8]],
+    ) -> Result<ServerConfig, IdentityError> {
+        let verifier =
+            PeerVerifier { must_authenticate, ..PeerVerifier::new(self, Role::Node, None) };
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(VERSIONS)?
-            .with_client_cert_verifier(Arc::new(PeerVerifier::new(self, None)))
-            .with_single_cert(self.chain.clone(), self.key.clone_key())?;
+            .with_client_cert_verifier(Arc::new(verifier))
+            .with_cert_resolver(Arc::new(shown));
         config.alpn_protocols = owned(alpn);
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
@@ -64,17 +96,34 @@ impl NodeIdentity {
     /// to the connection plays no part.
     ///
     /// # Errors
-    /// The TLS library refuses our key or certificate.
+    /// The TLS library refuses the protocol versions.
     pub fn peer_client_config(
         &self,
         alpn: &[&[u8]],
         expect: ExpectedPeer,
     ) -> Result<ClientConfig, IdentityError> {
+        self.client_config(alpn, Role::Node, Some(expect))
+    }
+
+    /// For asking an authority, whichever answers, to renew our certificate.
+    ///
+    /// # Errors
+    /// The TLS library refuses the protocol versions.
+    pub fn renewal_client_config(&self) -> Result<ClientConfig, IdentityError> {
+        self.client_config(&[ENROL_ALPN], Role::Authority, None)
+    }
+
+    fn client_config(
+        &self,
+        alpn: &[&[u8]],
+        role: Role,
+        expect: Option<ExpectedPeer>,
+    ) -> Result<ClientConfig, IdentityError> {
         let mut config = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(VERSIONS)?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(PeerVerifier::new(self, Some(expect))))
-            .with_client_auth_cert(self.chain.clone(), self.key.clone_key())?;
+            .with_custom_certificate_verifier(Arc::new(PeerVerifier::new(self, role, expect)))
+            .with_client_cert_resolver(Arc::new(ShownToServers(self.clone())));
         config.alpn_protocols = owned(alpn);
         config.resumption = Resumption::disabled();
         config.enable_sni = false;
@@ -82,17 +131,134 @@ impl NodeIdentity {
     }
 }
 
+/// A certificate and its key that are shown from now on until there is a newer one. Clones are the same.
+#[derive(Clone, Debug)]
+pub struct ServedCertificate(Arc<RwLock<Arc<CertifiedKey>>>);
+
+impl ServedCertificate {
+    /// Begins with a certificate, its chain up to the root, and its key.
+    ///
+    /// # Errors
+    /// The key is not that of the certificate.
+    pub fn new(
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+    ) -> Result<Self, IdentityError> {
+        let certified = CertifiedKey::from_der(chain, key, &provider())?;
+        Ok(Self(Arc::new(RwLock::new(Arc::new(certified)))))
+    }
+
+    /// Takes a newer one.
+    ///
+    /// # Errors
+    /// As [`Self::new`]; nothing has changed.
+    pub fn replace(
+        &self,
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+    ) -> Result<(), IdentityError> {
+        let certified = CertifiedKey::from_der(chain, key, &provider())?;
+        *self.0.write() = Arc::new(certified);
+        Ok(())
+    }
+
+    /// Takes another one, if it is another; says whether it is.
+    ///
+    /// # Errors
+    /// As [`Self::new`]; nothing has changed.
+    pub fn replace_if_other(
+        &self,
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+    ) -> Result<bool, IdentityError> {
+        if self.0.read().cert == chain {
+            return Ok(false);
+        }
+        self.replace(chain, key).map(|()| true)
+    }
+}
+
+/// What is shown to the other end, as it is at the moment of the handshake.
+#[derive(Debug)]
+enum Shown {
+    Own(Identity),
+    Either(Identity, ServedCertificate),
+    Served(ServedCertificate),
+}
+
+impl ResolvesServerCert for Shown {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let enrols = || hello.alpn().is_some_and(|mut offered| offered.all(|p| p == ENROL_ALPN));
+        match self {
+            Self::Either(_, authority) if enrols() => Some(authority.0.read().clone()),
+            Self::Served(served) => Some(served.0.read().clone()),
+            Self::Own(identity) | Self::Either(identity, _) => Some(identity.show()),
+        }
+    }
+}
+
+/// A node has one certificate to show, whoever asks.
+#[derive(Debug)]
+struct ShownToServers(Identity);
+
+impl ResolvesClientCert for ShownToServers {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.current().certified.clone())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+/// What clients are shown.
+#[derive(Clone, Debug)]
+pub enum ClientFacing {
+    /// The node's certificate of the mesh, whichever it is at the moment.
+    Mesh(Identity),
+    /// A certificate of its own, for a public name.
+    Own(ServedCertificate),
+}
+
+/// For joining a mesh: believes an authority of `trust_domain` whose chain ends in the root with this SHA-256 fingerprint,
+/// which it must send along. Shows no certificate: there is none yet.
+///
+/// # Errors
+/// The TLS library refuses the protocol versions.
+pub fn join_client_config(
+    trust_domain: &TrustDomain,
+    root_fingerprint: [u8; 32],
+) -> Result<ClientConfig, IdentityError> {
+    let verifier = PinnedVerifier {
+        trust_domain: trust_domain.clone(),
+        root_fingerprint,
+        provider: provider(),
+    };
+    let mut config = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(VERSIONS)?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_no_client_auth();
+    config.alpn_protocols = owned(&[ENROL_ALPN]);
+    config.resumption = Resumption::disabled();
+    config.enable_sni = false;
+    Ok(config)
+}
+
 /// For the port of clients: shows a certificate. Asks for none, and sessions may be resumed; or, with `clients`, takes a good
 /// one from who has it, and no session is resumed: that would skip the check. Early data is off.
 ///
 /// # Errors
-/// The key is not that of the first certificate, or the TLS library cannot use it.
+/// The TLS library cannot make tickets, or use the roots of the clients.
 pub fn client_server_config(
-    certificates: Vec<CertificateDer<'static>>,
-    key: PrivateKeyDer<'static>,
+    shown: &ClientFacing,
     alpn: &[&[u8]],
     clients: Option<ClientRoots>,
 ) -> Result<ServerConfig, IdentityError> {
+    let resolver = Arc::new(match shown {
+        ClientFacing::Mesh(identity) => Shown::Own(identity.clone()),
+        ClientFacing::Own(served) => Shown::Served(served.clone()),
+    });
     let builder =
         ServerConfig::builder_with_provider(provider()).with_protocol_versions(VERSIONS)?;
     let mut config = if let Some(ClientRoots(roots)) = clients {
@@ -100,13 +266,12 @@ pub fn client_server_config(
             .allow_unauthenticated()
             .build()
             .map_err(|error| TlsError::General(error.to_string()))?;
-        let mut config =
-            builder.with_client_cert_verifier(verifier).with_single_cert(certificates, key)?;
+        let mut config = builder.with_client_cert_verifier(verifier).with_cert_resolver(resolver);
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         config
     } else {
-        let mut config = builder.with_no_client_auth().with_single_cert(certificates, key)?;
+        let mut config = builder.with_no_client_auth().with_cert_resolver(resolver);
         config.ticketer = aws_lc_rs::Ticketer::new()?;
         config
     };
@@ -177,32 +342,27 @@ fn owned(alpn: &[&[u8]]) -> Vec<Vec<u8>> {
     alpn.iter().map(|protocol| protocol.to_vec()).collect()
 }
 
-/// Decides whether a certificate is a peer's.
+/// Decides whether a certificate is that of a member of the mesh.
 #[derive(Debug)]
 struct PeerVerifier {
-    roots: RootCertStore,
-    subjects: Vec<DistinguishedName>,
-    trust_domain: TrustDomain,
-    /// `None`: any node of the mesh.
+    ours: Identity,
+    role: Role,
+    /// `None`: any of the role.
     expected: Option<SpiffeId>,
+    /// Whether whoever shows none is turned away.
+    must_authenticate: bool,
     provider: Arc<CryptoProvider>,
 }
 
 impl PeerVerifier {
-    fn new(ours: &NodeIdentity, expect: Option<ExpectedPeer>) -> Self {
-        let trust_domain = ours.id.trust_domain.clone();
-        Self {
-            roots: ours.roots.clone(),
-            subjects: ours.roots.subjects(),
-            expected: expect.map(|ExpectedPeer { region, name }| SpiffeId {
-                trust_domain: trust_domain.clone(),
-                role: Role::Node,
-                region,
-                name,
-            }),
-            trust_domain,
-            provider: provider(),
-        }
+    fn new(ours: &Identity, role: Role, expect: Option<ExpectedPeer>) -> Self {
+        let expected = expect.map(|ExpectedPeer { region, name }| SpiffeId {
+            trust_domain: ours.id().trust_domain.clone(),
+            role,
+            region,
+            name,
+        });
+        Self { ours: ours.clone(), role, expected, must_authenticate: true, provider: provider() }
     }
 
     fn verify(
@@ -213,19 +373,15 @@ impl PeerVerifier {
         now: UnixTime,
     ) -> Result<(), TlsError> {
         let algorithms = &self.provider.signature_verification_algorithms;
-        verify_chain(leaf, intermediates, &self.roots, algorithms, side, now)
+        verify_chain(leaf, intermediates, &self.ours.roots(), algorithms, side, now)
             .map_err(chain_error)?;
         self.verify_id(leaf).map_err(|e| refusal(Arc::new(Refusal(e))))
     }
 
     fn verify_id(&self, leaf: &CertificateDer<'_>) -> Result<(), IdentityError> {
         let found = peer_id(std::slice::from_ref(leaf))?;
-        if found.trust_domain != self.trust_domain {
-            return Err(IdentityError::ForeignPeer { found, ours: self.trust_domain.clone() });
-        }
-        if found.role != Role::Node {
-            return Err(IdentityError::NotANode(found));
-        }
+        let issued = CertificateSummary::of(leaf)?.from;
+        let found = self.ours.judge(found, issued, self.role)?;
         match &self.expected {
             Some(expected) if *expected != found => {
                 Err(IdentityError::WrongPeer { expected: expected.clone(), found })
@@ -251,7 +407,12 @@ impl PeerVerifier {
 
 impl ClientCertVerifier for PeerVerifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &self.subjects
+        // Nodes have one certificate each and need no hint which to show; roots come and go.
+        &[]
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        self.must_authenticate
     }
 
     fn verify_client_cert(
@@ -323,6 +484,80 @@ impl ServerCertVerifier for PeerVerifier {
     }
 }
 
+/// Believes an authority under one root that is known by its fingerprint.
+#[derive(Debug)]
+struct PinnedVerifier {
+    trust_domain: TrustDomain,
+    root_fingerprint: [u8; 32],
+    provider: Arc<CryptoProvider>,
+}
+
+impl PinnedVerifier {
+    /// The root the other end sent along, if it is the one.
+    fn root(&self, sent: &[CertificateDer<'_>]) -> Result<RootCertStore, IdentityError> {
+        let root = sent.iter().find(|sent| fingerprint(sent) == self.root_fingerprint);
+        let root = root.ok_or_else(|| IdentityError::OtherRoot {
+            wanted: self.root_fingerprint.iter().take(8).map(|b| format!("{b:02x}")).collect(),
+        })?;
+        let mut roots = RootCertStore::empty();
+        roots.add(root.clone().into_owned())?;
+        Ok(roots)
+    }
+
+    fn verify_id(&self, leaf: &CertificateDer<'_>) -> Result<(), IdentityError> {
+        let found = peer_id(std::slice::from_ref(leaf))?;
+        if found.trust_domain != self.trust_domain {
+            return Err(IdentityError::ForeignPeer { found, ours: self.trust_domain.clone() });
+        }
+        match found.role {
+            Role::Authority => Ok(()),
+            _ => Err(IdentityError::OtherRole { found, wanted: Role::Authority }),
+        }
+    }
+}
+
+impl ServerCertVerifier for PinnedVerifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, TlsError> {
+        let refused = |e| refusal(Arc::new(Refusal(e)));
+        let roots = self.root(intermediates).map_err(refused)?;
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_chain(leaf, intermediates, &roots, algorithms, Side::Server, now)
+            .map_err(chain_error)?;
+        self.verify_id(leaf).map_err(refused)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        Err(too_old())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, leaf, signed, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
 /// The version is not offered, so this is never reached; it fails closed all the same.
 fn too_old() -> TlsError {
     TlsError::General("peers speak TLS 1.3 only".into())
@@ -386,6 +621,7 @@ mod tests {
 
     use super::*;
     use crate::{ClientNames, DevCa};
+    use crate::{DevCa, NodeIdentity};
 
     const ALPN: &[&[u8]] = &[b"h3"];
     const DAY: Duration = Duration::from_secs(86_400);
@@ -404,37 +640,40 @@ mod tests {
             Self { dir, ca }
         }
 
-        fn node(&self, name: &str) -> NodeIdentity {
+        fn own(&self, name: &str) -> NodeIdentity {
             self.ca
                 .node(&"eu".parse().unwrap(), &name.parse().unwrap(), &[], clock::wall())
                 .unwrap()
         }
 
+        fn node(&self, name: &str) -> Identity {
+            Identity::new(self.own(name))
+        }
+
         /// Node x with another certificate of the same CA; what no honest issuer would hand out, too.
-        fn impostor(&self, id: &str) -> NodeIdentity {
-            let mut identity = self.node("x");
-            let id = id.parse().unwrap();
-            let certificate = self.ca.issue(&id, &identity.key, &[], clock::wall()).unwrap();
-            identity.chain = vec![certificate.into()];
-            identity
+        fn impostor(&self, id: &str) -> Identity {
+            let identity = self.own("x");
+            let (_, key) = identity.server_cert();
+            let certificate =
+                self.ca.issue(&id.parse().unwrap(), &key, &[], clock::wall()).unwrap();
+            Identity::new(identity.showing(vec![certificate.into()]))
         }
     }
 
     /// Node b by its own account only.
-    fn self_signed(mesh: &Mesh) -> NodeIdentity {
+    fn self_signed(mesh: &Mesh) -> Identity {
         let mut params = CertificateParams::new([]).unwrap();
         let id = "spiffe://mesh.test/node/eu/b";
         params.subject_alt_names.push(SanType::URI(id.try_into().unwrap()));
-        let mut identity = mesh.node("b");
-        let key = KeyPair::try_from(&identity.key).unwrap();
-        identity.chain = vec![params.self_signed(&key).unwrap().into()];
-        identity
+        let identity = mesh.own("b");
+        let key = KeyPair::try_from(&identity.server_cert().1).unwrap();
+        Identity::new(identity.showing(vec![params.self_signed(&key).unwrap().into()]))
     }
 
     /// A stranger that would talk to the nodes of `mesh`.
-    fn believing(mesh: &Mesh, mut stranger: NodeIdentity) -> NodeIdentity {
-        stranger.roots = mesh.node("x").roots;
-        stranger
+    fn believing(mesh: &Mesh, mut stranger: NodeIdentity) -> Identity {
+        stranger.roots = mesh.own("x").roots;
+        Identity::new(stranger)
     }
 
     fn peer(name: &str) -> ExpectedPeer {
@@ -485,7 +724,7 @@ mod tests {
     }
 
     /// `a` calls the node `expect` and `b` answers.
-    fn call(a: &NodeIdentity, expect: &str, b: &NodeIdentity) -> Result<Pair, TlsError> {
+    fn call(a: &Identity, expect: &str, b: &Identity) -> Result<Pair, TlsError> {
         let client = a.peer_client_config(ALPN, peer(expect)).unwrap();
         shake(client, b.peer_server_config(ALPN).unwrap())
     }
@@ -559,7 +798,7 @@ mod tests {
             (mesh.impostor("spiffe://mesh.test/client/eu/a"), "is not a node"),
             (mesh.impostor("spiffe://mesh.test/operator/eu/a"), "is not a node"),
             (mesh.impostor("spiffe://other.test/node/eu/a"), "not of the trust domain `mesh.test`"),
-            (believing(&mesh, Mesh::new().node("a")), "UnknownIssuer"),
+            (believing(&mesh, Mesh::new().own("a")), "UnknownIssuer"),
             (self_signed(&mesh), "UnknownIssuer"),
         ] {
             let error = call(&client, "b", &b).unwrap_err().to_string();
@@ -570,7 +809,7 @@ mod tests {
     #[test]
     fn a_client_without_a_certificate_is_refused() {
         let mesh = Mesh::new();
-        let verifier = PeerVerifier::new(&mesh.node("a"), Some(peer("b")));
+        let verifier = PeerVerifier::new(&mesh.node("a"), Role::Node, Some(peer("b")));
         let mut client = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(VERSIONS)
             .unwrap()
@@ -588,8 +827,10 @@ mod tests {
         let b = mesh.node("b");
         let now = clock::wall();
         for (made, says) in [(now - 400 * DAY, "expired"), (now + 2 * DAY, "not valid yet")] {
-            let mut a = mesh.node("a");
-            a.chain = vec![mesh.ca.issue(&a.id, &a.key, &[], made).unwrap().into()];
+            let own = mesh.own("a");
+            let (_, key) = own.server_cert();
+            let a = vec![mesh.ca.issue(own.id(), &key, &[], made).unwrap().into()];
+            let a = Identity::new(own.showing(a));
             for (client, server, name) in [(&a, &b, "b"), (&b, &a, "a")] {
                 let error = call(client, name, server).unwrap_err().to_string();
                 assert!(error.contains(says), "{error}");
@@ -613,9 +854,10 @@ mod tests {
     #[test]
     fn clients_are_served_without_a_certificate_and_may_resume() {
         let mesh = Mesh::new();
-        let identity = mesh.node("b");
+        let identity = mesh.own("b");
         let (chain, key) = identity.server_cert();
-        let server = client_server_config(chain, key, &[b"h2", b"h3"], None).unwrap();
+        let shown = ClientFacing::Own(ServedCertificate::new(chain, key).unwrap());
+        let server = client_server_config(&shown, &[b"h2", b"h3"], None).unwrap();
         let mut client = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(VERSIONS)
             .unwrap()
@@ -674,8 +916,8 @@ mod tests {
     #[test]
     fn a_server_certificate_loads_with_its_own_key_only() {
         let mesh = Mesh::new();
-        mesh.node("a");
-        mesh.node("b");
+        mesh.own("a");
+        mesh.own("b");
         let path = |file: &str| mesh.dir.path().join("nodes/eu").join(file);
         fs::set_permissions(path("a/key.pem"), PermissionsExt::from_mode(0o644)).unwrap();
         let (chain, _) = load_server_cert(&path("a/cert.pem"), &path("a/key.pem")).unwrap();

@@ -3,12 +3,13 @@
 //! The comment of a field is what `isobar schema` prints and what an error shows as allowed, so that the three never
 //! differ. Every key has a default except what names an engine or a peer.
 
+mod identity;
 mod load;
 mod policy;
 mod values;
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     num::NonZeroU32,
     path::PathBuf,
     time::Duration,
@@ -19,6 +20,7 @@ use inference::Protocol;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+pub use identity::{AuthorityConfig, IdentityConfig, IdentitySource};
 pub use load::{ConfigError, Fault, Place};
 pub use policy::{
     AccessConfig, AllowConfig, CertificateName, Claim, Glob, JwksSource, JwtConfig, KeyHash,
@@ -33,6 +35,8 @@ pub use values::{
 pub const DEFAULT_TRUST_DOMAIN: &str = "mesh.internal";
 /// Engines, and listed peers, one node may have.
 const ENTRIES_MAX: usize = 1024;
+/// Seeds one node may have.
+const SEEDS_MAX: usize = 64;
 
 /// The configuration of `isobar node`.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
@@ -50,6 +54,12 @@ pub struct Config {
     /// The mesh it belongs to.
     #[serde(default)]
     pub mesh: MeshConfig,
+    /// Where the node's certificate for the mesh comes from.
+    #[serde(default)]
+    pub identity: IdentityConfig,
+    /// The authority it holds, if it does.
+    #[serde(default)]
+    pub authority: AuthorityConfig,
     /// How calls are routed.
     #[serde(default)]
     pub routing: RoutingConfig,
@@ -125,6 +135,9 @@ pub struct ListenConfig {
     /// For other nodes to say how pressed they are, QUIC over UDP with mutual TLS: an address and port such as
     /// "0.0.0.0:8445"; port 0 takes any. Default "0.0.0.0:8445".
     pub gossip: SocketAddr,
+    /// For operators, gRPC: an address and port such as "127.0.0.1:9090"; port 0 takes any. On an address that is not loopback
+    /// only a certificate of the mesh with the role operator is let in. Default "127.0.0.1:9090".
+    pub admin: SocketAddr,
     /// For clients without TLS (h2c): an address and port such as "127.0.0.1:8080"; port 0 takes any. Who may call
     /// is the same as with TLS, but keys and tokens are open to whoever listens on the way. Default: off.
     pub plaintext: Option<SocketAddr>,
@@ -154,6 +167,9 @@ pub struct MeshConfig {
     /// Trust domain of the mesh's certificates: 1 to 255 characters of a-z, 0-9, `-`, `_` and `.`. Default
     /// "mesh.internal".
     pub trust_domain: TrustDomain,
+    /// Nodes to begin with, by their `listen.gossip`: a list of hosts and ports such as ["seed.example:8445"], at most 64.
+    /// Those that hold the authority renew this node's certificate. Default: none.
+    pub seeds: Vec<HostPort>,
     /// Peers this node forwards to, one table each, at most 1,024.
     #[serde(rename = "peer")]
     pub peers: Vec<PeerConfig>,
@@ -279,16 +295,27 @@ impl Default for ListenConfig {
             clients: (Ipv4Addr::UNSPECIFIED, 8443).into(),
             peers: (Ipv4Addr::UNSPECIFIED, 8444).into(),
             gossip: (Ipv4Addr::UNSPECIFIED, 8445).into(),
+            admin: (Ipv4Addr::LOCALHOST, 9090).into(),
             plaintext: None,
             metrics: (Ipv4Addr::LOCALHOST, 9464).into(),
         }
     }
 }
 
+impl ListenConfig {
+    /// The particular addresses it listens on for others: a certificate can cover them too.
+    #[must_use]
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        let all = [self.clients.ip(), self.peers.ip(), self.gossip.ip()];
+        all.into_iter().filter(|address| !address.is_unspecified()).collect()
+    }
+}
+
 impl Default for MeshConfig {
     #[expect(clippy::expect_used, reason = "a literal, and a test reads it")]
     fn default() -> Self {
-        Self { trust_domain: DEFAULT_TRUST_DOMAIN.parse().expect("a trust domain"), peers: vec![] }
+        let trust_domain = DEFAULT_TRUST_DOMAIN.parse().expect("a trust domain");
+        Self { trust_domain, seeds: vec![], peers: vec![] }
     }
 }
 

@@ -4,7 +4,10 @@
 //! pushes its own figures to all who dialled it. Frames are those of `membership`; what they say lands on the [`Board`]
 //! that routing reads, which is what will stay when nodes find each other by themselves.
 //!
-//! A node speaks only about itself: what a link says is put down to the peer whose certificate it carries.
+//! A node speaks only about itself: what a link says is put down to the peer whose certificate it carries. The list of
+//! revocations is the exception, for it carries its authority's signature: either end hands it on when the other's is older.
+//!
+//! Whoever has no certificate yet may speak to a node that holds the authority, to get one, and to nobody else (`signer`).
 
 use std::{
     collections::HashMap,
@@ -18,18 +21,24 @@ use std::{
 use base::{Load, clock};
 use bytes::Bytes;
 use http::uri::Authority;
-use identity::{Role, SpiffeId};
+use identity::{Role, SignedRevocations, SpiffeId};
 use membership::{Frame, Hello, PROTOCOL_VERSION, Reporter, WireError, decode, encode};
 use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use tokio::{
-    sync::{Notify, watch},
+    sync::{Notify, Semaphore, watch},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 use transport::{Incoming, Link, Links};
 
-use crate::{catalog::Catalog, engines::Engine, peers::Board};
+use crate::{
+    catalog::Catalog,
+    engines::Engine,
+    peers::Board,
+    signer::{Contact, Signer},
+    trust::{Port, Trust},
+};
 
 /// Nodes that may subscribe. Further ones are turned down.
 const SUBSCRIBERS_MAX: usize = 128;
@@ -40,6 +49,8 @@ const PROVE_ABOVE: usize = 16;
 const HELLO_WITHIN: Duration = Duration::from_secs(5);
 /// A subscriber that has heard nothing for so long dials anew: the other end speaks once a second at the least.
 const SILENT_AFTER: Duration = Duration::from_millis(3_500);
+/// Strangers who may ask for a certificate at once. Further ones are turned down.
+const ENROLMENTS_MAX: usize = 32;
 /// Waits between dials, doubling.
 const REDIAL_FIRST: Duration = Duration::from_millis(100);
 const REDIAL_MAX: Duration = Duration::from_secs(2);
@@ -71,28 +82,40 @@ pub(crate) struct Gossip {
     pub(crate) voice: Voice,
     pub(crate) board: Arc<Board>,
     pub(crate) subscriptions: Vec<Subscription>,
+    pub(crate) trust: Arc<Trust>,
+    /// Who answers those who want a certificate; `None`: they are not let in.
+    pub(crate) enrolment: Option<Enrolment>,
     pub(crate) seed: u64,
+}
+
+/// The authority behind a gossip port.
+#[derive(Clone, Debug)]
+pub(crate) struct Enrolment {
+    pub(crate) signer: Arc<Signer>,
+    pub(crate) contact: Contact,
 }
 
 impl Gossip {
     /// Speaks and listens until `stop`.
     pub(crate) async fn run(self, stop: CancellationToken) {
-        let Self { links, voice, board, subscriptions, seed } = self;
-        let hello = Arc::new(Hello {
+        let Self { links, voice, board, subscriptions, trust, enrolment, seed } = self;
+        let hello = Hello {
             trust_domain: voice.own.trust_domain.clone(),
             protocol: (PROTOCOL_VERSION, PROTOCOL_VERSION),
             node: voice.own.name.clone(),
             region: voice.own.region.clone(),
             epoch: voice.epoch,
-        });
+            revocations: 0,
+        };
+        let own = Own { hello: Arc::new(hello), trust };
         let mut listening = JoinSet::new();
         for subscription in subscriptions {
             let rng = StdRng::seed_from_u64(seed ^ subscription.index as u64);
-            let (links, hello, board) = (links.clone(), hello.clone(), board.clone());
-            listening.spawn(subscribe(subscription, links, hello, board, rng));
+            let (links, own, board) = (links.clone(), own.clone(), board.clone());
+            listening.spawn(subscribe(subscription, links, own, board, rng));
         }
         tokio::select! {
-            () = speak(&links, voice, &hello) => {}
+            () = speak(&links, voice, own, enrolment) => {}
             () = stop.cancelled() => {}
         }
         listening.shutdown().await;
@@ -100,14 +123,52 @@ impl Gossip {
     }
 }
 
+/// What this end of a link says of itself and believes of the other. Cloneable.
+#[derive(Clone, Debug)]
+struct Own {
+    hello: Arc<Hello>,
+    trust: Arc<Trust>,
+}
+
+impl Own {
+    /// The first frame of a link.
+    fn hello(&self) -> Bytes {
+        let revocations = self.trust.identity().revocations().version();
+        encode(&Frame::Hello(Hello { revocations, ..(*self.hello).clone() })).into()
+    }
+
+    /// Hands our list of revocations to the other end whenever it is newer than `theirs`; ends with the link.
+    async fn hand_on(&self, link: &Link, theirs: u64) -> Result<(), transport::TransportError> {
+        let mut list = self.trust.revocations();
+        list.mark_changed();
+        let mut told = theirs;
+        while list.changed().await.is_ok() {
+            let newest = list.borrow_and_update().clone();
+            if let Some(newest) = newest.filter(|newest| newest.version() > told) {
+                told = newest.version();
+                let frame = Frame::Revocations(newest.encode().to_vec());
+                link.send_whole(encode(&frame).into()).await?;
+            }
+        }
+        std::future::pending().await
+    }
+
+    /// The other end handed a list on.
+    fn take(&self, signed: &[u8]) -> Result<(), String> {
+        let signed = SignedRevocations::decode(signed).map_err(|error| error.to_string())?;
+        self.trust.adopt(signed).map(drop).map_err(|error| error.to_string())
+    }
+}
+
 /// Serves those who dial: the figures of this node, pushed when they change and now and then.
-async fn speak(links: &Links, voice: Voice, hello: &Hello) {
+async fn speak(links: &Links, voice: Voice, own: Own, enrolment: Option<Enrolment>) {
     let (said, saying) = watch::channel(Bytes::new());
     let speaker = Arc::new(Speaker {
-        hello: encode(&Frame::Hello(hello.clone())).into(),
-        trust_domain: hello.trust_domain.clone(),
+        own,
         reporter: Mutex::new(Reporter::new(voice.epoch, voice.catalog.version())),
         audience: Audience::default(),
+        enrolment,
+        enrolling: Semaphore::new(ENROLMENTS_MAX),
         voice,
     });
     let accepting = async {
@@ -154,10 +215,11 @@ async fn speak(links: &Links, voice: Voice, hello: &Hello) {
 /// What subscribers are told.
 #[derive(Debug)]
 struct Speaker {
-    hello: Bytes,
-    trust_domain: base::TrustDomain,
+    own: Own,
     reporter: Mutex<Reporter>,
     audience: Audience,
+    enrolment: Option<Enrolment>,
+    enrolling: Semaphore,
     voice: Voice,
 }
 
@@ -233,27 +295,42 @@ impl Audience {
     }
 }
 
-/// Serves one subscriber until its link ends.
-async fn serve(incoming: Incoming, speaker: Arc<Speaker>, mut saying: watch::Receiver<Bytes>) {
+/// Serves whoever dialled: a subscriber, until its link ends, or somebody who wants a certificate.
+async fn serve(incoming: Incoming, speaker: Arc<Speaker>, saying: watch::Receiver<Bytes>) {
+    let (trust, remote) = (&speaker.own.trust, incoming.remote());
     let link = match incoming.accept().await {
         Ok(link) => link,
-        Err(error) => return tracing::debug!(%error, "a gossip handshake failed"),
+        Err(error) => return trust.turned_away(Port::Gossip, remote, &error.to_string()),
     };
-    let node = match greeted(&link, &speaker.trust_domain).await {
-        Ok((node, _)) => node,
+    if link.protocol() == identity::ENROL_ALPN {
+        return enrol(&link, &speaker).await;
+    }
+    let node = match greeted(&link, &speaker.own.hello.trust_domain).await {
+        Ok((node, hello)) => (node, hello.revocations),
         Err(why) => {
-            tracing::warn!(remote = %link.remote(), why, "a subscriber was turned down");
+            trust.turned_away(Port::Gossip, remote, &why);
             return link.close(&why);
         }
     };
-    let Some(number) = speaker.audience.join(&node, &link) else {
+    serve_subscriber(&link, &speaker, saying, node).await;
+}
+
+/// Serves one subscriber until its link ends.
+async fn serve_subscriber(
+    link: &Link,
+    speaker: &Speaker,
+    mut saying: watch::Receiver<Bytes>,
+    (node, revocations): (SpiffeId, u64),
+) {
+    let Some(number) = speaker.audience.join(&node, link) else {
         tracing::warn!(%node, "a subscriber was turned down: there are {SUBSCRIBERS_MAX} already");
         return link.close("too many subscribers");
     };
+    let lease = speaker.own.trust.lease_of(&link.certificates());
     saying.mark_unchanged();
     let speaking = async {
         let (mut told, descriptor) = speaker.descriptor();
-        for frame in [speaker.hello.clone(), descriptor, speaker.first_frame()] {
+        for frame in [speaker.own.hello(), descriptor, speaker.first_frame()] {
             link.send_whole(frame).await?;
         }
         while saying.changed().await.is_ok() {
@@ -267,21 +344,57 @@ async fn serve(incoming: Incoming, speaker: Arc<Speaker>, mut saying: watch::Rec
         }
         Ok::<_, transport::TransportError>(())
     };
-    tokio::select! {
-        spoken = speaking => {
-            if let Err(error) = spoken {
-                tracing::debug!(%error, %node, "a subscriber is gone");
-            }
-        }
-        reason = link.closed() => tracing::debug!(reason, %node, "a subscriber is gone"),
-    }
+    let why = tokio::select! {
+        Err(error) = speaking => error.to_string(),
+        Err(error) = speaker.own.hand_on(link, revocations) => error.to_string(),
+        why = hear_subscriber(link, &speaker.own) => why,
+        () = lease.over() => "a certificate has ended".to_owned(),
+        () = lease.withdrawn() => "its certificate was revoked".to_owned(),
+    };
+    tracing::debug!(why, %node, "a subscriber is gone");
     speaker.audience.leave(&node, number);
+    link.close(&why);
+}
+
+/// A subscriber has nothing to say but lists of revocations; ends when its link does, or when it says something else.
+async fn hear_subscriber(link: &Link, own: &Own) -> String {
+    loop {
+        let frame = match link.receive().await {
+            Ok(frame) => frame,
+            Err(error) => return error.to_string(),
+        };
+        match decode(&frame) {
+            Ok(Frame::Revocations(signed)) => {
+                if let Err(why) = own.take(&signed) {
+                    return why;
+                }
+            }
+            // A newer node may say more.
+            Err(WireError::Unknown) => {}
+            Ok(_) => return "a subscriber speaks out of turn".to_owned(),
+            Err(error) => return error.to_string(),
+        }
+    }
+}
+
+/// Serves somebody who wants a certificate.
+async fn enrol(link: &Link, speaker: &Speaker) {
+    let Some(Enrolment { signer, contact }) = &speaker.enrolment else {
+        return link.close("this node holds no authority");
+    };
+    let Ok(_place) = speaker.enrolling.try_acquire() else {
+        return link.close("too many enrolments at once");
+    };
+    if let Err(why) = signer.serve(link, contact).await {
+        tracing::debug!(why, remote = %link.remote(), "an enrolment came to nothing");
+    }
     link.close("done");
 }
 
 /// Who is at the other end: the hello must come first, and say what the certificate says.
 async fn greeted(link: &Link, mesh: &base::TrustDomain) -> Result<(SpiffeId, Hello), String> {
     let certificates = link.certificates();
+    // Where an authority listens, whoever has none gets so far.
     let node = identity::peer_id(&certificates).map_err(|error| error.to_string())?;
     if node.role != Role::Node || node.trust_domain != *mesh {
         return Err(format!("{node} is no node of {mesh}"));
@@ -306,7 +419,7 @@ async fn greeted(link: &Link, mesh: &base::TrustDomain) -> Result<(SpiffeId, Hel
 async fn subscribe(
     subscription: Subscription,
     links: Links,
-    hello: Arc<Hello>,
+    own: Own,
     board: Arc<Board>,
     mut rng: StdRng,
 ) {
@@ -316,7 +429,7 @@ async fn subscribe(
     loop {
         match links.dial(&subscription.address, subscription.tls.clone()).await {
             Ok(link) => {
-                let heard = listen(&link, &subscription, &hello, &board).await;
+                let heard = listen(&link, &subscription, &own, &board).await;
                 link.close("done");
                 match heard {
                     // It spoke: what ended the link is news, and the next dial comes soon.
@@ -338,12 +451,30 @@ async fn subscribe(
 async fn listen(
     link: &Link,
     subscription: &Subscription,
-    own: &Hello,
+    own: &Own,
     board: &Board,
 ) -> Result<String, String> {
-    link.send_whole(encode(&Frame::Hello(own.clone())).into()).await.map_err(|e| e.to_string())?;
-    let (_, hello) = greeted(link, &own.trust_domain).await?;
+    link.send_whole(own.hello()).await.map_err(|e| e.to_string())?;
+    let (_, hello) = greeted(link, &own.hello.trust_domain).await?;
     board.greet(subscription.index, hello.epoch);
+    let lease = own.trust.lease_of(&link.certificates());
+    tokio::select! {
+        heard = hear(link, subscription, &hello, own, board) => heard,
+        Err(error) = own.hand_on(link, hello.revocations) => Ok(error.to_string()),
+        // Another link takes its place before the certificates end.
+        () = lease.old() => Ok("it is time for a newer certificate".to_owned()),
+        () = lease.withdrawn() => Err("its certificate was revoked".to_owned()),
+    }
+}
+
+/// Takes in what a peer says of itself.
+async fn hear(
+    link: &Link,
+    subscription: &Subscription,
+    hello: &Hello,
+    own: &Own,
+    board: &Board,
+) -> Result<String, String> {
     let mut heard = false;
     loop {
         let frame = match tokio::time::timeout(SILENT_AFTER, link.receive()).await {
@@ -361,6 +492,7 @@ async fn listen(
                 board.frame(subscription.index, &load, link.rtt());
                 heard = true;
             }
+            Ok(Frame::Revocations(signed)) => own.take(&signed)?,
             Ok(Frame::Load(_)) => return Err("a load frame of another epoch".to_owned()),
             Ok(Frame::Hello(_)) => return Err("a second hello".to_owned()),
             // A newer node may say more.
@@ -372,7 +504,7 @@ async fn listen(
 
 #[cfg(test)]
 mod tests {
-    use identity::{DevCa, ExpectedPeer, NodeIdentity};
+    use identity::{DevCa, ExpectedPeer, Identity};
     use membership::{Descriptor, LoadFrame, Presence};
     use transport::QuicKeys;
 
@@ -389,14 +521,16 @@ mod tests {
             Self(tempfile::tempdir().unwrap())
         }
 
-        fn identity(&self, name: &str) -> NodeIdentity {
+        fn identity(&self, name: &str) -> Identity {
             let (mesh, now) = ("mesh.test".parse().unwrap(), clock::wall());
             let ca = DevCa::open_or_create(self.0.path(), &mesh, now).unwrap();
-            ca.node(&"eu".parse().unwrap(), &name.parse().unwrap(), &[], now).unwrap()
+            Identity::new(
+                ca.node(&"eu".parse().unwrap(), &name.parse().unwrap(), &[], now).unwrap(),
+            )
         }
     }
 
-    fn links(identity: &NodeIdentity) -> Links {
+    fn links(identity: &Identity) -> Links {
         let tls = identity.peer_server_config(&[]).unwrap();
         Links::bind("127.0.0.1:0".parse().unwrap(), tls, &QuicKeys::random()).unwrap()
     }
@@ -408,6 +542,7 @@ mod tests {
             node: node.parse().unwrap(),
             region: "eu".parse().unwrap(),
             epoch,
+            revocations: 0,
         }
     }
 
@@ -449,7 +584,9 @@ mod tests {
         };
         let listening = async {
             let link = a_links.dial(&subscription.address, subscription.tls.clone()).await.unwrap();
-            let heard = listen(&link, &subscription, &hello("a", 1), &board).await;
+            let trust = Arc::new(Trust::new(a.clone(), None));
+            let own = Own { hello: Arc::new(hello("a", 1)), trust };
+            let heard = listen(&link, &subscription, &own, &board).await;
             link.close("done");
             heard
         };

@@ -1,5 +1,7 @@
 //! What a node counts, as OpenMetrics. Labels come from closed sets and configured names only.
 
+mod security;
+
 use std::{
     fmt,
     sync::{
@@ -20,6 +22,8 @@ use prometheus_client::{
 use telemetry::Latency;
 use tonic::Code;
 use transport::grpc;
+
+pub(crate) use security::Security;
 
 use crate::{engines::Engine, peers::Board, record::AccessLog};
 
@@ -161,6 +165,11 @@ impl Metrics {
         registry.register_collector(Box::new(Latencies(books.clone())));
         registry.register_collector(Box::new(State { engines, board, log }));
         Self { registry: Arc::new(Mutex::new(registry)), books }
+    }
+
+    /// Also says what identity is like.
+    pub(crate) fn watch(&self, security: Security) {
+        self.registry.lock().register_collector(Box::new(security));
     }
 
     /// A call began.

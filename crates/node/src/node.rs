@@ -6,6 +6,7 @@
 use std::{
     io,
     net::SocketAddr,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -15,16 +16,18 @@ use std::{
 
 use balance::RetryBudget;
 use base::{NodeName, RegionName, clock};
-use http::HeaderValue;
-use identity::{ClientRoots, ExpectedPeer, IdentityError, NodeIdentity};
+use http::{HeaderValue, uri::Authority};
+use identity::{ClientFacing, ClientRoots, ExpectedPeer, Identity, IdentityError};
 use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio::{sync::mpsc, task::JoinSet};
+use tokio::{
+    sync::{Notify, mpsc},
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 use transport::{
-    Dialer, Limits, Links, Listener, PeerTls, Pool, Port, QuicKeys, Server, ServerTls, Target,
-    Worker, Workers, grpc::Overdue,
+    Dialer, LINK_ALPN, Limits, Links, Listener, PeerTls, Pool, Port, QuicKeys, Server, ServerTls,
+    Target, Worker, Workers, grpc::Overdue,
 };
 
 use crate::{
@@ -33,22 +36,25 @@ use crate::{
     buffers::Buffers,
     catalog::{Catalog, Scope},
     checks, collect,
-    config::{Config, MethodPattern, PeerConfig},
+    config::{Config, HostPort, IdentityConfig, IdentitySource, MethodPattern, PeerConfig},
     egress::{self, Egress},
     engines::{Engine, Engines},
-    gossip::{Gossip, Subscription, Voice},
+    gossip::{Enrolment, Gossip, Subscription, Voice},
     health::Health,
     hop::Pseudonym,
     ingress::{self, Ingress},
-    metrics::Metrics,
+    metrics::{Metrics, Security},
     orca::NodeReport,
     peers::{Board, PeerName, Peers},
     probes::Probes,
     record::{AccessLog, LogWriter},
     reflection::Reflection,
     refusal::Who,
+    renewal::{self, Renewals, Renewer, Source},
     router::Router,
     services::Services,
+    signer::{Contact, Signer},
+    trust::{self, Gate, Trust},
 };
 
 /// How many workers a node runs. One, until the sockets of a port carry a filter that sends each QUIC packet to the worker
@@ -61,6 +67,10 @@ const HEARD_WITHIN: Duration = Duration::from_millis(300);
 const GOOD_BYE: Duration = Duration::from_secs(2);
 /// The number under which the control side dials: no worker has it.
 const CHECKING: u8 = 0xfe;
+/// What makes the renewal's own random numbers.
+const RENEWING: u64 = 0x7265_6e65_7761_6c00;
+/// Where a node keeps the list of revocations, beside its identity.
+const REVOCATIONS: &str = "revocations.pb";
 
 /// Why a node cannot start. Nothing is left running.
 #[derive(Debug, thiserror::Error)]
@@ -91,10 +101,23 @@ pub enum NodeError {
 /// The certificate of the ports for clients.
 #[derive(Debug)]
 pub struct ClientCertificate {
-    /// The certificate and what leads to its root, leaf first.
-    pub chain: Vec<CertificateDer<'static>>,
-    /// Its key.
-    pub key: PrivateKeyDer<'static>,
+    /// What is shown.
+    pub shown: ClientFacing,
+    /// Files of the certificate and its key, which are watched; `None`: the node's certificate of the mesh.
+    pub files: Option<(PathBuf, PathBuf)>,
+}
+
+/// Who a node is, and what it shows.
+#[derive(Debug)]
+pub struct Credentials {
+    /// Towards the mesh.
+    pub identity: Identity,
+    /// Towards clients.
+    pub certificate: ClientCertificate,
+    /// The authority it holds.
+    pub signer: Option<Signer>,
+    /// Whether nobody renews the identity: a development CA's is good for a year.
+    pub is_fixed: bool,
 }
 
 /// The addresses a node really listens on.
@@ -143,12 +166,12 @@ impl Node {
     ///
     /// # Errors
     /// [`NodeError`]; whatever was started is stopped again.
-    pub async fn start(
-        config: &Config,
-        identity: &NodeIdentity,
-        certificate: ClientCertificate,
-    ) -> Result<Self, NodeError> {
-        let (plan, log) = Plan::new(config, identity, certificate)?;
+    pub async fn start(config: &Config, credentials: Credentials) -> Result<Self, NodeError> {
+        let Credentials { identity, certificate, signer, is_fixed } = credentials;
+        let signer = signer.map(Arc::new);
+        let kept = IdentityConfig::dir(&config.node.state_dir).join(REVOCATIONS);
+        let trust = Arc::new(Trust::new(identity, (!is_fixed).then_some(kept)));
+        let (plan, log) = Plan::new(config, &trust, &certificate, signer.clone())?;
         let listen = &config.listen;
         let mut ports = Ports {
             clients: bind("clients", listen.clients, true)?,
@@ -159,8 +182,9 @@ impl Node {
             },
         };
         let failed = |what, address| move |source| NodeError::Listen { what, address, source };
-        let links = Links::bind(listen.gossip, identity.peer_server_config(&[])?, &plan.keys)
-            .map_err(failed("gossip", listen.gossip))?;
+        let tls = gossip_tls(trust.identity(), signer.as_deref())?;
+        let links =
+            Links::bind(listen.gossip, tls, &plan.keys).map_err(failed("gossip", listen.gossip))?;
         let metrics =
             Admin::bind(listen.metrics).await.map_err(failed("metrics", listen.metrics))?;
         let addresses = Addresses {
@@ -172,7 +196,7 @@ impl Node {
         };
 
         let draining = Arc::new(AtomicBool::new(false));
-        let gossip = gossip(config, identity, &plan, links, draining.clone())?;
+        let gossip = gossip(config, &plan, links.clone(), addresses, draining.clone())?;
         let plan = Arc::new(plan);
         let workers = start_workers(&plan, &mut ports, addresses).await?;
         let mut control = Control::new(&plan, log)?;
@@ -194,6 +218,14 @@ impl Node {
         control.tasks.spawn(admin.serve(metrics, CancellationToken::new()));
         for task in plan.access.tasks() {
             control.tasks.spawn(task);
+        }
+        if let ClientCertificate { shown: ClientFacing::Own(served), files: Some(files) } =
+            certificate
+        {
+            control.tasks.spawn(renewal::watch_client_certificate(served, files));
+        }
+        if !is_fixed {
+            control.keep_identity(&plan, config, links);
         }
         control.gossip.spawn(gossip.run(control.stop.clone()));
         ready.store(true, Ordering::Relaxed);
@@ -282,6 +314,36 @@ impl Control {
         plan.router(&self.pool, &self.pool, true, CHECKING)
     }
 
+    /// Keeps the node's certificate good, and the authority if it holds one.
+    fn keep_identity(&mut self, plan: &Plan, config: &Config, links: Links) {
+        let state_dir = &config.node.state_dir;
+        let hurry = Arc::new(Notify::new());
+        let source = match (&plan.signer, config.identity.source) {
+            (Some(signer), _) => Source::Own(signer.clone(), config.listen.addresses()),
+            (None, IdentitySource::Mesh) => Source::Authorities(authorities(config)),
+            (None, IdentitySource::Files) => Source::Files,
+            (None, IdentitySource::Spire) => Source::Spire(config.identity.socket.clone()),
+        };
+        let renewer = Renewer {
+            trust: plan.trust.clone(),
+            source,
+            links,
+            files: config.identity.files(state_dir),
+            dir: IdentityConfig::dir(state_dir),
+            books: plan.renewals.clone(),
+            hurry: hurry.clone(),
+            rng: StdRng::seed_from_u64(plan.seed ^ RENEWING),
+        };
+        self.tasks.spawn(renewer.run(self.stop.clone()));
+        if let Some(signer) = plan.signer.clone() {
+            let (trust, stop) = (plan.trust.clone(), self.stop.clone());
+            signer.publish(&trust);
+            self.tasks.spawn(async move {
+                signer.keep(&trust, || hurry.notify_one(), stop).await;
+            });
+        }
+    }
+
     async fn finish(mut self) {
         self.stop.cancel();
         // The gossip port says good-bye; the others only wait.
@@ -332,14 +394,41 @@ async fn start_workers(
     Ok(workers)
 }
 
+/// Who is let in at the gossip port.
+fn gossip_tls(
+    identity: &Identity,
+    signer: Option<&Signer>,
+) -> Result<rustls::ServerConfig, IdentityError> {
+    match signer {
+        Some(signer) => {
+            let alpn = [LINK_ALPN, identity::ENROL_ALPN];
+            identity.authority_server_config(signer.shown(), &alpn)
+        }
+        None => identity.peer_server_config(&[LINK_ALPN]),
+    }
+}
+
+/// Who may be asked to renew: what the file says, and every listed peer, for one of them may hold the authority.
+fn authorities(config: &Config) -> Vec<Authority> {
+    let peers = config.mesh.peers.iter().filter_map(|peer| peer.gossip.as_ref());
+    let mut all: Vec<Authority> = Vec::new();
+    for address in config.mesh.seeds.iter().chain(peers).map(HostPort::authority) {
+        if !all.contains(&address) {
+            all.push(address);
+        }
+    }
+    all
+}
+
 /// The gossip port, and whom to listen to.
 fn gossip(
     config: &Config,
-    identity: &NodeIdentity,
     plan: &Plan,
     links: Links,
+    addresses: Addresses,
     draining: Arc<AtomicBool>,
 ) -> Result<Gossip, NodeError> {
+    let identity = plan.trust.identity();
     let peers = config.mesh.peers.iter().enumerate();
     let subscriptions = peers
         .filter_map(|(index, peer)| Some((index, peer, peer.gossip.as_ref()?)))
@@ -357,8 +446,17 @@ fn gossip(
         engines: plan.engines.clone(),
         draining,
     };
-    let (board, seed) = (plan.board.clone(), plan.seed);
-    Ok(Gossip { links, voice, board, subscriptions, seed })
+    let enrolment = plan.signer.clone().map(|signer| Enrolment {
+        signer,
+        contact: Contact {
+            id: identity.id().clone(),
+            peers_port: addresses.peers.port(),
+            gossip_port: addresses.gossip.port(),
+            peers: config.mesh.peers.clone(),
+        },
+    });
+    let (board, trust, seed) = (plan.board.clone(), plan.trust.clone(), plan.seed);
+    Ok(Gossip { links, voice, board, subscriptions, trust, enrolment, seed })
 }
 
 fn bind(what: &'static str, address: SocketAddr, udp: bool) -> Result<Listener, NodeError> {
@@ -420,6 +518,9 @@ struct Plan {
     catalog: Arc<Catalog>,
     access: Arc<Access>,
     peers: Vec<Target>,
+    trust: Arc<Trust>,
+    signer: Option<Arc<Signer>>,
+    renewals: Arc<Renewals>,
     clients_tls: rustls::ServerConfig,
     peers_tls: rustls::ServerConfig,
     keys: QuicKeys,
@@ -431,9 +532,11 @@ impl Plan {
     #[expect(clippy::disallowed_methods, reason = "the one place where a node takes its seed")]
     fn new(
         config: &Config,
-        identity: &NodeIdentity,
-        certificate: ClientCertificate,
+        trust: &Arc<Trust>,
+        certificate: &ClientCertificate,
+        signer: Option<Arc<Signer>>,
     ) -> Result<(Self, LogWriter), NodeError> {
+        let identity = trust.identity();
         let (name, region) = (&config.node.name, &config.node.region);
         let seed = rand::rng().next_u64();
         let mut rng = StdRng::seed_from_u64(seed);
@@ -445,7 +548,9 @@ impl Plan {
             .iter()
             .map(|peer| {
                 let expect = ExpectedPeer { region: peer.region.clone(), name: peer.name.clone() };
-                let tls = PeerTls(Box::new(identity.peer_client_config(&[], expect)?));
+                let gate = Gate { trust: trust.clone(), port: trust::Port::Peers };
+                let tls = identity.peer_client_config(&[], expect)?;
+                let tls = PeerTls::leased(tls, Arc::new(gate));
                 let called = peer_name(&peer.name, &peer.region);
                 Ok(Target::peer(&called, peer.peers.authority(), tls))
             })
@@ -456,10 +561,15 @@ impl Plan {
         let (log, writer) = AccessLog::new(config.log.access.get(), seed)
             .map_err(|error| NodeError::Worker(error.to_string()))?;
         let budget = || Arc::new(Mutex::new(RetryBudget::new(clock::now())));
+        let renewals = Arc::new(Renewals::default());
+        let security =
+            Security { trust: trust.clone(), renewals: renewals.clone(), signer: signer.clone() };
+        let metrics = Metrics::new(engines.clone(), board.clone(), log.clone());
+        metrics.watch(security);
         let plan = Self {
             own: Pseudonym::new(name, region, &config.mesh.trust_domain),
             who: Who { node: name.to_string(), region: region.to_string() },
-            metrics: Metrics::new(engines.clone(), board.clone(), log.clone()),
+            metrics,
             log,
             buffers: Buffers::new(config.node.buffer_bytes.get()),
             budgets: [budget(), budget()],
@@ -470,6 +580,9 @@ impl Plan {
             peers,
             access: Arc::new(Access::load(config)?),
             clients_tls: clients_tls(config, certificate)?,
+            trust: trust.clone(),
+            signer,
+            renewals,
             peers_tls: identity.peer_server_config(&[])?,
             keys: QuicKeys::random(),
             ready: Arc::new(AtomicBool::new(false)),
@@ -553,7 +666,9 @@ impl Plan {
         let for_clients =
             Server::new(clients(), tls(&self.clients_tls), keys(), ingress.clone(), seed)
                 .with_http1();
-        let for_peers = Server::new(Limits::peers(), tls(&self.peers_tls), keys(), egress, seed);
+        let gate = Gate { trust: self.trust.clone(), port: trust::Port::Peers };
+        let for_peers = Server::new(Limits::peers(), tls(&self.peers_tls), keys(), egress, seed)
+            .with_lessor(Arc::new(gate));
         let plaintext = async {
             let Some(port) = share.plaintext else { return Ok(()) };
             let server = Server::new(clients(), ServerTls::Plaintext, keys(), ingress, seed);
@@ -592,10 +707,10 @@ impl Plan {
 /// The TLS of the port for clients.
 fn clients_tls(
     config: &Config,
-    certificate: ClientCertificate,
+    certificate: &ClientCertificate,
 ) -> Result<rustls::ServerConfig, IdentityError> {
     let clients = config.tls.client_ca.as_deref().map(ClientRoots::load).transpose()?;
-    identity::client_server_config(certificate.chain, certificate.key, &[], clients)
+    identity::client_server_config(&certificate.shown, &[], clients)
 }
 
 /// Reads the files that say who may call, as a node does when it starts.

@@ -174,7 +174,7 @@ impl Connection {
             let stream = TcpStream::connect((host, port)).await?;
             stream.set_nodelay(true)?;
             let Some(tls) = &self.whom.tls else { return self.greet(stream).await };
-            let mut config = *tls.0.clone();
+            let mut config = tls.config().clone();
             config.alpn_protocols = vec![b"h2".to_vec()];
             let name = self.whom.server_name.as_deref().unwrap_or(host).to_owned();
             let connector = tokio_rustls::TlsConnector::from(Arc::new(config));

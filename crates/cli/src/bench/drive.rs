@@ -230,7 +230,7 @@ impl<'a> Share<'a> {
             Subject::Grpc(grpc) => grpc,
             Subject::OpenAi(http) => {
                 let (uri, headers) = (http.uri.clone(), http.headers.clone());
-                let tls = *http.tls.0.clone();
+                let tls = http.tls.config().clone();
                 let client = OpenAi::new(uri, headers, tls, options.limit(), tasks);
                 return Ok(Way::OpenAi(Box::new(client), http));
             }

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use futures_util::{StreamExt as _, stream};
 use http::Request;
-use identity::ExpectedPeer;
+use identity::{ExpectedPeer, Identity};
 use node::config::PeerConfig;
 use rustls::ClientConfig;
 use tokio_util::sync::CancellationToken;
@@ -61,7 +61,7 @@ async fn ask<'a>(
     pool: &Pool,
     peer: &'a PeerConfig,
 ) -> Option<(&'a PeerConfig, SystemTime, SystemTime)> {
-    let tls = PeerTls(Box::new(tls(facts, peer)?));
+    let tls = PeerTls::new(tls(facts, peer)?);
     let target =
         Target::server(peer.name.as_str(), peer.peers.authority(), tls, Via::H2, Some("isobar"));
     let channel = pool.channel(target);
@@ -80,9 +80,8 @@ async fn ask<'a>(
 
 /// A clock that is wrong makes certificates look so; only whose they are matters here.
 fn tls(facts: &Facts, peer: &PeerConfig) -> Option<ClientConfig> {
-    let paths = &facts.paths;
     let expect = ExpectedPeer { region: peer.region.clone(), name: peer.name.clone() };
-    match identity::NodeIdentity::load(&paths.ca, &paths.cert, &paths.key) {
+    match facts.paths.load().map(Identity::new) {
         Ok(identity) => identity.peer_client_config(&[], expect).ok(),
         Err(_) => facts.tls().ok(),
     }

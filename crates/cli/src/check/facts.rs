@@ -6,20 +6,20 @@ use std::{
 };
 
 use base::clock;
-use identity::{Role, SpiffeId};
+use identity::{IdentityFiles, Role, SpiffeId};
 use node::config::Config;
 use rustls::{
     ClientConfig,
     pki_types::{CertificateDer, PrivateKeyDer},
 };
 
-use crate::setup::IdentityPaths;
+use crate::setup::identity_files;
 
 /// What the checks know from the start.
 pub(super) struct Facts {
     pub(super) config: Config,
     /// The files of the node's identity.
-    pub(super) paths: IdentityPaths,
+    pub(super) paths: IdentityFiles,
     pub(super) is_dev: bool,
     /// How long an answer is waited for.
     pub(super) timeout: Duration,
@@ -37,10 +37,7 @@ pub(super) struct Own {
 
 impl Facts {
     pub(super) fn gather(config: Config, dev_ca: Option<&Path>, timeout: Duration) -> Self {
-        let paths = match dev_ca {
-            Some(dir) => IdentityPaths::of_dev_ca(dir, &config),
-            None => IdentityPaths::of_state(&config),
-        };
+        let paths = identity_files(&config, dev_ca);
         let own = Own::read(&paths);
         Self { paths, is_dev: dev_ca.is_some(), timeout, now: clock::wall(), own, config }
     }
@@ -68,7 +65,7 @@ impl Facts {
 }
 
 impl Own {
-    fn read(paths: &IdentityPaths) -> Option<Self> {
+    fn read(paths: &IdentityFiles) -> Option<Self> {
         let (chain, key) = identity::load_server_cert(&paths.cert, &paths.key).ok()?;
         Some(Self { chain, key, roots: identity::read_certificates(&paths.ca).ok()? })
     }

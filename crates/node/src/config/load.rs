@@ -19,7 +19,7 @@ use toml::{
     de::{DeArray, DeTable, DeValue},
 };
 
-use super::{Config, ENTRIES_MAX, json_schema, policy};
+use super::{Config, ENTRIES_MAX, IdentitySource, SEEDS_MAX, json_schema, policy};
 
 /// Engines are not checked more often, nor given less time to answer.
 const HEALTH_MIN: Duration = Duration::from_millis(50);
@@ -434,6 +434,11 @@ impl Loader {
         for (key, problem) in policy::check(config) {
             self.conflict(&key, problem);
         }
+        self.check_identity(config);
+        if config.mesh.seeds.len() > SEEDS_MAX {
+            let problem = format!("{} are more than {SEEDS_MAX}", config.mesh.seeds.len());
+            self.conflict("mesh.seeds", problem);
+        }
         let listen = &config.listen;
         // Key, address, whether it takes the port of TCP, and that of UDP.
         let mut ports: Vec<(&str, SocketAddr, bool, bool)> = Vec::new();
@@ -443,6 +448,7 @@ impl Loader {
             ("listen.gossip", Some(listen.gossip), false, true),
             ("listen.plaintext", listen.plaintext, true, false),
             ("listen.metrics", Some(listen.metrics), true, false),
+            ("listen.admin", Some(listen.admin), true, false),
         ];
         for (key, address, tcp, udp) in all {
             let Some(address) = address else { continue };
@@ -472,6 +478,28 @@ impl Loader {
                     self.conflict(&key, format!("{wait} is shorter than {HEALTH_MIN:?}"));
                 }
             }
+        }
+    }
+
+    /// Keys that another source of the identity would use.
+    fn check_identity(&mut self, config: &Config) {
+        let identity = &config.identity;
+        let is = |source| identity.source == source;
+        let keys = [
+            ("identity.ca", identity.ca.is_some(), IdentitySource::Files),
+            ("identity.cert", identity.cert.is_some(), IdentitySource::Files),
+            ("identity.key", identity.key.is_some(), IdentitySource::Files),
+            ("identity.socket", identity.socket.is_some(), IdentitySource::Spire),
+        ];
+        for (key, is_set, source) in keys {
+            if is_set && !is(source) {
+                let source = format!("{source:?}").to_lowercase();
+                self.conflict(key, format!("it is used with identity.source = \"{source}\" only"));
+            }
+        }
+        if config.authority.dir.is_some() && !is(IdentitySource::Mesh) {
+            let problem = "a node that holds the authority signs its own certificate: leave identity.source out";
+            self.conflict("authority.dir", problem.to_owned());
         }
     }
 

@@ -45,7 +45,7 @@ fn error(text: &str) -> String {
 }
 
 /// Key, a file in which its value is wrong, the line of the fault, and what the error must say beside file and key.
-const WRONG: [(&str, &str, usize, &str); 29] = [
+const WRONG: [(&str, &str, usize, &str); 37] = [
     ("node.name", "[node]\nname = \"Not A Name\"", 2, "1 to 63 characters"),
     ("node.region", "[node]\nname = \"a\"\nregion = 5", 3, "1 to 63 characters"),
     ("node.zone", "[node]\nzone = \"-\"", 2, "1 to 63 characters"),
@@ -57,6 +57,14 @@ const WRONG: [(&str, &str, usize, &str); 29] = [
     ("listen.peers", "\n[listen]\npeers = \"1.2.3.4\"", 3, "such as \"0.0.0.0:8444\""),
     ("node.buffer_bytes", "[node]\nbuffer_bytes = 1000", 2, "from 16777216"),
     ("listen.gossip", "[listen]\ngossip = 8445", 2, "such as \"0.0.0.0:8445\""),
+    ("listen.admin", "[listen]\nadmin = \"9090\"", 2, "such as \"127.0.0.1:9090\""),
+    ("mesh.seeds", "[mesh]\nseeds = [\"seed\"]", 2, "hosts and ports such as"),
+    ("identity.source", "[identity]\nsource = \"vault\"", 2, "\"files\""),
+    ("identity.ca", "[identity]\nsource = \"files\"\nca = 1", 3, "roots to believe"),
+    ("identity.cert", "[identity]\nsource = \"files\"\ncert = 1", 3, "own first"),
+    ("identity.key", "[identity]\nsource = \"files\"\nkey = 1", 3, "readable by its owner"),
+    ("identity.socket", "[identity]\nsource = \"spire\"\nsocket = 1", 3, "unix:///run"),
+    ("authority.dir", "[authority]\ndir = 1", 2, "isobar ca init"),
     ("routing.idempotent", "[routing]\nidempotent = \"p.S\"", 2, "package.Service"),
     ("log.access", "[log]\naccess = 1.5", 2, "from 0 to 1"),
     ("listen.plaintext", "[listen]\nplaintext = true", 2, "such as \"127.0.0.1:8080\""),
@@ -201,7 +209,7 @@ fn an_unknown_key_names_the_nearest_known_one_and_all_of_them() {
     for (text, line, key, nearest) in [
         ("nod = 1", 1, "nod", "node"),
         ("[lisen]\nclients = \"x\"", 1, "lisen", "listen"),
-        ("[listen]\nadmin = \"0.0.0.0:9090\"", 2, "listen.admin", "peers, plaintext"),
+        ("[listen]\nadmn = \"0.0.0.0:9090\"", 2, "listen.admn", "admin"),
         (
             &format!("{ENGINE}health = {{ every = \"1s\" }}"),
             4,
@@ -211,7 +219,7 @@ fn an_unknown_key_names_the_nearest_known_one_and_all_of_them() {
         ("[node]\nregoin = \"eu\"", 2, "node.regoin", "region"),
         ("[node]\nposition = { lat = 1, lon = 1, alt = 1 }", 2, "node.position.alt", "lat"),
         ("[tls]\nclient_cas = \"x\"", 2, "tls.client_cas", "client_ca"),
-        ("[mesh]\nseeds = []", 2, "mesh.seeds", "trust_domain"),
+        ("[mesh]\nseed = []", 2, "mesh.seed", "seeds"),
         (&format!("{PEER}adress = \"x\""), 5, "mesh.peer[0].adress", "peers"),
         (&format!("{ENGINE}slot = 4"), 4, "engine[0].slot", "slots"),
         ("[[tenants]]\nname = \"x\"", 1, "tenants", "tenant"),
@@ -257,6 +265,7 @@ fn an_empty_file_means_the_defaults() {
     assert_eq!(config.listen.clients.to_string(), "0.0.0.0:8443");
     assert_eq!(config.listen.peers.to_string(), "0.0.0.0:8444");
     assert_eq!(config.listen.gossip.to_string(), "0.0.0.0:8445");
+    assert_eq!(config.listen.admin.to_string(), "127.0.0.1:9090");
     assert_eq!(config.listen.plaintext, None);
     assert_eq!(config.node.buffer_bytes.get(), 256 << 20);
     assert!(config.routing.idempotent.is_empty() && config.log.access.get() == 0.0);

@@ -1,0 +1,317 @@
+//! Keeps the node's certificate good: renews it while it runs, takes in files somebody else keeps, and says early when it
+//! cannot.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use base::clock;
+use http::uri::Authority;
+use identity::{IdentityFiles, NodeIdentity, Renewal, ServedCertificate, Urgency};
+use parking_lot::Mutex;
+use rand::{RngExt as _, rngs::StdRng};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use transport::Links;
+
+use crate::{
+    joining::{self, EnrolError},
+    signer::Signer,
+    spire::{self, SpireError},
+    trust::Trust,
+};
+
+/// Longest sleep: a clock that is set while the node runs must not make it late.
+const LOOK: Duration = Duration::from_secs(5);
+/// How often files kept by somebody else are looked at.
+const FILES: Duration = Duration::from_secs(2);
+
+/// Where the next certificate comes from.
+#[derive(Debug)]
+pub(crate) enum Source {
+    /// This node's own authority.
+    Own(Arc<Signer>, Vec<std::net::IpAddr>),
+    /// The authorities at these addresses.
+    Authorities(Vec<Authority>),
+    /// Somebody else puts it into files.
+    Files,
+    /// A SPIRE agent hands it out.
+    Spire(Option<String>),
+}
+
+/// What metrics and the operator are told.
+#[derive(Debug, Default)]
+pub(crate) struct Renewals {
+    pub(crate) done: AtomicU64,
+    pub(crate) failed: AtomicU64,
+    /// Why the last try failed, while there is no newer certificate.
+    pub(crate) failing: Mutex<Option<Failing>>,
+    pub(crate) due: Mutex<Option<SystemTime>>,
+}
+
+/// A renewal that does not work.
+#[derive(Clone, Debug)]
+pub(crate) struct Failing {
+    pub(crate) since: SystemTime,
+    pub(crate) why: String,
+}
+
+/// Renews the certificate of a node.
+#[derive(Debug)]
+pub(crate) struct Renewer {
+    pub(crate) trust: Arc<Trust>,
+    pub(crate) source: Source,
+    pub(crate) links: Links,
+    /// Where the identity is stored, and found when somebody else keeps it.
+    pub(crate) files: IdentityFiles,
+    pub(crate) dir: PathBuf,
+    pub(crate) books: Arc<Renewals>,
+    /// Woken when a new certificate is wanted at once: the authority changed.
+    pub(crate) hurry: Arc<Notify>,
+    pub(crate) rng: StdRng,
+}
+
+impl Renewer {
+    /// Renews until `stop`.
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
+        let working = async {
+            match &self.source {
+                Source::Files => self.watch_files().await,
+                Source::Spire(socket) => {
+                    let socket = socket.clone();
+                    self.watch_agent(socket.as_deref()).await;
+                }
+                Source::Own(..) | Source::Authorities(_) => self.renew_for_ever().await,
+            }
+        };
+        stop.run_until_cancelled(working).await;
+    }
+
+    async fn renew_for_ever(&mut self) {
+        let current = self.trust.identity().current();
+        let summary = current.certificate();
+        let mut renewal = Renewal::new(summary.from, summary.until);
+        let mut said = Urgency::None;
+        loop {
+            *self.books.due.lock() = Some(renewal.due());
+            let is_hurried = self.wait_for(&renewal, &mut said).await;
+            let now = clock::wall();
+            if !is_hurried && now < renewal.due() {
+                continue;
+            }
+            match self.renew().await {
+                Ok(identity) => {
+                    let until = identity.certificate().until;
+                    // From now on, not from its first moment: that is set back for clocks that are behind.
+                    renewal = Renewal::new(clock::wall(), until);
+                    said = Urgency::None;
+                    self.take(identity);
+                }
+                Err(error) => {
+                    self.books.failed.fetch_add(1, Ordering::Relaxed);
+                    renewal.failed(now, self.rng.random_range(0.0..1.0));
+                    let since = renewal.failing_since().unwrap_or(now);
+                    let why = error.to_string();
+                    tracing::debug!(why, "the certificate was not renewed; trying again");
+                    *self.books.failing.lock() = Some(Failing { since, why });
+                }
+            }
+        }
+    }
+
+    /// Waits until the next try is due or wanted; raises the alarm meanwhile. Returns whether it is wanted.
+    async fn wait_for(&self, renewal: &Renewal, said: &mut Urgency) -> bool {
+        let now = clock::wall();
+        let urgency = renewal.urgency(now);
+        if urgency != *said {
+            *said = urgency;
+            self.alarm(urgency, renewal.left(now));
+        }
+        let wait = renewal.due().duration_since(now).unwrap_or_default().min(LOOK);
+        let wait =
+            if urgency == Urgency::None { wait } else { wait.min(Duration::from_millis(200)) };
+        tokio::time::timeout(wait, self.hurry.notified()).await.is_ok()
+    }
+
+    fn alarm(&self, urgency: Urgency, left: Duration) {
+        let failing = self.books.failing.lock().clone();
+        let (why, since) = match failing {
+            Some(Failing { why, since }) => {
+                (why, humantime::format_rfc3339_seconds(since).to_string())
+            }
+            None => (String::new(), "never".to_owned()),
+        };
+        match urgency {
+            Urgency::None => {}
+            Urgency::Alarm => tracing::error!(
+                left_s = left.as_secs(),
+                failing_since = since,
+                why,
+                "this node's certificate ends soon and cannot be renewed: see that an authority in mesh.seeds can be reached"
+            ),
+            Urgency::Expired => tracing::error!(
+                why,
+                "this node's certificate has ended: peers refuse this node until it is renewed; when no authority takes it any \
+                 more, repair it with a new token: `isobar ca token` at an authority, then `isobar join --token TOKEN` here"
+            ),
+        }
+    }
+
+    async fn renew(&mut self) -> Result<NodeIdentity, EnrolError> {
+        match &self.source {
+            Source::Own(signer, ips) => Ok(signer.own_identity(&self.dir, ips)?),
+            Source::Authorities(seeds) => {
+                let mut last = EnrolError::NobodyToAsk;
+                // Begun anywhere, so that one that is down is not everybody's first.
+                let first = self.rng.random_range(0..seeds.len().max(1));
+                for seed in seeds.iter().cycle().skip(first).take(seeds.len()) {
+                    let identity = self.trust.identity();
+                    match joining::renew(&self.links, identity, seed, &self.dir).await {
+                        Ok(enrolled) => {
+                            self.adopt(enrolled.revocations);
+                            return Ok(enrolled.identity);
+                        }
+                        Err(error) => last = error,
+                    }
+                }
+                Err(last)
+            }
+            Source::Files | Source::Spire(_) => Err(EnrolError::NobodyToAsk),
+        }
+    }
+
+    fn adopt(&self, revocations: Option<identity::SignedRevocations>) {
+        if let Some(Err(error)) = revocations.map(|signed| self.trust.adopt(signed)) {
+            tracing::warn!(%error, "an authority's list of revocations is not believed");
+        }
+    }
+
+    /// Stores a newer identity, and shows it from now on.
+    fn take(&self, identity: NodeIdentity) {
+        if let Err(error) = identity.store(&self.dir) {
+            tracing::error!(%error, "the renewed certificate cannot be kept: it is lost when the node stops");
+        }
+        self.show(identity);
+    }
+
+    fn show(&self, identity: NodeIdentity) {
+        let certificate = identity.certificate().clone();
+        match self.trust.identity().replace(identity) {
+            Ok(()) => {
+                self.books.done.fetch_add(1, Ordering::Relaxed);
+                *self.books.failing.lock() = None;
+                let until = humantime::format_rfc3339_seconds(certificate.until);
+                tracing::info!(serial = certificate.serial, %until, "the certificate was renewed");
+            }
+            Err(error) => tracing::error!(%error, "the new certificate is not used"),
+        }
+    }
+
+    /// Takes in what a SPIRE agent hands out.
+    async fn watch_agent(&self, socket: Option<&str>) {
+        let wanted = self.trust.identity().id().clone();
+        let take = |found: NodeIdentity| {
+            if !found.is_same(&self.trust.identity().current()) {
+                self.show(found);
+            }
+        };
+        let failed = |error: &SpireError| self.failing(&error.to_string());
+        let mut said = Urgency::None;
+        let watching = async {
+            loop {
+                self.look(&mut said);
+                tokio::time::sleep(FILES).await;
+            }
+        };
+        tokio::select! {
+            () = spire::watch(socket, &wanted, take, failed) => {}
+            () = watching => {}
+        }
+    }
+
+    /// Raises the alarm for a certificate that somebody else should have renewed.
+    fn look(&self, said: &mut Urgency) {
+        let current = self.trust.identity().current();
+        let certificate = current.certificate();
+        let renewal = Renewal::new(certificate.from, certificate.until);
+        let urgency = renewal.urgency(clock::wall());
+        if urgency != *said {
+            *said = urgency;
+            self.alarm(urgency, renewal.left(clock::wall()));
+        }
+    }
+
+    /// Looks at the files again and again, and takes in what is new and good.
+    async fn watch_files(&self) {
+        let mut said = Urgency::None;
+        let mut refused = String::new();
+        loop {
+            self.look(&mut said);
+            let current = self.trust.identity().current();
+            tokio::time::sleep(FILES).await;
+            match self.files.load() {
+                Ok(found) if !found.is_same(&current) => {
+                    refused.clear();
+                    self.show(found);
+                }
+                Ok(_) => refused.clear(),
+                Err(error) => self.not_used(&error.to_string(), &mut refused),
+            }
+        }
+    }
+
+    /// Files that are being replaced can be wrong for a moment: what is wrong twice is said, once.
+    fn not_used(&self, why: &str, refused: &mut String) {
+        if refused == why {
+            return;
+        }
+        refused.clear();
+        refused.push_str(why);
+        self.failing(why);
+        tracing::warn!(
+            why,
+            "the identity's files changed and are not used; the earlier identity stays in use"
+        );
+    }
+
+    fn failing(&self, why: &str) {
+        self.books.failed.fetch_add(1, Ordering::Relaxed);
+        *self.books.failing.lock() = Some(Failing { since: clock::wall(), why: why.to_owned() });
+    }
+}
+
+/// Takes in the certificate for clients again whenever its files change.
+pub(crate) async fn watch_client_certificate(
+    served: ServedCertificate,
+    (cert, key): (PathBuf, PathBuf),
+) {
+    let mut refused = String::new();
+    loop {
+        tokio::time::sleep(FILES).await;
+        let taken = identity::load_server_cert(&cert, &key)
+            .and_then(|(chain, secret)| served.replace_if_other(chain, secret));
+        match taken {
+            Ok(true) => {
+                tracing::info!(cert = %cert.display(), "a newer certificate for clients is shown")
+            }
+            Ok(false) => {}
+            Err(error) => {
+                let why = error.to_string();
+                if refused != why {
+                    tracing::warn!(
+                        why,
+                        "the certificate for clients changed and is not used; the earlier one stays in use"
+                    );
+                    refused = why;
+                }
+                continue;
+            }
+        }
+        refused.clear();
+    }
+}

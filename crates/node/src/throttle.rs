@@ -1,0 +1,139 @@
+//! How many may try to join at once: those who have no certificate yet are strangers, and every one costs a signature.
+//!
+//! Two token buckets stand in a row, one per address and one for all: a stranger with one address cannot use up what the
+//! others need. The books have a bound; the address that was heard longest ago is forgotten first.
+
+use std::{
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use lru::LruCache;
+
+/// Addresses remembered.
+const ADDRESSES_MAX: usize = 4096;
+/// Joins one address may begin at once, and per second after that.
+const OF_ONE: Rate = Rate { burst: 60.0, per_second: 2.0 };
+/// Joins all addresses together may begin at once, and per second after that.
+const OF_ALL: Rate = Rate { burst: 200.0, per_second: 20.0 };
+/// Lines of the log about refusals.
+const LINES: Rate = Rate { burst: 20.0, per_second: 5.0 };
+
+#[derive(Clone, Copy, Debug)]
+struct Rate {
+    burst: f64,
+    per_second: f64,
+}
+
+/// Counts joins against their rates.
+#[derive(Debug)]
+pub(crate) struct Throttle {
+    of_one: LruCache<IpAddr, Bucket>,
+    of_all: Bucket,
+    lines: Bucket,
+}
+
+impl Throttle {
+    /// When trying again makes sense.
+    pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(5);
+
+    pub(crate) fn new(now: Instant) -> Self {
+        let most =
+            std::num::NonZeroUsize::new(ADDRESSES_MAX).unwrap_or(std::num::NonZeroUsize::MIN);
+        Self {
+            of_one: LruCache::new(most),
+            of_all: Bucket::full(OF_ALL, now),
+            lines: Bucket::full(LINES, now),
+        }
+    }
+
+    /// Whether somebody at `remote` may try to join now.
+    pub(crate) fn allows(&mut self, remote: IpAddr, now: Instant) -> bool {
+        let one = self.of_one.get_or_insert_mut(network(remote), || Bucket::full(OF_ONE, now));
+        one.take(OF_ONE, now) && self.of_all.take(OF_ALL, now)
+    }
+
+    /// Whether a refusal may be logged now.
+    pub(crate) fn may_say(&mut self, now: Instant) -> bool {
+        self.lines.take(LINES, now)
+    }
+}
+
+/// Whoever has one IPv6 address has its whole /64.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => {
+            let [a, b, c, d, ..] = v6.segments();
+            IpAddr::from([a, b, c, d, 0, 0, 0, 0])
+        }
+        v4 => v4,
+    }
+}
+
+#[derive(Debug)]
+struct Bucket {
+    tokens: f64,
+    filled: Instant,
+}
+
+impl Bucket {
+    fn full(rate: Rate, now: Instant) -> Self {
+        Self { tokens: rate.burst, filled: now }
+    }
+
+    fn take(&mut self, rate: Rate, now: Instant) -> bool {
+        let since = now.saturating_duration_since(self.filled).as_secs_f64();
+        self.tokens = (self.tokens + since * rate.per_second).min(rate.burst);
+        self.filled = now;
+        let has_one = self.tokens >= 1.0;
+        if has_one {
+            self.tokens -= 1.0;
+        }
+        has_one
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use base::clock;
+
+    use super::*;
+
+    fn address(last: u8) -> IpAddr {
+        IpAddr::from([192, 0, 2, last])
+    }
+
+    #[test]
+    fn one_address_is_limited_and_the_others_are_not() {
+        let now = clock::now();
+        let mut throttle = Throttle::new(now);
+        let allowed = (0..10_000).filter(|_| throttle.allows(address(1), now)).count();
+        assert_eq!(allowed, 60);
+        assert!(throttle.allows(address(2), now), "another address is not held up");
+        assert!(!throttle.allows(address(1), now + Duration::from_millis(400)));
+        assert!(throttle.allows(address(1), now + Duration::from_millis(1_000)));
+    }
+
+    #[test]
+    fn all_together_are_limited() {
+        let now = clock::now();
+        let mut throttle = Throttle::new(now);
+        let mut allowed = 0;
+        for last in 0..200 {
+            allowed += (0..50).filter(|_| throttle.allows(address(last), now)).count();
+        }
+        assert_eq!(allowed, 200);
+    }
+
+    #[test]
+    fn a_network_of_ipv6_is_one_address_and_the_books_are_bounded() {
+        let now = clock::now();
+        let mut throttle = Throttle::new(now);
+        let of = |net: u16, host: u16| IpAddr::from([0x2001, 0xdb8, 0, net, 0, 0, 0, host]);
+        assert_eq!((0..1000).filter(|host| throttle.allows(of(1, *host), now)).count(), 60);
+        for net in 2..10_000 {
+            throttle.allows(of(net, 1), now);
+        }
+        assert_eq!(throttle.of_one.len(), ADDRESSES_MAX);
+    }
+}
