@@ -1,11 +1,22 @@
-//! `isobar ca`: certificate authorities.
+//! `isobar ca`: certificate authorities, the one of a mesh and those for development.
 
-use std::{net::IpAddr, path::PathBuf};
+mod init;
+mod issue;
+mod revoke;
+mod rotate;
+mod show;
+mod token;
+
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
 
 use anyhow::Context as _;
 use base::{NodeName, RegionName, TrustDomain, clock};
 use clap::{Args, Subcommand};
-use identity::DevCa;
+use identity::{Authority, DevCa, IdentityError, Role};
 use serde_json::json;
 
 use crate::{Failure, output};
@@ -22,6 +33,32 @@ enum Command {
     /// Make a certificate authority and node certificates for development. Never use it in production: its key lies beside
     /// the certificates
     Dev(Dev),
+    /// Make the certificate authority of a mesh: a root to put away, and what signs for nodes
+    Init(init::Options),
+    /// Make a token with which a node joins the mesh, and print it
+    Token(token::Options),
+    /// Exclude a member from the mesh
+    Revoke(revoke::Options),
+    /// Change the root of the mesh in three steps without cutting anybody off, or what signs under it
+    Rotate(rotate::Options),
+    /// Issue a certificate by hand: for a client, an operator, or a node that does not join with a token
+    Issue(issue::Options),
+    /// Show the roots, what signs, the tokens that are good and who is excluded
+    Show(show::Options),
+}
+
+/// Where the mesh's authority is.
+#[derive(Debug, Args)]
+struct Place {
+    /// Directory of the authority, as given to `isobar ca init`
+    #[arg(long, default_value = "ca")]
+    dir: PathBuf,
+}
+
+impl Place {
+    fn open(&self, now: SystemTime) -> Result<Authority, Failure> {
+        Authority::open(&self.dir, now).map_err(failure)
+    }
 }
 
 #[derive(Debug, Args)]
@@ -53,7 +90,40 @@ fn node_id(text: &str) -> Result<(RegionName, NodeName), String> {
 pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     match &options.command {
         Command::Dev(options) => dev(options),
+        Command::Init(options) => init::run(options),
+        Command::Token(options) => token::run(options),
+        Command::Revoke(options) => revoke::run(options),
+        Command::Rotate(options) => rotate::run(options),
+        Command::Issue(options) => issue::run(options),
+        Command::Show(options) => show::run(options),
     }
+}
+
+/// What the user cannot mend by another command line or another file failed.
+fn failure(error: IdentityError) -> Failure {
+    match error {
+        IdentityError::NotYet { .. }
+        | IdentityError::IssuerEnding { .. }
+        | IdentityError::Revocation(_)
+        | IdentityError::File { .. } => Failure::Failed(error.into()),
+        other => Failure::usage(other),
+    }
+}
+
+fn role(text: &str) -> Result<Role, String> {
+    let all = [Role::Node, Role::Client, Role::Operator, Role::Authority];
+    let found = all.into_iter().find(|role| role.as_str() == text);
+    found.ok_or_else(|| "write node, client, operator or authority".to_owned())
+}
+
+/// A moment as people write it.
+fn text(moment: SystemTime) -> String {
+    humantime::format_rfc3339_seconds(moment).to_string()
+}
+
+/// A path from anywhere.
+fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    Ok(path.canonicalize().with_context(|| format!("cannot find {}", path.display()))?)
 }
 
 fn dev(options: &Dev) -> Result<(), Failure> {
@@ -65,8 +135,7 @@ fn dev(options: &Dev) -> Result<(), Failure> {
         let node = authority.node(region, name, &options.ips, now).map_err(Failure::usage)?;
         ids.push(node.id().to_string());
     }
-    let ca = authority.ca_path();
-    let ca = ca.canonicalize().with_context(|| format!("cannot find {}", ca.display()))?;
+    let ca = absolute(&authority.ca_path())?;
     if options.json {
         let trust_domain = options.trust_domain.as_str();
         output::json_line(&json!({ "ca": ca, "trust_domain": trust_domain, "nodes": ids }))?;

@@ -349,6 +349,14 @@ impl Authority {
         &self.revocations
     }
 
+    /// Who is not believed, as it is on disk now.
+    ///
+    /// # Errors
+    /// The list cannot be read.
+    pub fn revoked(&self) -> Result<Revocations, IdentityError> {
+        self.list()
+    }
+
     /// Excludes a member from now on; gives the version of the new list. The list is on disk, and
     /// [`Self::has_changed`] for whoever holds it open.
     ///
@@ -400,7 +408,7 @@ impl Authority {
         Ok(list.version)
     }
 
-    /// Who is not believed, as it is on disk: a command may have excluded somebody a moment ago.
+    /// A command may have excluded somebody a moment ago.
     fn list(&self) -> Result<Revocations, IdentityError> {
         Ok(read_list(&self.place)?.map(|signed| signed.claimed().clone()).unwrap_or_default())
     }
