@@ -467,3 +467,32 @@ def test_the_command_line_shows_keys_and_certificates(world, tmp_path):
                 list(map(str, [*arguments, UNARY, *more])), capture_output=True, text=True, timeout=LONG
             )
             assert done.returncode == wanted, (command, credential, done.stdout, done.stderr)
+
+
+def test_no_later_name_in_a_request_opens_a_model(world):
+    """Protobuf's last name counts, and each message of a stream has its own; the first one decides where the call goes."""
+    secret = world.started[2]
+    assert secret.model == "secret"
+
+    def served():
+        text = secret.http("/metrics")[1]
+        lines = [line for line in text.splitlines() if line.startswith("vllm:request_success_total")]
+        return [float(line.rsplit(" ", 1)[1]) for line in lines]
+
+    before = served()
+    allowed, other = for_model("llama-1"), for_model("secret")
+    for request in (allowed + other, allowed + b"\x12\x01x" + other):
+        for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip):
+            credentials = grpc.ssl_channel_credentials(world.node.ca.read_bytes())
+            with grpc.secure_channel(world.node.clients, credentials, compression=compression) as channel:
+                with pytest.raises(grpc.RpcError) as refused:
+                    channel.unary_unary(f"/{READY}")(request, timeout=LONG)
+            assert refused.value.code() == DENIED, refused.value
+            assert "may not call model secret" in refused.value.details()
+    stream = "inference.GRPCInferenceService/ModelStreamInfer"
+    requests = [kserve.ModelInferRequest(model_name=name).SerializeToString() for name in ("llama-1", "secret")]
+    credentials = grpc.ssl_channel_credentials(world.node.ca.read_bytes())
+    with grpc.secure_channel(world.node.clients, credentials) as channel:
+        with pytest.raises(grpc.RpcError):
+            list(channel.stream_stream(f"/{stream}")(iter(requests), timeout=LONG))
+    assert served() == before

@@ -13,6 +13,9 @@ const NAME_MAX_BYTES: usize = 1024;
 /// Deepest nesting of groups; protobuf's own decoders stop at the same depth.
 const GROUPS_MAX: usize = 100;
 
+/// Names gathered at once, at most: no encoder writes even two into one message.
+const NAMES_MAX: usize = 64;
+
 /// Where the walk stands.
 #[derive(Debug)]
 pub(crate) struct Fields {
@@ -23,6 +26,8 @@ pub(crate) struct Fields {
     /// Field numbers of the groups around the current field. Groups are long deprecated, but legal as unknown fields.
     groups: Vec<u32>,
     step: Step,
+    /// Every name so far, where not only the first is asked for.
+    all: Option<Vec<ModelName>>,
 }
 
 /// What the next bytes belong to.
@@ -47,7 +52,17 @@ enum Step {
 
 impl Fields {
     pub(crate) fn new(wanted: u32, limit: usize) -> Self {
-        Self { wanted, limit, room: limit, groups: Vec::new(), step: Step::next() }
+        Self { wanted, limit, room: limit, groups: Vec::new(), step: Step::next(), all: None }
+    }
+
+    /// A walk to the end of the message, past every name.
+    pub(crate) fn to_the_end(wanted: u32, limit: usize) -> Self {
+        Self { all: Some(Vec::new()), ..Self::new(wanted, limit) }
+    }
+
+    /// The names found since the last time, of a walk to the end.
+    pub(crate) fn take(&mut self) -> Vec<ModelName> {
+        self.all.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// Walks over the next bytes of the message; `Some` once the name is complete.
@@ -66,7 +81,11 @@ impl Fields {
             self.room -= taken;
             data = rest;
             if let Some(name) = self.walk(piece)? {
-                return Ok(Some(name));
+                match &mut self.all {
+                    Some(all) if all.len() < NAMES_MAX => all.push(name),
+                    Some(_) => return Err(ReadError::Malformed),
+                    None => return Ok(Some(name)),
+                }
             }
         }
         Ok(None)
@@ -116,7 +135,9 @@ impl Fields {
                 text.extend_from_slice(piece);
                 if *left == 0 {
                     let text = std::str::from_utf8(text).map_err(|_| ReadError::NameText)?;
-                    return Ok(Some(text.parse()?));
+                    let name = text.parse()?;
+                    self.step = Step::next();
+                    return Ok(Some(name));
                 }
             }
         }

@@ -10,8 +10,10 @@ mod inflate;
 mod protocol;
 mod reader;
 mod reflection;
+mod watch;
 
 pub use declarations::{DeclarationError, Declarations};
 pub use protocol::{Protocol, UnknownProtocol, is_idempotent, kserve_model_field};
 pub use reader::{Encoding, ModelReader, Progress, ReadError};
 pub use reflection::{Collector, Reflected, ReflectionError};
+pub use watch::ModelWatch;

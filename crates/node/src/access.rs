@@ -6,6 +6,7 @@
 mod api_keys;
 mod certificates;
 mod fetch;
+mod guard;
 mod issuer;
 mod keys;
 mod tenant;
@@ -19,6 +20,7 @@ use identity::IdentityError;
 use rustls::pki_types::CertificateDer;
 use transport::grpc;
 
+pub(crate) use self::guard::{Forbidden, guard};
 pub use self::keys::KeySetError;
 pub(crate) use self::tenant::{Tenant, Verdict};
 use self::{

@@ -27,7 +27,7 @@ use transport::{
 };
 
 use crate::{
-    access::{Access, Tenant, Verdict},
+    access::{Access, Forbidden, Tenant, Verdict, guard},
     attempt::{Answer, Attempt},
     buffers::Buffers,
     config::MethodPattern,
@@ -149,7 +149,7 @@ impl Ingress {
         if !self.0.buffers.have_room() {
             return Err(Refusal::NoMemory.into());
         }
-        let answer = self.answer(request, deadline, for_models.as_deref(), record);
+        let answer = self.answer(request, deadline, for_models, record);
         let (reply, route, replay) =
             grpc::until(deadline, answer).await.map_err(|_| Refusal::Deadline)??;
         Ok((reply, deadline, Some((route, replay))))
@@ -189,7 +189,7 @@ impl Ingress {
         &self,
         request: Request<Body>,
         deadline: Option<Deadline>,
-        tenant: Option<&Tenant>,
+        tenant: Option<Arc<Tenant>>,
         record: &mut Record,
     ) -> Result<(Response<Body>, Route, Replay), Answer> {
         let parts = &self.0;
@@ -204,9 +204,13 @@ impl Ingress {
         if let Wanted::Model(model) = &wanted {
             record.model(model.as_str());
         }
-        if let Some(tenant) = tenant {
-            may_call_model(tenant, path, &wanted)?;
-        }
+        let (body, forbidden) = match tenant {
+            Some(tenant) => {
+                may_call_model(&tenant, path, &wanted)?;
+                guard(path, &head.headers, body, tenant)
+            }
+            None => (body, Forbidden::default()),
+        };
         let idempotent = inference::is_idempotent(path)
             || parts.idempotent.iter().any(|pattern| pattern.covers(path));
         let ask = Ask { path: path.to_owned(), wanted };
@@ -233,6 +237,9 @@ impl Ingress {
                 }
                 Attempt::Failed(failed) => failed,
             };
+            if let Some(refusal) = forbidden.refusal() {
+                return Err(refusal.into());
+            }
             parts.metrics.failed(to, failed.outcome);
             if !failed.is_rejected || retries > 0 {
                 tried.push(route.place());
