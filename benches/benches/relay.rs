@@ -147,7 +147,7 @@ impl Drop for Started {
 fn start_node(dir: &Path, name: &str, more: &str) -> anyhow::Result<Started> {
     let any = "\"127.0.0.1:0\"";
     let config = format!(
-        "[node]\nname = \"{name}\"\nregion = \"bench\"\n[listen]\nclients = {any}\npeers = {any}\ngossip = {any}\nmetrics = {any}\n\
+        "[node]\nname = \"{name}\"\nregion = \"bench\"\n[listen]\nclients = {any}\npeers = {any}\ngossip = {any}\nmetrics = {any}\nadmin = {any}\n\
          [mesh]\ntrust_domain = \"bench.example\"\n{more}"
     );
     fs::write(dir.join(format!("{name}.toml")), config)?;

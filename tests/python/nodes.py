@@ -130,7 +130,7 @@ class Node(Process):
     ):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        listen = {a: "127.0.0.1:0" for a in ("clients", "peers", "gossip", "metrics")}
+        listen = {a: "127.0.0.1:0" for a in ("clients", "peers", "gossip", "metrics", "admin")}
         if plaintext:
             listen["plaintext"] = plaintext if isinstance(plaintext, str) else "127.0.0.1:0"
         listen.update(keys.pop("listen", {}))

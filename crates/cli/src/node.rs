@@ -135,6 +135,7 @@ fn ready_json(config: &Config, addresses: Addresses, ca: &Path) -> serde_json::V
             "gossip": addresses.gossip,
             "plaintext": addresses.plaintext,
             "metrics": addresses.metrics,
+            "admin": addresses.admin,
         },
         "ca": ca,
     })
@@ -152,6 +153,8 @@ fn ready_text(config: &Config, addresses: Addresses, ca: &Path) -> String {
         lines.push(format!("  plaintext  {plaintext}   h2c"));
     }
     lines.push(format!("  metrics    {}   /metrics /livez /readyz /room", addresses.metrics));
+    let how = if addresses.admin.ip().is_loopback() { "gRPC" } else { "gRPC, operators only" };
+    lines.push(format!("  admin      {}   {how}", addresses.admin));
     lines.push(format!("  ca         {}", ca.display()));
     if config.tls.cert.is_none() && config.access.anonymous.is_some() {
         lines.push("  try it from Python (pip install 'tritonclient[grpc]'):".to_owned());

@@ -218,3 +218,9 @@ fn since_epoch(time: SystemTime) -> Duration {
 pub(crate) fn seconds(time: ASN1Time) -> Duration {
     Duration::from_secs(time.timestamp().try_into().unwrap_or_default())
 }
+
+/// SHA-256 of a certificate, in lower-case hexadecimal digits.
+#[must_use]
+pub fn hex_fingerprint(certificate: &CertificateDer<'_>) -> String {
+    crate::authority::fingerprint(certificate).iter().map(|byte| format!("{byte:02x}")).collect()
+}

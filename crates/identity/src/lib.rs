@@ -24,7 +24,7 @@ pub use authority::{
     Ask, Authority, AuthorityStatus, CsrError, Redemption, Refusal, Rotated, TokenScope,
     TokenStatus, make_key, make_request,
 };
-pub use certificate::{CertificateSummary, peer_id};
+pub use certificate::{CertificateSummary, hex_fingerprint, peer_id};
 pub use client::{ClientNames, ClientRoots};
 pub use dev::DevCa;
 pub use error::IdentityError;

@@ -56,7 +56,17 @@ impl Identity {
     /// # Errors
     /// The TLS library refuses the protocol versions.
     pub fn peer_server_config(&self, alpn: &[&[u8]]) -> Result<ServerConfig, IdentityError> {
-        self.server_config(true, Shown::Own(self.clone()), alpn)
+        let verifier = PeerVerifier::new(self, Role::Node, None);
+        self.server_config(verifier, Shown::Own(self.clone()), alpn)
+    }
+
+    /// For the admin port: lets in whoever proves to be an operator of our mesh.
+    ///
+    /// # Errors
+    /// The TLS library refuses the protocol versions.
+    pub fn operator_server_config(&self, alpn: &[&[u8]]) -> Result<ServerConfig, IdentityError> {
+        let verifier = PeerVerifier::new(self, Role::Operator, None);
+        self.server_config(verifier, Shown::Own(self.clone()), alpn)
     }
 
     /// For the gossip port of an authority: as [`Self::peer_server_config`], and whoever shows no certificate is let in
@@ -71,17 +81,17 @@ impl Identity {
         authority: &ServedCertificate,
         alpn: &[&[u8]],
     ) -> Result<ServerConfig, IdentityError> {
-        self.server_config(false, Shown::Either(self.clone(), authority.clone()), alpn)
+        let mut verifier = PeerVerifier::new(self, Role::Node, None);
+        verifier.must_authenticate = false;
+        self.server_config(verifier, Shown::Either(self.clone(), authority.clone()), alpn)
     }
 
     fn server_config(
         &self,
-        must_authenticate: bool,
+        verifier: PeerVerifier,
         shown: Shown,
         alpn: &[&[u8]],
     ) -> Result<ServerConfig, IdentityError> {
-        let verifier =
-            PeerVerifier { must_authenticate, ..PeerVerifier::new(self, Role::Node, None) };
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(VERSIONS)?
             .with_client_cert_verifier(Arc::new(verifier))

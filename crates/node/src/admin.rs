@@ -1,98 +1,122 @@
-//! The metrics port: `/metrics` and the probes over HTTP/1.1, on the control runtime, so that a scrape never delays a call.
+//! The admin port: what operators ask a node. On loopback it speaks without TLS; on any other address it lets in only who
+//! shows a certificate of the mesh with the role operator.
 
-use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
-
-use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body_util::Full;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
-use tokio_util::sync::CancellationToken;
-
-use crate::{
-    metrics::Metrics,
-    probes::{self, Probes},
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// Connections served at once; further ones wait in the kernel's backlog.
+use identity::{CertificateSummary, IdentityError};
+use proto::isobar::admin::v1::{
+    Certificate, GetIdentityReply, GetIdentityRequest,
+    admin_server::{self, AdminServer},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, service::Routes};
+use transport::{Limits, Listener, QuicKeys, Server, ServerTls, Worker};
+
+use crate::{
+    renewal::Renewals,
+    trust::{Gate, Port, Trust},
+};
+
+/// The number under which it serves: no worker has it.
+const SERVING: u8 = 0xfd;
+/// Operators are few.
 const CONNECTIONS: usize = 64;
-/// A request's headers must have come within this, and a connection may stay idle for as long.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What the port answers from. Cloneable.
 #[derive(Clone, Debug)]
 pub(crate) struct Admin {
-    pub(crate) metrics: Metrics,
-    pub(crate) probes: Probes,
+    pub(crate) trust: Arc<Trust>,
+    pub(crate) renewals: Arc<Renewals>,
+    pub(crate) is_authority: bool,
 }
 
 impl Admin {
-    /// Binds the port.
-    pub(crate) async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-        TcpListener::bind(address).await
-    }
-
     /// Serves until `stop`.
-    pub(crate) async fn serve(self, listener: TcpListener, stop: CancellationToken) {
-        let permits = Arc::new(Semaphore::new(CONNECTIONS));
-        let mut connections = JoinSet::new();
-        loop {
-            let permit = tokio::select! {
-                permit = permits.clone().acquire_owned() => permit,
-                () = stop.cancelled() => return,
-            };
-            let stream = tokio::select! {
-                accepted = listener.accept() => accepted,
-                Some(_) = connections.join_next() => continue,
-                () = stop.cancelled() => return,
-            };
-            let stream = match stream {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection on the metrics port");
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                    continue;
-                }
-            };
-            let admin = self.clone();
-            connections.spawn(async move {
-                let _permit = permit;
-                let service = hyper::service::service_fn(move |request| {
-                    let response = admin.answer(&request);
-                    async move { Ok::<_, Infallible>(response) }
-                });
-                let served = hyper::server::conn::http1::Builder::new()
-                    .timer(TokioTimer::new())
-                    .header_read_timeout(HEADER_TIMEOUT)
-                    .serve_connection(TokioIo::new(stream), service)
-                    .await;
-                if let Err(error) = served {
-                    tracing::debug!(%error, "a connection to the metrics port broke off");
-                }
-            });
+    pub(crate) async fn serve(self, mut listener: Listener, stop: CancellationToken) {
+        let address = listener.address();
+        let Some(port) = listener.port(0) else { return };
+        let worker = Worker::new(SERVING, 1, stop.clone(), stop);
+        let serving = async {
+            let server = self.server(address).map_err(io::Error::other)?;
+            let accepting = listener.accept(worker.drain.clone());
+            tokio::try_join!(server.serve(worker.clone(), port), accepting).map(drop)
+        };
+        if let Err(error) = serving.await {
+            tracing::error!(%error, "the admin port serves no more");
         }
+        worker.tasks.close();
+        drop(tokio::time::timeout(Duration::from_secs(1), worker.tasks.wait()).await);
     }
 
-    fn answer<B>(&self, request: &Request<B>) -> Response<Full<Bytes>> {
-        if request.method() != Method::GET && request.method() != Method::HEAD {
-            let mut response = probes::text(StatusCode::METHOD_NOT_ALLOWED, "GET or HEAD\n");
-            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
-            return response;
-        }
-        if let Some(answer) = self.probes.answer(request.method(), request.uri()) {
-            return answer;
-        }
-        if request.uri().path() != "/metrics" {
-            return probes::text(StatusCode::NOT_FOUND, "/metrics, /livez, /readyz or /room\n");
-        }
-        match self.metrics.render() {
-            Ok(metrics) => {
-                let mut response = probes::text(StatusCode::OK, metrics);
-                let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
-                response
-            }
-            Err(error) => probes::text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
-        }
+    fn server(self, address: SocketAddr) -> Result<Server<Routes>, IdentityError> {
+        let trust = self.trust.clone();
+        let tls = if address.ip().is_loopback() {
+            ServerTls::Plaintext
+        } else {
+            ServerTls::Tls(Box::new(trust.identity().operator_server_config(&[])?))
+        };
+        let limits = Limits { connections: CONNECTIONS, ..Limits::clients() };
+        let gate = Gate { trust, port: Port::Admin };
+        Ok(Server::new(limits, tls, QuicKeys::random(), self.routes(), 0)
+            .with_lessor(Arc::new(gate)))
     }
+
+    fn routes(self) -> Routes {
+        let mut routes = Routes::new(AdminServer::new(self));
+        let reflection = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(proto::FILE_DESCRIPTOR_SET)
+                .with_service_name(admin_server::SERVICE_NAME)
+                .include_reflection_service(false)
+        };
+        // A port without reflection is better than none; its declarations are our own.
+        if let (Ok(v1), Ok(v1alpha)) = (reflection().build_v1(), reflection().build_v1alpha()) {
+            routes = routes.add_service(v1).add_service(v1alpha);
+        }
+        routes
+    }
+}
+
+#[tonic::async_trait]
+impl admin_server::Admin for Admin {
+    async fn get_identity(
+        &self,
+        _: Request<GetIdentityRequest>,
+    ) -> Result<Response<GetIdentityReply>, Status> {
+        let identity = self.trust.identity();
+        let current = identity.current();
+        let revocations = identity.revocations();
+        let failing = self.renewals.failing.lock().clone();
+        let roots = current.trusted().iter();
+        Ok(Response::new(GetIdentityReply {
+            id: identity.id().to_string(),
+            current: Some(certificate(current.certificate())),
+            served: identity.served().as_ref().map(certificate),
+            root_sha256: roots.map(identity::hex_fingerprint).collect(),
+            renewal_due_s: self.renewals.due.lock().map(seconds).unwrap_or_default(),
+            renewal_error: failing.as_ref().map(|f| f.why.clone()).unwrap_or_default(),
+            renewal_failing_since_s: failing.map(|f| seconds(f.since)).unwrap_or_default(),
+            revocations_version: revocations.version(),
+            revoked: revocations.entries().map(|(id, _)| id.to_string()).collect(),
+            mesh_connections: u32::try_from(self.trust.connections()).unwrap_or(u32::MAX),
+            is_authority: self.is_authority,
+        }))
+    }
+}
+
+fn certificate(summary: &CertificateSummary) -> Certificate {
+    Certificate {
+        serial: summary.serial.clone(),
+        not_before_s: seconds(summary.from),
+        not_after_s: seconds(summary.until),
+    }
+}
+
+fn seconds(moment: SystemTime) -> u64 {
+    moment.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

@@ -31,6 +31,7 @@ mod refusal;
 mod renewal;
 mod replay;
 mod router;
+mod scrape;
 mod services;
 mod signer;
 pub mod spire;

@@ -52,6 +52,7 @@ use crate::{
     refusal::Who,
     renewal::{self, Renewals, Renewer, Source},
     router::Router,
+    scrape::Scrape,
     services::Services,
     signer::{Contact, Signer},
     trust::{self, Gate, Trust},
@@ -133,6 +134,8 @@ pub struct Addresses {
     pub plaintext: Option<SocketAddr>,
     /// Metrics.
     pub metrics: SocketAddr,
+    /// For operators.
+    pub admin: SocketAddr,
 }
 
 /// A running node.
@@ -186,13 +189,15 @@ impl Node {
         let links =
             Links::bind(listen.gossip, tls, &plan.keys).map_err(failed("gossip", listen.gossip))?;
         let metrics =
-            Admin::bind(listen.metrics).await.map_err(failed("metrics", listen.metrics))?;
+            Scrape::bind(listen.metrics).await.map_err(failed("metrics", listen.metrics))?;
+        let for_operators = bind("admin", listen.admin, false)?;
         let addresses = Addresses {
             clients: ports.clients.address(),
             peers: ports.peers.address(),
             gossip: links.address().map_err(failed("gossip", listen.gossip))?,
             plaintext: ports.plaintext.as_ref().map(Listener::address),
             metrics: metrics.local_addr().unwrap_or(listen.metrics),
+            admin: for_operators.address(),
         };
 
         let draining = Arc::new(AtomicBool::new(false));
@@ -210,12 +215,18 @@ impl Node {
         }
         let ready = plan.ready.clone();
         let router = control.watch_engines(&plan);
-        let admin = Admin {
+        let scrape = Scrape {
             metrics: plan.metrics.clone(),
             probes: Probes { ready: ready.clone(), router },
         };
         // The metrics port stays up while the node drains: that is when it is looked at.
-        control.tasks.spawn(admin.serve(metrics, CancellationToken::new()));
+        control.tasks.spawn(scrape.serve(metrics, CancellationToken::new()));
+        let admin = Admin {
+            trust: plan.trust.clone(),
+            renewals: plan.renewals.clone(),
+            is_authority: plan.signer.is_some(),
+        };
+        control.tasks.spawn(admin.serve(for_operators, control.stop.clone()));
         for task in plan.access.tasks() {
             control.tasks.spawn(task);
         }

@@ -42,15 +42,17 @@ pub(crate) struct Trust {
 pub(crate) enum Port {
     Peers,
     Gossip,
+    Admin,
 }
 
 impl Port {
-    pub(crate) const ALL: [Self; 2] = [Self::Peers, Self::Gossip];
+    pub(crate) const ALL: [Self; 3] = [Self::Peers, Self::Gossip, Self::Admin];
 
     pub(crate) fn label(self) -> &'static str {
         match self {
             Self::Peers => "peers",
             Self::Gossip => "gossip",
+            Self::Admin => "admin",
         }
     }
 }

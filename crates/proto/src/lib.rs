@@ -21,6 +21,14 @@ pub mod inference {
 
 /// Types the mesh speaks of its own.
 pub mod isobar {
+    /// Operators.
+    pub mod admin {
+        /// What operators ask a node.
+        pub mod v1 {
+            tonic::include_proto!("isobar.admin.v1");
+        }
+    }
+
     /// The mesh.
     pub mod mesh {
         /// What nodes tell each other over the gossip port, and how they come by their certificates.

@@ -317,7 +317,7 @@ fn config(index: usize, engines: &[Engine], ways: &[Way]) -> String {
     let (name, region) = (node_name(index), REGIONS[index / NODES_PER_REGION].0);
     let mut text = format!(
         "[node]\nname = \"{name}\"\nregion = \"{region}\"\n[listen]\nclients = \"127.0.0.1:0\"\npeers = \"127.0.0.1:0\"\n\
-         gossip = \"127.0.0.1:0\"\nmetrics = \"127.0.0.1:0\"\n[mesh]\ntrust_domain = \"{TRUST_DOMAIN}\"\n"
+         gossip = \"127.0.0.1:0\"\nmetrics = \"127.0.0.1:0\"\nadmin = \"127.0.0.1:0\"\n[mesh]\ntrust_domain = \"{TRUST_DOMAIN}\"\n"
     );
     for (other, way) in ways.iter().enumerate().filter(|(other, _)| *other != index) {
         let (name, region) = (node_name(other), REGIONS[other / NODES_PER_REGION].0);
