@@ -170,9 +170,9 @@ impl Authority {
         now: SystemTime,
     ) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
         if life > self.longest(id.role) || life.is_zero() {
-            let longest = humantime::format_duration(self.longest(id.role));
+            let longest = self.longest(id.role).as_secs();
             return Err(IdentityError::Scope(format!(
-                "a certificate of the role `{}` lives from 1s to {longest} here",
+                "a certificate of the role `{}` lives from 1s to {longest}s here",
                 id.role
             )));
         }

@@ -184,6 +184,10 @@ impl Revocations {
     }
 
     fn from_wire(list: &wire::RevocationList, mesh: &TrustDomain) -> Result<Self, RevocationError> {
+        // Versions follow the clock: one that leaves no room for the next is nobody's.
+        if list.version > LATEST_MS {
+            return Err(RevocationError::Damaged("its version is out of range"));
+        }
         if list.revoked.len() > REVOCATIONS_MAX {
             return Err(RevocationError::Damaged("it has too many entries"));
         }

@@ -218,7 +218,12 @@ fn check_authorities(
                 "it is for {other}, not for the trust domain `{trust_domain}`"
             )));
         }
-        let ends = check_life(path, std::slice::from_ref(certificate), now)?;
+        let ends = check_life(path, std::slice::from_ref(certificate), now).map_err(|e| match e {
+            IdentityError::Expired { until, .. } => wrong(format!(
+                "it expired on {until}: make the next one with `isobar ca rotate --issuer`, or check this machine's clock"
+            )),
+            other => other,
+        })?;
         until = Some(until.map_or(ends, |until: SystemTime| until.min(ends)));
     }
     until.ok_or_else(|| IdentityError::NoCertificate { path: path.into() })

@@ -17,6 +17,10 @@ use crate::{IdentityError, files};
 
 const REMEDY: &str =
     "name the directory that `isobar ca init` made, or make an authority with `isobar ca init`";
+const SETTINGS_HEAD: &str = "\
+# `life`: how long the certificates of nodes live. A revocation is kept for twice as long, so whoever lowers it lets
+# revocations be forgotten early for certificates that were issued before.
+";
 /// Shortest and longest life of a node's certificate.
 const LIFE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(90 * 24 * 60 * 60));
 
@@ -112,6 +116,7 @@ impl Place {
             path: path.clone(),
             reason: e.to_string(),
         })?;
+        let text = format!("{SETTINGS_HEAD}{text}");
         files::replace_durably(&path, files::PUBLIC, text.as_bytes())
     }
 

@@ -64,7 +64,12 @@ impl Authority {
         let rotation = Rotation::find(dir)?;
         let _lock = rotation.place.lock()?;
         let done = rotation.step(hurry, now)?;
-        let who = format!("{done:?}");
+        let who = match done {
+            Rotated::RootAdded { .. } => "root added",
+            Rotated::IssuerReplaced { .. } => "issuer replaced, under the next root",
+            Rotated::RootRemoved => "old root removed",
+        };
+        let who = who.into();
         let entry = audit::Entry { event: "rotate", outcome: "done", who, ..Default::default() };
         audit::record(&rotation.place, &entry, now);
         Ok(done)
@@ -86,7 +91,7 @@ impl Authority {
             ));
         }
         rotation.replace_issuer_only(now)?;
-        let who = "issuer".into();
+        let who = "issuer replaced, under the same root".into();
         let entry = audit::Entry { event: "rotate", outcome: "done", who, ..Default::default() };
         audit::record(&rotation.place, &entry, now);
         Ok(())

@@ -197,6 +197,18 @@ fn all_nodes_agree_which_list_is_newer() {
 }
 
 #[test]
+fn a_version_that_leaves_no_room_for_the_next_is_refused() {
+    let mesh = Mesh::new();
+    let authority = mesh.open(now());
+    let key = KeyPair::generate().unwrap();
+    let signed = SignedRevocations::sign(&list(u64::MAX, &[]), &domain(), &[], &key, now());
+    assert!(signed.unwrap_err().to_string().contains("version"));
+    assert!(authority.adopt(&list(9_000_000_000, &["a"]), now()).unwrap());
+    assert_eq!(verified(&mesh.open(now()), now()).version(), 9_000_000_001);
+    assert_eq!(authority.revoke(&id(Role::Node, "b"), now()).unwrap(), 9_000_000_002);
+}
+
+#[test]
 fn members_of_another_mesh_cannot_be_revoked() {
     let mesh = Mesh::new();
     let foreign = "spiffe://other.test/node/eu/a".parse().unwrap();
