@@ -14,8 +14,10 @@
 //! directory meanwhile, under a lock of the file system. Everything here reads or writes files: call it where blocking
 //! is allowed.
 
+mod admission;
 mod audit;
 mod csr;
+mod exclusion;
 mod issuing;
 mod make;
 mod place;
@@ -29,7 +31,7 @@ use std::{
     fmt,
     net::IpAddr,
     path::Path,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime},
 };
 
 use base::{NodeName, RegionName, TrustDomain};
@@ -39,9 +41,9 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 pub(crate) use self::issuing::fingerprint;
 use self::{
     csr::requested_key,
+    exclusion::current_list,
     issuing::{Issuing, Terms},
     place::{Place, Seen, Settings},
-    store::Kept,
 };
 pub use self::{
     csr::{CsrError, make_key, make_request},
@@ -49,13 +51,7 @@ pub use self::{
     rotation::Rotated,
     store::{Redemption, TokenScope, TokenStatus},
 };
-use crate::{
-    IdentityError, Revocations, Revoked, Role, SignedRevocations, SpiffeId, Token,
-    certificate::{peer_id, validity},
-    dev::random,
-    files,
-    revocation::milliseconds,
-};
+use crate::{IdentityError, Role, SignedRevocations, SpiffeId, certificate::validity};
 
 /// Longest life of a certificate that is not a node's: clients and operators get theirs by hand.
 const ISSUED_LIFE_MAX: Duration = Duration::from_secs(90 * 24 * 60 * 60);
@@ -209,189 +205,6 @@ impl Authority {
         Ok((chain, PrivateKeyDer::Pkcs8(key.serialize_der().into())))
     }
 
-    /// Makes a token that is good for `scope`; its text can only be had from the result. Tokens that expired a day ago are
-    /// forgotten.
-    ///
-    /// # Errors
-    /// The scope is refused, there are 4,096 tokens, or the directory cannot be written.
-    pub fn issue_token(&self, scope: &TokenScope, now: SystemTime) -> Result<Token, IdentityError> {
-        scope.check()?;
-        let expires = (now + scope.ttl).duration_since(UNIX_EPOCH).unwrap_or_default();
-        // Rounded up: a token of one second is good for one second.
-        let expires =
-            Duration::from_secs(expires.as_secs() + u64::from(expires.subsec_nanos() > 0));
-        let token = Token {
-            id: random()?,
-            secret: random()?,
-            trust_domain: self.trust_domain().clone(),
-            root_fingerprint: self.root_fingerprint(),
-            names: scope.names.clone(),
-            region: scope.region.clone(),
-            role: scope.role,
-            expires_at: UNIX_EPOCH + expires,
-            seeds: scope.seeds.clone(),
-        };
-        let _lock = self.place.lock()?;
-        store::sweep(&self.place, now)?;
-        store::write(&self.place, &token.id(), &Kept::new(&token, scope.uses, now))?;
-        let who = store::describe(&token);
-        let entry = audit::Entry { event: "token", outcome: "done", who, ..Default::default() };
-        audit::record(&self.place, &audit::Entry { token: Some(token.id()), ..entry }, now);
-        Ok(token)
-    }
-
-    /// The tokens it knows, in the order in which they end.
-    ///
-    /// # Errors
-    /// The directory cannot be read.
-    pub fn tokens(&self) -> Result<Vec<TokenStatus>, IdentityError> {
-        store::list(&self.place)
-    }
-
-    /// Lets in whoever holds a token. The use is taken on disk before anything is signed, so a token is never good once
-    /// too often, whatever happens; of several that redeem one at once, in whichever process, as many get a certificate
-    /// as it has uses.
-    ///
-    /// # Errors
-    /// Why not.
-    pub fn redeem(
-        &self,
-        ask: &Ask<'_>,
-        now: SystemTime,
-    ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
-        let token = ask.token.parse::<Token>().map_err(|_| Refusal::Tampered);
-        let known = token.as_ref().ok().map(Token::id);
-        let outcome = token.and_then(|token| self.redeem_token(&token, ask, now));
-        let who = self.node_id(ask.region, ask.name).to_string();
-        let entry =
-            audit::Entry { event: "join", outcome: label(&outcome), who, ..Default::default() };
-        let remote = Some(ask.remote.to_string());
-        let why = outcome.as_ref().err().map(ToString::to_string);
-        let entry = audit::Entry { token: known, remote, why: why.as_deref(), ..entry };
-        audit::record(&self.place, &entry, now);
-        outcome
-    }
-
-    fn redeem_token(
-        &self,
-        token: &Token,
-        ask: &Ask<'_>,
-        now: SystemTime,
-    ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
-        self.check_mesh(&token.trust_domain)?;
-        let lock = self.place.lock()?;
-        let mut kept = store::read(&self.place, token)?.ok_or(Refusal::Unknown)?;
-        kept.admit(token, ask, now)?;
-        let id = self.node_id(ask.region, ask.name);
-        let revoked_at = self.list()?.revoked_at(&id);
-        if let Some(at) = revoked_at
-            && kept.issued_at() <= at
-        {
-            return Err(Refusal::Revoked { id, at });
-        }
-        let key = requested_key(ask.csr)?;
-        self.issuing.check_ending(self.life(), now)?;
-        kept.take_use(ask, now);
-        store::write(&self.place, &token.id(), &kept)?;
-        drop(lock);
-        let terms = Terms { id: &id, ips: ask.ips, life: self.life(), revoked_at };
-        Ok(self.issuing.certify(&key, terms, now)?)
-    }
-
-    /// The next certificate for a node whose `current` one the connection has proven.
-    ///
-    /// # Errors
-    /// Why not: for one, the current certificate is revoked.
-    pub fn renew(
-        &self,
-        current: &CertificateDer<'_>,
-        csr: &[u8],
-        ips: &[IpAddr],
-        now: SystemTime,
-    ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
-        let id = peer_id(std::slice::from_ref(current))?;
-        let outcome = self.renew_as(&id, current, csr, ips, now);
-        let why = outcome.as_ref().err().map(ToString::to_string);
-        let who = id.to_string();
-        let entry =
-            audit::Entry { event: "renew", outcome: label(&outcome), who, ..Default::default() };
-        audit::record(&self.place, &audit::Entry { why: why.as_deref(), ..entry }, now);
-        outcome
-    }
-
-    fn renew_as(
-        &self,
-        id: &SpiffeId,
-        current: &CertificateDer<'_>,
-        csr: &[u8],
-        ips: &[IpAddr],
-        now: SystemTime,
-    ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
-        self.check_mesh(&id.trust_domain)?;
-        if id.role != Role::Node {
-            return Err(Refusal::WrongRole(id.clone()));
-        }
-        let revoked_at = self.list()?.revoked_at(id);
-        let (from, _) = validity(current)?;
-        if let Some(at) = revoked_at
-            && from <= at
-        {
-            return Err(Refusal::Revoked { id: id.clone(), at });
-        }
-        let key = requested_key(csr)?;
-        let terms = Terms { id, ips, life: self.life(), revoked_at };
-        Ok(self.issuing.certify(&key, terms, now)?)
-    }
-
-    /// Who is not believed, as it was when this authority was opened.
-    #[must_use]
-    pub fn revocations(&self) -> &SignedRevocations {
-        &self.revocations
-    }
-
-    /// Who is not believed, as it is on disk now.
-    ///
-    /// # Errors
-    /// The list cannot be read.
-    pub fn revoked(&self) -> Result<Revocations, IdentityError> {
-        self.list()
-    }
-
-    /// Excludes a member from now on; gives the version of the new list. The list is on disk, and
-    /// [`Self::has_changed`] for whoever holds it open.
-    ///
-    /// # Errors
-    /// The member is of another mesh, the list is full, or it cannot be written.
-    pub fn revoke(&self, id: &SpiffeId, now: SystemTime) -> Result<u64, IdentityError> {
-        if id.trust_domain != *self.trust_domain() {
-            let ours = self.trust_domain().clone();
-            return Err(IdentityError::ForeignPeer { found: id.clone(), ours });
-        }
-        let _lock = self.place.lock()?;
-        let mut list = self.list()?;
-        let at = UNIX_EPOCH + Duration::from_millis(milliseconds(now));
-        list.add(id.clone(), Revoked { at, forget_at: at + self.forget_after(id.role) });
-        let version = self.publish(list, now)?;
-        let entry = audit::Entry { event: "revoke", outcome: "done", ..Default::default() };
-        audit::record(&self.place, &audit::Entry { who: id.to_string(), ..entry }, now);
-        Ok(version)
-    }
-
-    /// Takes in what another authority of the mesh has revoked; whether there was anything new. The caller has verified
-    /// the list ([`SignedRevocations::verify`]).
-    ///
-    /// # Errors
-    /// The list is full, or it cannot be written.
-    pub fn adopt(&self, other: &Revocations, now: SystemTime) -> Result<bool, IdentityError> {
-        let _lock = self.place.lock()?;
-        let ours = self.list()?;
-        if ours.covers(other, now) {
-            return Ok(false);
-        }
-        self.publish(ours.merge(other), now)?;
-        Ok(true)
-    }
-
     /// Whether something in the directory is not what was opened: the issuing certificate, the roots, the settings or
     /// the revocations. It looks at six files and reads none.
     #[must_use]
@@ -399,47 +212,11 @@ impl Authority {
         self.place.seen() != self.seen
     }
 
-    /// Gives the list its next version, signs it and writes it. Under the lock.
-    fn publish(&self, mut list: Revocations, now: SystemTime) -> Result<u64, IdentityError> {
-        list.forget(now);
-        list.version = list.version.saturating_add(1).max(milliseconds(now) / 1_000);
-        let signed = sign_list(&list, &self.settings, &self.issuing, now)?;
-        files::replace_durably(&self.place.revoked(), files::PUBLIC, signed.encode())?;
-        Ok(list.version)
-    }
-
-    /// A command may have excluded somebody a moment ago.
-    fn list(&self) -> Result<Revocations, IdentityError> {
-        Ok(read_list(&self.place)?.map(|signed| signed.claimed().clone()).unwrap_or_default())
-    }
-
-    fn check_mesh(&self, found: &TrustDomain) -> Result<(), Refusal> {
-        let ours = self.trust_domain();
-        if found == ours {
-            return Ok(());
-        }
-        Err(Refusal::WrongMesh { found: found.clone(), ours: ours.clone() })
-    }
-
-    fn node_id(&self, region: &RegionName, name: &NodeName) -> SpiffeId {
-        SpiffeId {
-            trust_domain: self.trust_domain().clone(),
-            role: Role::Node,
-            region: region.clone(),
-            name: name.clone(),
-        }
-    }
-
     fn longest(&self, role: Role) -> Duration {
         match role {
             Role::Node | Role::Authority => self.life() * 2,
             Role::Client | Role::Operator => ISSUED_LIFE_MAX,
         }
-    }
-
-    /// When no certificate that was issued before is valid any more.
-    fn forget_after(&self, role: Role) -> Duration {
-        self.longest(role)
     }
 }
 
@@ -452,10 +229,6 @@ impl fmt::Debug for Authority {
     }
 }
 
-fn label<T>(outcome: &Result<T, Refusal>) -> &'static str {
-    outcome.as_ref().err().map_or("done", Refusal::label)
-}
-
 fn certify_new_key(
     issuing: &Issuing,
     terms: Terms<'_>,
@@ -463,54 +236,4 @@ fn certify_new_key(
 ) -> Result<(Vec<CertificateDer<'static>>, KeyPair), IdentityError> {
     let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
     Ok((issuing.certify(&key, terms, now)?, key))
-}
-
-/// The list on disk. Whoever can write it can sign: it is not verified here.
-fn read_list(place: &Place) -> Result<Option<SignedRevocations>, IdentityError> {
-    let path = place.revoked();
-    let Some(bytes) = files::read_if_there(&path)? else { return Ok(None) };
-    let list = SignedRevocations::decode(&bytes).map_err(|e| IdentityError::NotAnAuthority {
-        path,
-        reason: format!("{e}: restore it, or whoever was revoked is welcome again"),
-    })?;
-    Ok(Some(list))
-}
-
-/// The list on disk if nodes that believe our roots will believe it; signed anew otherwise, with entries left out that
-/// are not needed any more. Nobody revoked: version 0, which nobody needs to have.
-fn current_list(
-    place: &Place,
-    settings: &Settings,
-    issuing: &Issuing,
-    now: SystemTime,
-) -> Result<SignedRevocations, IdentityError> {
-    let Some(kept) = read_list(place)? else {
-        return sign_list(&Revocations::default(), settings, issuing, now);
-    };
-    let mut list = kept.claimed().clone();
-    let entries = list.len();
-    list.forget(now);
-    let issuer = issuing.chain.first().unwrap_or(&issuing.root);
-    if kept.is_under(issuer) && list.len() == entries {
-        return Ok(kept);
-    }
-    list.version = list.version.saturating_add(1).max(milliseconds(now) / 1_000);
-    let signed = sign_list(&list, settings, issuing, now)?;
-    files::replace_durably(&place.revoked(), files::PUBLIC, signed.encode())?;
-    Ok(signed)
-}
-
-fn sign_list(
-    list: &Revocations,
-    settings: &Settings,
-    issuing: &Issuing,
-    now: SystemTime,
-) -> Result<SignedRevocations, IdentityError> {
-    let id = format!("spiffe://{}/authority/mesh/revocations", settings.trust_domain).parse()?;
-    // The issuing certificate may be at its end: an exclusion is signed for as long as anything can be.
-    let left = issuing.until.duration_since(now).unwrap_or_default();
-    let life = settings.life.min(left);
-    let terms = Terms { id: &id, ips: &[], life, revoked_at: None };
-    let (chain, key) = certify_new_key(issuing, terms, now)?;
-    Ok(SignedRevocations::sign(list, &settings.trust_domain, &chain, &key, now)?)
 }
