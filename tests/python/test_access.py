@@ -4,6 +4,7 @@ import base64
 import datetime
 import hashlib
 import json
+import re
 import subprocess
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -496,3 +497,16 @@ def test_no_later_name_in_a_request_opens_a_model(world):
         with pytest.raises(grpc.RpcError):
             list(channel.stream_stream(f"/{stream}")(iter(requests), timeout=LONG))
     assert served() == before
+
+
+def test_the_example_of_the_readme_is_good(tmp_path):
+    section = (ROOT / "README.md").read_text().split("### Say who may call\n")[1].split("\n### ")[0]
+    parts = re.findall(r"```toml\n(.*?)```", section, re.DOTALL)
+    assert len(parts) == 2
+    text = "\n".join(parts).replace("https://login.example/.well-known", "http://127.0.0.1:1")
+    (tmp_path / "clients.pem").write_bytes(Authority().pem())
+    path = tmp_path / "node.toml"
+    path.write_text(f'[node]\nname = "a"\n[tls]\nclient_ca = "clients.pem"\n{text}')
+    done = check(path, "--dev-ca", tmp_path / "ca")
+    assert done.returncode == 0, done.stderr
+    assert "search, public may call (callers who show nothing are public)" in done.stdout

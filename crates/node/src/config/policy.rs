@@ -51,11 +51,11 @@ pub struct AccessConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct JwtConfig {
-    /// What the claim `iss` of its tokens must equal: a text of 1 to 512 bytes such as "https://login.example". Required.
+    /// What the claim `iss` of its tokens must equal: a text of 1 to 512 bytes such as `https://login.example`. Required.
     pub issuer: Claim,
     /// What the claim `aud` of its tokens must contain: a text of 1 to 512 bytes such as "isobar". Required.
     pub audience: Claim,
-    /// Where its public keys are, a JWK set: a file, or a URL such as "https://login.example/keys.json"; http only on this
+    /// Where its public keys are, a JWK set: a file, or a URL such as `https://login.example/keys.json`; http only on this
     /// machine. Read again when a token names a key it lacks, every ten seconds at most. Required.
     pub jwks: JwksSource,
     /// The claim that names the tenant: a text of 1 to 512 bytes. Default "sub".
