@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import json
 import re
+import ssl
 import subprocess
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -77,7 +78,7 @@ def key_set(*signers) -> str:
 class KeyServer:
     """Serves a key set over HTTP, and counts how often it was asked."""
 
-    def __init__(self, text):
+    def __init__(self, text, tls=None):
         self.text, self.asked = text, 0
         outer = self
 
@@ -94,7 +95,9 @@ class KeyServer:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/keys"
+        if tls:
+            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
+        self.url = f"http{'s' if tls else ''}://localhost:{self.server.server_port}/keys"
         Thread(target=self.server.serve_forever, daemon=True).start()
 
     def stop(self):
@@ -123,7 +126,8 @@ class Authority:
             .add_extension(x509.BasicConstraints(is_ca, None), critical=True)
         )
         if not is_ca:
-            usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
+            both = [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
+            usage = x509.ExtendedKeyUsage(both)
             builder = builder.add_extension(usage, critical=False)
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
@@ -363,6 +367,36 @@ def test_keys_that_come_over_http_may_change(world):
     waits("the new key", lambda: code_of(world.node, metadata=bearer(new.token(iss="by-url"))) == OK)
     # A key that was withdrawn opens nothing, though its tokens were good.
     assert code_of(world.node, metadata=bearer(world.url_signer.token(iss="by-url"))) == UNAUTHENTICATED
+
+
+def test_keys_come_over_https_from_who_this_machine_believes(tmp_path):
+    authority, signer = Authority(), Signer("h1")
+    secret, certificate = authority.client(x509.DNSName("localhost"))
+    (tmp_path / "server.pem").write_bytes(secret + certificate)
+    (tmp_path / "roots.pem").write_bytes(authority.pem())
+    (tmp_path / "others.pem").write_bytes(Authority().pem())
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(tmp_path / "server.pem")
+    server = KeyServer(key_set(signer), tls)
+    jwt = {"issuer": ISSUER, "audience": "isobar", "jwks": server.url}
+    try:
+        for roots, wanted in (("roots.pem", OK), ("others.pem", UNAUTHENTICATED)):
+            service = Service(tmp_path)
+            node = Node(
+                tmp_path / wanted.name, "a", "eu", tmp_path / "ca", [service.engine()],
+                environment={"SSL_CERT_FILE": str(tmp_path / roots)},
+                access={"jwt": [jwt]},
+                tenants=[{"name": "shop", "jwt": ["subject-1"]}],
+                allow=[{"tenant": "shop"}],
+            )
+            try:
+                assert code_of(node, metadata=bearer(signer.token())) == wanted
+                assert ("cannot be read; those known stay" in node.err.read_text()) == (wanted != OK)
+            finally:
+                node.kill()
+                service.kill()
+    finally:
+        server.stop()
 
 
 def test_health_and_probes_are_open_and_reflection_needs_a_tenant(tmp_path):
