@@ -77,10 +77,7 @@ impl Identity {
     /// It is another node's; nothing has changed.
     pub fn replace(&self, newer: NodeIdentity) -> Result<(), IdentityError> {
         if newer.id != self.0.id {
-            return Err(IdentityError::AnotherNode {
-                found: newer.id.clone(),
-                ours: self.0.id.clone(),
-            });
+            return Err(IdentityError::AnotherNode { found: newer.id, ours: self.0.id.clone() });
         }
         *self.0.current.write() = Arc::new(newer);
         Ok(())

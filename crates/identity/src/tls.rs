@@ -618,7 +618,12 @@ impl std::error::Error for Refusal {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::PermissionsExt, time::Duration};
+    use std::{
+        collections::BTreeSet,
+        fs,
+        os::unix::fs::PermissionsExt,
+        time::{Duration, SystemTime},
+    };
 
     use base::clock;
     use rcgen::{CertificateParams, KeyPair, SanType};
@@ -630,8 +635,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::{ClientNames, DevCa};
-    use crate::{DevCa, NodeIdentity};
+    use crate::{Authority, CertificateRequest, ClientNames, DevCa, IdentityFiles, NodeIdentity};
 
     const ALPN: &[&[u8]] = &[b"h3"];
     const DAY: Duration = Duration::from_secs(86_400);
@@ -888,11 +892,11 @@ mod tests {
     #[test]
     fn a_client_may_show_a_certificate_and_one_that_is_shown_must_be_good() {
         let (mesh, other) = (Mesh::new(), Mesh::new());
-        let identity = mesh.node("b");
-        let (chain, key) = identity.server_cert();
+        let identity = mesh.own("b");
         let roots = ClientRoots::load(&mesh.ca.ca_path()).unwrap();
-        let server = client_server_config(chain, key, &[], Some(roots)).unwrap();
-        let (server, known, foreign) = (Arc::new(server), mesh.node("c"), other.node("c"));
+        let shown = ClientFacing::Mesh(Identity::new(identity.clone()));
+        let server = client_server_config(&shown, &[], Some(roots)).unwrap();
+        let (server, known, foreign) = (Arc::new(server), mesh.own("c"), other.own("c"));
         for (shown, is_good) in [(None, true), (Some(known), true), (Some(foreign), false)] {
             let builder = ClientConfig::builder_with_provider(provider())
                 .with_protocol_versions(VERSIONS)
@@ -901,11 +905,8 @@ mod tests {
             let client = match &shown {
                 Some(own) => {
                     // Whoever it is that is asked for: this client shows what it has.
-                    let certified =
-                        CertifiedKey::from_der(own.chain.clone(), own.key.clone_key(), &provider());
-                    builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(
-                        certified.unwrap(),
-                    )))
+                    let shown = SingleCertAndKey::from(own.certified.clone());
+                    builder.with_client_cert_resolver(Arc::new(shown))
                 }
                 None => builder.with_no_client_auth(),
             };
@@ -941,5 +942,213 @@ mod tests {
             let error = load_server_cert(&path(cert), &path(key)).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");
         }
+    }
+
+    /// A mesh with an authority of its own, and the moment at which it was made.
+    struct Signed {
+        dir: TempDir,
+        made: SystemTime,
+    }
+
+    impl Signed {
+        const LIFE: Duration = Duration::from_secs(20);
+
+        fn new() -> Self {
+            let (dir, made) = (tempfile::tempdir().unwrap(), clock::wall());
+            Authority::init(dir.path(), &"mesh.test".parse().unwrap(), Self::LIFE, made).unwrap();
+            Self { dir, made }
+        }
+
+        fn authority(&self) -> Authority {
+            Authority::open(self.dir.path(), clock::wall()).unwrap()
+        }
+
+        /// A certificate for `id` at `now`, with the roots of the moment.
+        fn issue(&self, id: &str, now: SystemTime) -> NodeIdentity {
+            let authority = self.authority();
+            let request = CertificateRequest::new().unwrap();
+            let chain = authority.sign(&id.parse().unwrap(), request.csr(), &[], now).unwrap();
+            let key = request.into_key();
+            NodeIdentity::issued(self.dir.path(), chain, key, authority.roots(), now).unwrap()
+        }
+
+        fn node(&self, name: &str) -> Identity {
+            Identity::new(self.issue(&format!("spiffe://mesh.test/node/eu/{name}"), clock::wall()))
+        }
+    }
+
+    #[test]
+    fn a_renewed_certificate_is_shown_by_configurations_made_before() {
+        let mesh = Signed::new();
+        let (a, b) = (mesh.node("a"), mesh.node("b"));
+        let client = a.peer_client_config(ALPN, peer("b")).unwrap();
+        let server = b.peer_server_config(ALPN).unwrap();
+        let mut serials = vec![];
+        for _ in 0..3 {
+            for identity in [&a, &b] {
+                identity.replace(mesh.issue(&identity.id().to_string(), clock::wall())).unwrap();
+            }
+            let Pair { client, server } = shake(client.clone(), server.clone()).unwrap();
+            let serial = |shown: Option<&[CertificateDer<'_>]>| {
+                CertificateSummary::of(&shown.unwrap()[0]).unwrap().serial
+            };
+            assert_eq!(serial(client.peer_certificates()), b.served().unwrap().serial);
+            assert_eq!(serial(server.peer_certificates()), a.current().certificate().serial);
+            serials.push(b.served().unwrap().serial);
+        }
+        serials.dedup();
+        assert_eq!(serials.len(), 3);
+        let error =
+            a.replace(mesh.issue("spiffe://mesh.test/node/eu/b", clock::wall())).unwrap_err();
+        assert!(error.to_string().contains("nothing was changed"), "{error}");
+    }
+
+    #[test]
+    fn roots_change_step_by_step_while_everybody_knows_everybody() {
+        let mesh = Signed::new();
+        let (a, b) = (mesh.node("a"), mesh.node("b"));
+        let old = mesh.node("old");
+        let meet = || call(&a, "b", &b).and(call(&b, "a", &a)).map(drop);
+        let renew = |identity: &Identity| {
+            identity.replace(mesh.issue(&identity.id().to_string(), clock::wall())).unwrap();
+        };
+        for _ in 0..3 {
+            Authority::rotate(mesh.dir.path(), true, clock::wall()).unwrap();
+            meet().unwrap();
+            // One end follows first, then the other.
+            renew(&a);
+            meet().unwrap();
+            renew(&b);
+            meet().unwrap();
+        }
+        assert_eq!(a.current().trusted().len(), 1, "the old root has gone");
+        let error = call(&old, "b", &b).unwrap_err().to_string();
+        assert!(error.contains("UnknownIssuer"), "{error}");
+    }
+
+    #[test]
+    fn whoever_is_revoked_is_refused_until_it_is_certified_anew() {
+        let mesh = Signed::new();
+        let (a, b) = (mesh.node("a"), mesh.node("b"));
+        mesh.authority().revoke(b.id(), clock::wall()).unwrap();
+        let list = mesh.authority().revocations().clone();
+        a.revoke(list.verify(a.current().roots(), &a.id().trust_domain, clock::wall()).unwrap());
+        for error in [call(&a, "b", &b).unwrap_err(), call(&b, "a", &a).unwrap_err()] {
+            assert!(error.to_string().contains("was revoked"), "{error}");
+        }
+        // Whoever is let in again begins after the moment of the revocation, which may be a second away.
+        let again = mesh.issue(&b.id().to_string(), clock::wall() + Duration::from_secs(1));
+        b.replace(again).unwrap();
+        let issued = CertificateSummary::of(&b.current().certified.cert[0]).unwrap().from;
+        assert!(!a.revocations().revokes(b.id(), issued));
+    }
+
+    #[test]
+    fn a_joiner_knows_the_authority_by_its_root_and_nobody_else() {
+        let mesh = Signed::new();
+        let (region, name) = ("eu".parse().unwrap(), "a".parse().unwrap());
+        let own = |mesh: &Signed| {
+            let (chain, key) = mesh.authority().own(&region, &name, clock::wall()).unwrap();
+            ServedCertificate::new(chain, key).unwrap()
+        };
+        let server = |mesh: &Signed| {
+            let alpn: &[&[u8]] = &[b"isobar/1", ENROL_ALPN];
+            mesh.node("a").authority_server_config(&own(mesh), alpn).unwrap()
+        };
+        let pin = mesh.authority().root_fingerprint();
+        let join = |domain: &str, pin| join_client_config(&domain.parse().unwrap(), pin).unwrap();
+        let joined = shake(join("mesh.test", pin), server(&mesh)).unwrap();
+        assert_eq!(joined.server.alpn_protocol(), Some(ENROL_ALPN));
+        assert_eq!(joined.server.peer_certificates(), None, "there is none yet");
+
+        let other = Signed::new();
+        for (domain, pin, served, says) in [
+            ("mesh.test", pin, server(&other), "not an authority of the mesh the token is for"),
+            ("other.test", pin, server(&mesh), "not of the trust domain `other.test`"),
+            ("mesh.test", [0; 32], server(&mesh), "not an authority of the mesh the token is for"),
+        ] {
+            let error = shake(join(domain, pin), served).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+        // A node without the role shows its own certificate, without the root.
+        let plain = mesh.node("b").authority_server_config(&own(&other), &[ENROL_ALPN]).unwrap();
+        assert!(shake(join("mesh.test", pin), plain).is_err());
+    }
+
+    #[test]
+    fn a_node_renews_at_an_authority_and_at_nobody_else() {
+        let mesh = Signed::new();
+        let (a, b) = (mesh.node("a"), mesh.node("b"));
+        let (chain, key) =
+            mesh.authority().own(&a.id().region, &a.id().name, clock::wall()).unwrap();
+        let authority = ServedCertificate::new(chain, key).unwrap();
+        let alpn: &[&[u8]] = &[b"isobar/1", ENROL_ALPN];
+        let server = a.authority_server_config(&authority, alpn).unwrap();
+        let renewing = shake(b.renewal_client_config().unwrap(), server).unwrap();
+        let known = peer_id(renewing.server.peer_certificates().unwrap()).unwrap();
+        assert_eq!(known, *b.id());
+        // Who has only a node's certificate is no authority.
+        let plain = a.peer_server_config(&[ENROL_ALPN]).unwrap();
+        let error = shake(b.renewal_client_config().unwrap(), plain).unwrap_err().to_string();
+        assert!(error.contains("does not have the role `authority`"), "{error}");
+    }
+
+    #[test]
+    fn only_operators_reach_the_admin_port() {
+        let mesh = Signed::new();
+        let node = mesh.node("a");
+        let request = CertificateRequest::new().unwrap();
+        let id = "spiffe://mesh.test/operator/eu/alice".parse().unwrap();
+        let authority = mesh.authority();
+        let chain = authority.sign(&id, request.csr(), &[], clock::wall()).unwrap();
+        let operator = CertifiedKey::from_der(chain, request.into_key(), &provider()).unwrap();
+        for (shown, is_let_in) in
+            [(Arc::new(operator), true), (mesh.node("b").current().certified.clone(), false)]
+        {
+            let client = ClientConfig::builder_with_provider(provider())
+                .with_protocol_versions(VERSIONS)
+                .unwrap()
+                .with_root_certificates(node.roots())
+                .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(shown)));
+            let name = "localhost".try_into().unwrap();
+            let mut from = ClientConnection::new(Arc::new(client), name).unwrap();
+            let server = node.operator_server_config(&[]).unwrap();
+            let mut to = ServerConnection::new(Arc::new(server)).unwrap();
+            assert_eq!(exchange(&mut from, &mut to).is_ok(), is_let_in);
+        }
+    }
+
+    #[test]
+    fn the_lease_of_a_connection_ends_with_the_first_of_both_certificates() {
+        let mesh = Signed::new();
+        let (a, b) = (mesh.node("a"), mesh.node("b"));
+        a.replace(mesh.issue(&a.id().to_string(), mesh.made + Duration::from_secs(4))).unwrap();
+        let validity = a.validity(&b.current().certified.cert).unwrap();
+        assert_eq!(validity.peer, *b.id());
+        assert_eq!(validity.until, b.current().certificate().until);
+        let validity = b.validity(&a.current().certified.cert).unwrap();
+        assert_eq!(validity.until, b.current().certificate().until);
+    }
+
+    #[test]
+    fn an_identity_is_stored_and_found_again_whole() {
+        let mesh = Signed::new();
+        let dir = mesh.dir.path().join("state/identity");
+        let files = IdentityFiles::in_dir(&dir);
+        let mut serials = BTreeSet::new();
+        for _ in 0..3 {
+            let identity = mesh.issue("spiffe://mesh.test/node/eu/a", clock::wall());
+            identity.store(&dir).unwrap();
+            let found = files.load().unwrap();
+            assert!(found.is_same(&identity));
+            serials.insert(found.certificate().serial.clone());
+            let mode = fs::metadata(&files.key).unwrap().permissions().mode() & 0o777;
+            assert_eq!(mode, 0o600);
+        }
+        assert_eq!(serials.len(), 3);
+        let generations = fs::read_dir(&dir).unwrap().filter(|entry| {
+            entry.as_ref().unwrap().file_name().to_string_lossy().starts_with(".identity-")
+        });
+        assert_eq!(generations.count(), 1, "older ones are removed");
     }
 }

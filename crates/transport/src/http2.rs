@@ -27,6 +27,7 @@ use tower::{Service, ServiceExt as _};
 
 use crate::{
     CallInfo, Lease, Limits, Progress, TransportError,
+    lease::Revocable,
     unread::{Unread, Watch, Watched},
 };
 
@@ -169,7 +170,7 @@ impl Client {
             builder.keep_alive_interval(limits.ping_interval).keep_alive_timeout(silence);
         }
         let (sender, mut connection) = builder
-            .handshake(TokioIo::new(io))
+            .handshake(TokioIo::new(Revocable::new(io, &lease)))
             .await
             .map_err(|error| TransportError::from_hyper(&error))?;
         let client = Self {
@@ -181,7 +182,6 @@ impl Client {
             scheme,
             lease,
         };
-        let lease = client.lease.clone();
         let (in_flight, streams) = (client.in_flight.clone(), client.streams.clone());
         let (unread, closed) = (client.unread.clone(), client.closed.clone());
         let idle_timeout = limits.idle_timeout;
@@ -208,7 +208,6 @@ impl Client {
                 () = idle(&in_flight, idle_timeout) => {}
                 never = sweep(&unread) => match never {},
                 () = closed.cancelled() => {}
-                () = lease.withdrawn() => {}
             }
             closed.cancel();
         });

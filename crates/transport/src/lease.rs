@@ -3,14 +3,17 @@
 
 use std::{
     any::Any,
-    fmt,
+    fmt, io,
     net::SocketAddr,
+    pin::Pin,
     sync::Arc,
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
 use rustls::pki_types::CertificateDer;
-use tokio_util::sync::CancellationToken;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 /// Says how long a connection may be used, once the other end has shown its certificates.
 pub trait Lessor: fmt::Debug + Send + Sync {
@@ -86,6 +89,68 @@ impl Lease {
     /// Resolves when the connection must end at once.
     pub async fn withdrawn(&self) {
         self.withdrawn.cancelled().await;
+    }
+}
+
+/// A byte stream that breaks off when its lease is withdrawn: what runs on it then fails, whoever runs it.
+#[derive(Debug)]
+pub(crate) struct Revocable<I> {
+    io: I,
+    withdrawn: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+impl<I> Revocable<I> {
+    pub(crate) fn new(io: I, lease: &Lease) -> Self {
+        Self { io, withdrawn: Box::pin(lease.withdrawn.clone().cancelled_owned()) }
+    }
+
+    /// An error once it is withdrawn; wakes whoever reads when it is.
+    fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        match self.withdrawn.as_mut().poll(cx) {
+            Poll::Ready(()) => Err(io::Error::other("the certificate was withdrawn")),
+            Poll::Pending => Ok(()),
+        }
+    }
+}
+
+impl<I: AsyncRead + Unpin> AsyncRead for Revocable<I> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.check(cx)?;
+        Pin::new(&mut self.io).poll_read(cx, buffer)
+    }
+}
+
+impl<I: AsyncWrite + Unpin> AsyncWrite for Revocable<I> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
 

@@ -5,6 +5,7 @@
 )]
 
 mod hostile;
+mod lease;
 mod limits;
 mod quiet;
 mod world;

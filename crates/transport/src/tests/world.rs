@@ -21,7 +21,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body};
 
 use crate::{
-    Channel, Dialer, Limits, Listener, PeerTls, Pool, QuicKeys, Server, ServerTls, Target, Worker,
+    Channel, Dialer, Lessor, Limits, Listener, PeerTls, Pool, QuicKeys, Server, ServerTls, Target,
+    Via, Worker,
 };
 
 /// Long enough for a loaded machine; a test that waits so long has failed.
@@ -88,7 +89,27 @@ impl World {
         Self::with(way, Limits::clients(), Limits::peers(), handler)
     }
 
+    /// A server whose connections are leased.
+    pub(super) fn leasing(
+        way: Way,
+        serving: Limits,
+        handler: Handler,
+        lessor: Arc<dyn Lessor>,
+    ) -> Self {
+        Self::made(way, serving, Limits::peers(), handler, Some(lessor))
+    }
+
     pub(super) fn with(way: Way, serving: Limits, calling: Limits, handler: Handler) -> Self {
+        Self::made(way, serving, calling, handler, None)
+    }
+
+    fn made(
+        way: Way,
+        serving: Limits,
+        calling: Limits,
+        handler: Handler,
+        lessor: Option<Arc<dyn Lessor>>,
+    ) -> Self {
         let certified =
             rcgen::generate_simple_self_signed(["localhost".to_owned(), "127.0.0.1".into()])
                 .unwrap();
@@ -104,6 +125,10 @@ impl World {
         let (server, client) = (worker(), worker());
         let port = listener.port(0).unwrap();
         let serve = Server::new(serving, tls, QuicKeys::random(), handler, 1);
+        let serve = match lessor {
+            Some(lessor) => serve.with_lessor(lessor),
+            None => serve,
+        };
         let on = server.clone();
         server.tasks.spawn(async move { serve.serve(on, port).await.unwrap() });
         let drain = server.drain.clone();
@@ -118,6 +143,20 @@ impl World {
             Way::H2c => Target::plaintext(name, authority),
             Way::H2 | Way::H3 => Target::peer(name, authority, PeerTls::new(self.client_tls())),
         }
+    }
+
+    /// The server, called over leased connections.
+    pub(super) fn leased(&self, name: &str, lessor: Arc<dyn Lessor>) -> Target {
+        let authority = self.address.to_string().parse().unwrap();
+        let via = if self.way == Way::H2 { Via::H2 } else { Via::H3 };
+        Target::server(name, authority, PeerTls::leased(self.client_tls(), lessor), via, None)
+    }
+
+    /// A server at `address`, called as this one would be.
+    pub(super) fn at(&self, name: &str, address: SocketAddr) -> Target {
+        let via = if self.way == Way::H2 { Via::H2 } else { Via::H3 };
+        let tls = PeerTls::new(self.client_tls());
+        Target::server(name, address.to_string().parse().unwrap(), tls, via, None)
     }
 
     pub(super) fn channel(&self) -> Channel {
