@@ -25,8 +25,8 @@ use base::clock;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body_util::{BodyExt as _, Full};
-use identity::{DevCa, ExpectedPeer, NodeIdentity};
-use node::{ClientCertificate, Node, config::Config};
+use identity::{ClientFacing, DevCa, ExpectedPeer, Identity};
+use node::{ClientCertificate, Credentials, Node, config::Config};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
@@ -53,9 +53,10 @@ fn worker() -> Worker {
     Worker::new(0, 1, CancellationToken::new(), CancellationToken::new())
 }
 
-fn identity(dir: &Path, name: &str) -> anyhow::Result<NodeIdentity> {
+fn identity(dir: &Path, name: &str) -> anyhow::Result<Identity> {
     let ca = DevCa::open_or_create(&dir.join("ca"), &"bench.example".parse()?, clock::wall())?;
-    Ok(ca.node(&"bench".parse()?, &name.parse()?, &[], clock::wall())?)
+    let node = ca.node(&"bench".parse()?, &name.parse()?, &[], clock::wall())?;
+    Ok(Identity::new(node))
 }
 
 /// Echoes a call and ends it with OK.
@@ -103,8 +104,10 @@ async fn run_node(dir: &Path, name: &str) -> anyhow::Result<()> {
     let mut config = Config::load(&dir.join(format!("{name}.toml")), &[])?;
     config.open_for_development();
     let identity = identity(dir, name)?;
-    let (chain, key) = identity.server_cert();
-    let node = Node::start(&config, &identity, ClientCertificate { chain, key }).await?;
+    let shown = ClientFacing::Mesh(identity.clone());
+    let certificate = ClientCertificate { shown, files: None };
+    let credentials = Credentials { identity, certificate, signer: None, is_fixed: true };
+    let node = Node::start(&config, credentials).await?;
     let addresses = node.addresses();
     println!("{} {} {}", addresses.clients, addresses.peers, addresses.gossip);
     std::future::pending().await

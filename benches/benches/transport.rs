@@ -22,7 +22,7 @@ use base::clock;
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt as _, Full};
-use identity::{DevCa, ExpectedPeer, NodeIdentity};
+use identity::{DevCa, ExpectedPeer, Identity};
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use transport::{
@@ -71,9 +71,10 @@ fn worker() -> Worker {
     Worker::new(0, 1, CancellationToken::new(), CancellationToken::new())
 }
 
-fn identity(dir: &str, name: &str) -> anyhow::Result<NodeIdentity> {
+fn identity(dir: &str, name: &str) -> anyhow::Result<Identity> {
     let ca = DevCa::open_or_create(dir.as_ref(), &"bench.example".parse()?, clock::wall())?;
-    Ok(ca.node(&"bench".parse()?, &name.parse()?, &[], clock::wall())?)
+    let node = ca.node(&"bench".parse()?, &name.parse()?, &[], clock::wall())?;
+    Ok(Identity::new(node))
 }
 
 /// Answers a call with its own first message, as often as the header `x-messages` says.

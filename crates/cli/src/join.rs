@@ -120,7 +120,7 @@ fn read_token(options: &Options) -> Result<String, Failure> {
     if let Some(token) = &options.token {
         return Ok(token.trim().to_owned());
     }
-    let path = options.token_file.as_deref().unwrap_or(Path::new("-"));
+    let path = options.token_file.as_deref().unwrap_or_else(|| Path::new("-"));
     let read = if path == Path::new("-") {
         std::io::read_to_string(std::io::stdin().lock())
     } else {

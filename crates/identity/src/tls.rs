@@ -1008,7 +1008,7 @@ mod tests {
         let mesh = Signed::new();
         let (a, b) = (mesh.node("a"), mesh.node("b"));
         let old = mesh.node("old");
-        let meet = || call(&a, "b", &b).and(call(&b, "a", &a)).map(drop);
+        let meet = || call(&a, "b", &b).and_then(|_| call(&b, "a", &a)).map(drop);
         let renew = |identity: &Identity| {
             identity.replace(mesh.issue(&identity.id().to_string(), clock::wall())).unwrap();
         };

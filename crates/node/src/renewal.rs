@@ -297,7 +297,7 @@ pub(crate) async fn watch_client_certificate(
             .and_then(|(chain, secret)| served.replace_if_other(chain, secret));
         match taken {
             Ok(true) => {
-                tracing::info!(cert = %cert.display(), "a newer certificate for clients is shown")
+                tracing::info!(cert = %cert.display(), "a newer certificate for clients is shown");
             }
             Ok(false) => {}
             Err(error) => {

@@ -202,8 +202,7 @@ mod tests {
         let held = TcpListener::bind("127.0.0.1:0").unwrap();
         let clients = held.local_addr().unwrap();
         let any = "127.0.0.1:0".parse().unwrap();
-        let listen =
-            ListenConfig { clients, peers: any, gossip: any, plaintext: None, metrics: any };
+        let listen = ListenConfig { clients, peers: any, gossip: any, ..ListenConfig::default() };
         let doors = doors(&listen);
         assert_eq!(doors.len(), 1);
         assert_eq!(doors[0].states[0], ("TCP", State::Taken));
@@ -214,7 +213,14 @@ mod tests {
         let any = "127.0.0.1:0".parse().unwrap();
         let plaintext = Some("0.0.0.0:8080".parse().unwrap());
         let metrics = "[::]:9464".parse().unwrap();
-        let listen = ListenConfig { clients: any, peers: any, gossip: any, plaintext, metrics };
+        let listen = ListenConfig {
+            clients: any,
+            peers: any,
+            gossip: any,
+            plaintext,
+            metrics,
+            ..ListenConfig::default()
+        };
         let found: Vec<_> = too_wide(&listen).into_iter().map(|f| f.check).collect();
         assert_eq!(found, [Check::ListenPlaintext, Check::ListenMetrics]);
     }
