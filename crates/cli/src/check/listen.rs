@@ -202,7 +202,14 @@ mod tests {
         let held = TcpListener::bind("127.0.0.1:0").unwrap();
         let clients = held.local_addr().unwrap();
         let any = "127.0.0.1:0".parse().unwrap();
-        let listen = ListenConfig { clients, peers: any, gossip: any, ..ListenConfig::default() };
+        let listen = ListenConfig {
+            clients,
+            peers: any,
+            gossip: any,
+            metrics: any,
+            admin: any,
+            plaintext: None,
+        };
         let doors = doors(&listen);
         assert_eq!(doors.len(), 1);
         assert_eq!(doors[0].states[0], ("TCP", State::Taken));

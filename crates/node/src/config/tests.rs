@@ -58,7 +58,7 @@ const WRONG: [(&str, &str, usize, &str); 37] = [
     ("node.buffer_bytes", "[node]\nbuffer_bytes = 1000", 2, "from 16777216"),
     ("listen.gossip", "[listen]\ngossip = 8445", 2, "such as \"0.0.0.0:8445\""),
     ("listen.admin", "[listen]\nadmin = \"9090\"", 2, "such as \"127.0.0.1:9090\""),
-    ("mesh.seeds", "[mesh]\nseeds = [\"seed\"]", 2, "hosts and ports such as"),
+    ("mesh.seeds", "[mesh]\nseeds = \"seed:1\"", 2, "hosts and ports such as"),
     ("identity.source", "[identity]\nsource = \"vault\"", 2, "\"files\""),
     ("identity.ca", "[identity]\nsource = \"files\"\nca = 1", 3, "roots to believe"),
     ("identity.cert", "[identity]\nsource = \"files\"\ncert = 1", 3, "own first"),
