@@ -2,7 +2,7 @@
 //! those who want a certificate.
 //!
 //! ```text
-//!  1 limited      joins without a certificate are few per second: by address, and in all
+//!  1 limited      joins without a certificate are few per second, by address and in all; renewals by node
 //!  2 read         one bounded question
 //!  3 who          a token, or the certificate of the connection
 //!  4 signed       by the authority, or refused with a sentence that says what to do
@@ -183,8 +183,10 @@ impl Signer {
     ) -> Result<(), String> {
         let certificates = link.certificates();
         let remote = link.remote().ip().to_canonical();
-        let is_allowed =
-            !certificates.is_empty() || self.throttle.lock().allows(remote, clock::now());
+        let is_allowed = match identity::peer_id(&certificates) {
+            Ok(node) => self.throttle.lock().allows_renewal(node.to_string(), clock::now()),
+            Err(_) => self.throttle.lock().allows(remote, clock::now()),
+        };
         // The question is read all the same: the answer must find somebody who listens.
         let question = link.asked(QUESTION_BYTES_MAX).await;
         let (question, answer) = question.map_err(|error| error.to_string())?;
@@ -194,7 +196,7 @@ impl Signer {
             let deciding = move || signer.decide(&question, &certificates, remote, &contact);
             tokio::task::spawn_blocking(deciding).await.map_err(|error| error.to_string())?
         } else {
-            let why = "too many try to join at once: try again in a few seconds";
+            let why = "too many ask at once: try again in a few seconds";
             self.refused("rate_limited", remote, why);
             refusal("rate_limited", why, Throttle::RETRY_AFTER)
         };

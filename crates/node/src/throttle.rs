@@ -1,7 +1,8 @@
 //! How many may try to join at once: those who have no certificate yet are strangers, and every one costs a signature.
 //!
 //! Two token buckets stand in a row, one per address and one for all: a stranger with one address cannot use up what the
-//! others need. The books have a bound; the address that was heard longest ago is forgotten first.
+//! others need. A node that renews without end has a bucket of its own. The books have a bound; who was heard longest ago is
+//! forgotten first.
 
 use std::{
     net::IpAddr,
@@ -16,6 +17,8 @@ const ADDRESSES_MAX: usize = 4096;
 const OF_ONE: Rate = Rate { burst: 60.0, per_second: 2.0 };
 /// Joins all addresses together may begin at once, and per second after that.
 const OF_ALL: Rate = Rate { burst: 200.0, per_second: 20.0 };
+/// Renewals of one node: a healthy one needs two a day.
+const RENEWALS: Rate = Rate { burst: 20.0, per_second: 0.5 };
 /// Lines of the log about refusals.
 const LINES: Rate = Rate { burst: 20.0, per_second: 5.0 };
 
@@ -30,6 +33,7 @@ struct Rate {
 pub(crate) struct Throttle {
     of_one: LruCache<IpAddr, Bucket>,
     of_all: Bucket,
+    renewals: LruCache<String, Bucket>,
     lines: Bucket,
 }
 
@@ -43,6 +47,7 @@ impl Throttle {
         Self {
             of_one: LruCache::new(most),
             of_all: Bucket::full(OF_ALL, now),
+            renewals: LruCache::new(most),
             lines: Bucket::full(LINES, now),
         }
     }
@@ -51,6 +56,11 @@ impl Throttle {
     pub(crate) fn allows(&mut self, remote: IpAddr, now: Instant) -> bool {
         let one = self.of_one.get_or_insert_mut(network(remote), || Bucket::full(OF_ONE, now));
         one.take(OF_ONE, now) && self.of_all.take(OF_ALL, now)
+    }
+
+    /// Whether the node of a certificate may renew it now.
+    pub(crate) fn allows_renewal(&mut self, node: String, now: Instant) -> bool {
+        self.renewals.get_or_insert_mut(node, || Bucket::full(RENEWALS, now)).take(RENEWALS, now)
     }
 
     /// Whether a refusal may be logged now.
@@ -112,6 +122,16 @@ mod tests {
         assert!(throttle.allows(address(2), now), "another address is not held up");
         assert!(!throttle.allows(address(1), now + Duration::from_millis(400)));
         assert!(throttle.allows(address(1), now + Duration::from_millis(1_000)));
+    }
+
+    #[test]
+    fn a_node_that_renews_without_end_holds_up_itself_alone() {
+        let now = clock::now();
+        let mut throttle = Throttle::new(now);
+        let renewed = (0..1000).filter(|_| throttle.allows_renewal("a".into(), now)).count();
+        assert_eq!(renewed, 20);
+        assert!(throttle.allows_renewal("b".into(), now) && throttle.allows(address(1), now));
+        assert!(throttle.allows_renewal("a".into(), now + Duration::from_secs(2)));
     }
 
     #[test]
