@@ -4,6 +4,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
+    time::Instant,
 };
 
 use http::{Request, Response, Uri, uri::PathAndQuery};
@@ -91,18 +92,18 @@ pub(crate) enum Place {
 }
 
 impl Connection {
-    pub(crate) fn is_usable(&self) -> bool {
+    pub(crate) fn is_usable(&self, now: Instant) -> bool {
         match self {
-            Self::H2(client) => client.is_usable(),
-            Self::H3(client) => client.is_usable(),
+            Self::H2(client) => client.is_usable(now),
+            Self::H3(client) => client.is_usable(now),
         }
     }
 
     /// Whether another connection should take its place.
-    pub(crate) fn is_old(&self) -> bool {
+    pub(crate) fn is_old(&self, now: Instant) -> bool {
         match self {
-            Self::H2(client) => client.is_old(),
-            Self::H3(client) => client.is_old(),
+            Self::H2(client) => client.is_old(now),
+            Self::H3(client) => client.is_old(now),
         }
     }
 

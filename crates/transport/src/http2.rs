@@ -8,7 +8,7 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll, Waker},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -226,14 +226,13 @@ impl Client {
     }
 
     /// Whether new calls may be made on it.
-    pub(crate) fn is_usable(&self) -> bool {
-        let is_open = !self.closed.is_cancelled() && !self.sender.is_closed();
-        is_open && !self.lease.is_over(base::clock::now())
+    pub(crate) fn is_usable(&self, now: Instant) -> bool {
+        !self.closed.is_cancelled() && !self.sender.is_closed() && !self.lease.is_over(now)
     }
 
     /// Whether another connection should take its place.
-    pub(crate) fn is_old(&self) -> bool {
-        self.lease.is_old(base::clock::now())
+    pub(crate) fn is_old(&self, now: Instant) -> bool {
+        self.lease.is_old(now)
     }
 
     /// Calls in progress.

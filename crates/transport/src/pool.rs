@@ -94,7 +94,7 @@ impl Pool {
 
     /// Opens a connection to the target, unless there is one.
     pub(crate) async fn connect(&self, entry: &Arc<Entry>) -> Result<(), TransportError> {
-        match self.choose(entry) {
+        match self.choose(entry, base::clock::now()) {
             Some(_) => Ok(()),
             None => self.dial(entry).await,
         }
@@ -134,16 +134,17 @@ impl Pool {
     async fn place(&self, entry: &Arc<Entry>) -> Result<Place, TransportError> {
         // Each round ends with a place, an error, or one connection more.
         for _ in 0..=PER_TARGET {
-            let Some(connection) = self.choose(entry) else {
+            let now = base::clock::now();
+            let Some(connection) = self.choose(entry, now) else {
                 self.dial(entry).await?;
                 continue;
             };
-            if connection.is_old() {
+            if connection.is_old(now) {
                 // The next calls find the new one; this one need not wait for it. A dial that fails is tried again.
                 drop(self.dialling(entry));
             }
             if !connection.is_quic() && entry.target.prefers_quic() {
-                self.probe_quic(entry, base::clock::now());
+                self.probe_quic(entry, now);
             }
             match connection.place().await {
                 Ok(Some(place)) => return Ok(place),
@@ -160,18 +161,19 @@ impl Pool {
 
     /// The least loaded usable connection with room, young before old, QUIC before TCP; forgets those that are gone, and
     /// the old ones once there is a young one.
-    fn choose(&self, entry: &Entry) -> Option<Connection> {
+    fn choose(&self, entry: &Entry, now: Instant) -> Option<Connection> {
         let limits = self.0.dialer.limits();
         let mut connections = entry.connections.lock();
-        let has_young = connections.iter().any(|c| c.is_usable() && !c.is_old());
+        let has_young = connections.iter().any(|c| c.is_usable(now) && !c.is_old(now));
         connections.retain(|connection| {
-            let usable = connection.is_usable() && !(has_young && connection.is_old());
+            let usable = connection.is_usable(now) && !(has_young && connection.is_old(now));
             if !usable && connection.in_flight() == 0 {
                 connection.close();
             }
             usable
         });
-        let least = connections.iter().min_by_key(|c| (c.is_old(), !c.is_quic(), c.in_flight()))?;
+        let least =
+            connections.iter().min_by_key(|c| (c.is_old(now), !c.is_quic(), c.in_flight()))?;
         let full = least.in_flight() >= least.streams(limits).saturating_mul(FULL_PERCENT) / 100;
         (!full || connections.len() >= PER_TARGET).then(|| least.clone())
     }

@@ -1,6 +1,6 @@
 //! The calling end of an HTTP/3 connection.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use http::{Request, Response};
 use tokio_util::task::TaskTracker;
@@ -45,14 +45,14 @@ impl Client {
     }
 
     /// Whether new calls may be made on it.
-    pub(crate) fn is_usable(&self) -> bool {
+    pub(crate) fn is_usable(&self, now: Instant) -> bool {
         let is_open = self.connection.quic.close_reason().is_none();
-        is_open && !self.connection.is_going_away() && !self.lease.is_over(base::clock::now())
+        is_open && !self.connection.is_going_away() && !self.lease.is_over(now)
     }
 
     /// Whether another connection should take its place.
-    pub(crate) fn is_old(&self) -> bool {
-        self.lease.is_old(base::clock::now())
+    pub(crate) fn is_old(&self, now: Instant) -> bool {
+        self.lease.is_old(now)
     }
 
     /// Calls in progress.
