@@ -89,9 +89,13 @@ impl Identity {
         self.0.revoked.read().clone()
     }
 
-    /// Takes a newer list of revocations; what it says of open connections is the caller's to see to.
-    pub fn revoke(&self, newer: Revocations) {
-        *self.0.revoked.write() = Arc::new(newer);
+    /// Takes a newer list of revocations; what it says of open connections is the caller's to see to. Who was on an earlier list
+    /// stays revoked until all certificates of that time have ended: of two authorities each may know of one more.
+    pub fn revoke(&self, newer: &Revocations, now: SystemTime) {
+        let mut revoked = self.0.revoked.write();
+        let mut merged = newer.merge(&revoked);
+        merged.forget(now);
+        *revoked = Arc::new(merged);
     }
 
     /// How long a connection with a peer of these certificates, its own first, may be used.

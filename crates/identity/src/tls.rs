@@ -1032,7 +1032,8 @@ mod tests {
         let (a, b) = (mesh.node("a"), mesh.node("b"));
         mesh.authority().revoke(b.id(), clock::wall()).unwrap();
         let list = mesh.authority().revocations().clone();
-        a.revoke(list.verify(a.current().roots(), &a.id().trust_domain, clock::wall()).unwrap());
+        let list = list.verify(a.current().roots(), &a.id().trust_domain, clock::wall()).unwrap();
+        a.revoke(&list, clock::wall());
         for error in [call(&a, "b", &b).unwrap_err(), call(&b, "a", &a).unwrap_err()] {
             assert!(error.to_string().contains("was revoked"), "{error}");
         }

@@ -51,6 +51,8 @@ const HELLO_WITHIN: Duration = Duration::from_secs(5);
 const SILENT_AFTER: Duration = Duration::from_millis(3_500);
 /// Strangers who may ask for a certificate at once. Further ones are turned down.
 const ENROLMENTS_MAX: usize = 32;
+/// Lists of revocations one link may hand on that this node cannot believe.
+const DISBELIEVED_MAX: u32 = 4;
 /// Waits between dials, doubling.
 const REDIAL_FIRST: Duration = Duration::from_millis(100);
 const REDIAL_MAX: Duration = Duration::from_secs(2);
@@ -153,10 +155,14 @@ impl Own {
         std::future::pending().await
     }
 
-    /// The other end handed a list on.
-    fn take(&self, signed: &[u8]) -> Result<(), String> {
+    /// The other end handed a list on. One that we cannot believe, for its root may be newer than ours, is left; whoever hands
+    /// on several has something else in mind.
+    fn take(&self, signed: &[u8], disbelieved: &mut u32) -> Result<(), String> {
         let signed = SignedRevocations::decode(signed).map_err(|error| error.to_string())?;
-        self.trust.adopt(signed).map(drop).map_err(|error| error.to_string())
+        let Err(error) = self.trust.adopt(signed) else { return Ok(()) };
+        tracing::warn!(%error, "a list of revocations is not believed");
+        *disbelieved += 1;
+        if *disbelieved < DISBELIEVED_MAX { Ok(()) } else { Err(error.to_string()) }
     }
 }
 
@@ -358,6 +364,7 @@ async fn serve_subscriber(
 
 /// A subscriber has nothing to say but lists of revocations; ends when its link does, or when it says something else.
 async fn hear_subscriber(link: &Link, own: &Own) -> String {
+    let mut disbelieved = 0;
     loop {
         let frame = match link.receive().await {
             Ok(frame) => frame,
@@ -365,7 +372,7 @@ async fn hear_subscriber(link: &Link, own: &Own) -> String {
         };
         match decode(&frame) {
             Ok(Frame::Revocations(signed)) => {
-                if let Err(why) = own.take(&signed) {
+                if let Err(why) = own.take(&signed, &mut disbelieved) {
                     return why;
                 }
             }
@@ -475,7 +482,7 @@ async fn hear(
     own: &Own,
     board: &Board,
 ) -> Result<String, String> {
-    let mut heard = false;
+    let (mut heard, mut disbelieved) = (false, 0);
     loop {
         let frame = match tokio::time::timeout(SILENT_AFTER, link.receive()).await {
             Ok(Ok(frame)) => frame,
@@ -492,7 +499,7 @@ async fn hear(
                 board.frame(subscription.index, &load, link.rtt());
                 heard = true;
             }
-            Ok(Frame::Revocations(signed)) => own.take(&signed)?,
+            Ok(Frame::Revocations(signed)) => own.take(&signed, &mut disbelieved)?,
             Ok(Frame::Load(_)) => return Err("a load frame of another epoch".to_owned()),
             Ok(Frame::Hello(_)) => return Err("a second hello".to_owned()),
             // A newer node may say more.

@@ -22,8 +22,8 @@ use std::{
 use base::{NodeName, RegionName, clock};
 use http::uri::Authority as HostPort;
 use identity::{
-    Authority, CertificateRequest, IdentityError, NodeIdentity, Refusal, Role, ServedCertificate,
-    SpiffeId,
+    Authority, CertificateRequest, IdentityError, NodeIdentity, Refusal, Revocations, Role,
+    ServedCertificate, SpiffeId,
 };
 use parking_lot::{Mutex, RwLock};
 use prost::Message as _;
@@ -129,7 +129,13 @@ impl Signer {
 
     /// Takes in what changes in the directory and renews what is shown to joiners, until `stop`; says when the roots or the
     /// issuer are others.
-    pub(crate) async fn keep(&self, trust: &Trust, changed: impl Fn(), stop: CancellationToken) {
+    pub(crate) async fn keep(
+        self: &Arc<Self>,
+        trust: &Trust,
+        changed: impl Fn(),
+        stop: CancellationToken,
+    ) {
+        let mut heard = trust.revocations();
         let mut renew_at = self.renew_shown_at();
         while stop.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
             let authority = self.authority();
@@ -150,7 +156,24 @@ impl Signer {
                 self.show_anew();
                 renew_at = self.renew_shown_at();
             }
+            if heard.has_changed().unwrap_or(false) {
+                heard.mark_unchanged();
+                self.adopt(trust.identity().revocations()).await;
+            }
             self.publish(trust);
+        }
+    }
+
+    /// Takes in what other authorities revoked, so that our next list says so too.
+    async fn adopt(self: &Arc<Self>, list: Arc<Revocations>) {
+        let signer = self.clone();
+        let adopting = move || signer.authority().adopt(&list, clock::wall());
+        match tokio::task::spawn_blocking(adopting).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => {
+                tracing::error!(%error, "the authority cannot take in what another revoked");
+            }
+            Err(error) => tracing::error!(%error, "the authority failed"),
         }
     }
 

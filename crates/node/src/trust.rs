@@ -138,19 +138,18 @@ impl Trust {
         &self,
         signed: SignedRevocations,
     ) -> Result<bool, identity::RevocationError> {
-        let current = self.identity.current();
-        let mesh = &self.identity.id().trust_domain;
-        let list = signed.verify(current.roots(), mesh, clock::wall())?;
         let ours = self.signed.borrow().clone();
         if ours.is_some_and(|ours| !signed.supersedes(&ours)) {
             return Ok(false);
         }
+        let (current, now) = (self.identity.current(), clock::wall());
+        let list = signed.verify(current.roots(), &self.identity.id().trust_domain, now)?;
         tracing::info!(
             version = list.version(),
             members = list.len(),
             "a newer list of revocations"
         );
-        self.identity.revoke(list);
+        self.identity.revoke(&list, now);
         self.keep(&signed);
         self.signed.send_replace(Some(Arc::new(signed)));
         self.withdraw();
@@ -251,5 +250,113 @@ impl Lessor for Gate {
 
     fn refused(&self, remote: SocketAddr, why: &str) {
         self.trust.turned_away(self.port, remote, why);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use identity::{Authority, CertificateRequest, NodeIdentity};
+
+    use super::*;
+
+    /// An authority in a directory of its own.
+    struct Mesh(tempfile::TempDir);
+
+    impl Mesh {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let (domain, life) = ("mesh.test".parse().unwrap(), Duration::from_secs(3600));
+            Authority::init(dir.path(), &domain, life, clock::wall()).unwrap();
+            Self(dir)
+        }
+
+        fn authority(&self) -> Authority {
+            Authority::open(self.0.path(), clock::wall()).unwrap()
+        }
+
+        fn node(&self, name: &str) -> NodeIdentity {
+            let (authority, now) = (self.authority(), clock::wall());
+            let request = CertificateRequest::new().unwrap();
+            let id = format!("spiffe://mesh.test/node/eu/{name}").parse().unwrap();
+            let chain = authority.sign(&id, request.csr(), &[], now).unwrap();
+            let roots = authority.roots();
+            NodeIdentity::issued(self.0.path(), chain, request.into_key(), roots, now).unwrap()
+        }
+
+        fn trust(&self) -> Trust {
+            let kept = self.0.path().join("kept.pb");
+            Trust::new(Identity::new(self.node("a")), Some(kept))
+        }
+
+        /// The list after `name` was revoked.
+        fn revoke(&self, name: &str) -> SignedRevocations {
+            let id = format!("spiffe://mesh.test/node/eu/{name}").parse().unwrap();
+            self.authority().revoke(&id, clock::wall()).unwrap();
+            self.authority().revocations().clone()
+        }
+    }
+
+    #[test]
+    fn a_list_closes_the_connections_of_those_on_it_and_outlives_the_node() {
+        let mesh = Mesh::new();
+        let trust = mesh.trust();
+        let (b, c) = (mesh.node("b"), mesh.node("c"));
+        let lease = |node: &NodeIdentity| trust.lease_of(&node.server_cert().0);
+        let (of_b, of_c) = (lease(&b), lease(&c));
+        let now = clock::now();
+        assert!(!of_b.is_over(now) && !of_c.is_over(now));
+        assert_eq!(trust.connections(), 2);
+        let mut told = trust.revocations();
+
+        assert!(trust.adopt(mesh.revoke("b")).unwrap());
+        assert!(of_b.is_over(now) && !of_c.is_over(now));
+        assert!(lease(&b).is_over(now), "nor is there another");
+        assert!(told.has_changed().unwrap() && told.borrow_and_update().is_some());
+        drop((of_b, of_c));
+        assert_eq!(trust.connections(), 0);
+        assert!(mesh.trust().identity().revocations().revokes(b.id(), b.certificate().from));
+    }
+
+    #[test]
+    fn only_a_newer_list_of_an_authority_of_ours_is_taken() {
+        let mesh = Mesh::new();
+        let trust = mesh.trust();
+        let (older, newer) = (mesh.revoke("b"), mesh.revoke("c"));
+        assert!(trust.adopt(newer.clone()).unwrap());
+        assert!(!trust.adopt(older).unwrap() && !trust.adopt(newer).unwrap());
+        assert_eq!(trust.identity().revocations().len(), 2);
+    }
+
+    #[test]
+    fn a_list_of_another_authority_is_not_believed() {
+        let (mesh, foreign) = (Mesh::new(), Mesh::new());
+        let trust = mesh.trust();
+        assert!(trust.adopt(foreign.revoke("a")).is_err());
+        assert!(trust.identity().revocations().is_empty());
+    }
+
+    #[test]
+    fn a_damaged_list_on_disk_stops_nobody() {
+        let mesh = Mesh::new();
+        std::fs::write(mesh.0.path().join("kept.pb"), [0xff; 100]).unwrap();
+        assert!(mesh.trust().identity().revocations().is_empty());
+    }
+
+    #[test]
+    fn strangers_are_all_counted_and_few_are_logged() {
+        let trust = Mesh::new().trust();
+        let remote = "192.0.2.1:1".parse().unwrap();
+        let now = clock::now();
+        let said = (0..1000).filter_map(|_| trust.may_say(now)).count();
+        assert_eq!(said, 10);
+        assert_eq!(trust.may_say(now + Duration::from_secs(1)), Some(990));
+        trust.turned_away(Port::Gossip, remote, "no certificate");
+        let counted: Vec<_> = trust.refused().map(|(_, count)| count).collect();
+        assert_eq!(counted, [0, 1, 0]);
+    }
+
+    #[test]
+    fn nothing_is_leased_to_whoever_showed_no_certificate() {
+        assert!(Mesh::new().trust().lease_of(&[]).is_over(clock::now()));
     }
 }
