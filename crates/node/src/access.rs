@@ -16,7 +16,7 @@ use std::{io, path::PathBuf, sync::Arc, time::SystemTime};
 
 use base::Deadline;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
-use identity::IdentityError;
+use identity::{Identity, IdentityError};
 use rustls::pki_types::CertificateDer;
 use transport::grpc;
 
@@ -104,11 +104,11 @@ enum Shown {
 }
 
 impl Access {
-    /// Reads the files that `config` names.
+    /// Reads the files that `config` names. `mesh` says which of its members are revoked.
     ///
     /// # Errors
     /// A file of keys is missing or holds none, or https needs roots and the machine has none.
-    pub(crate) fn load(config: &Config) -> Result<Self, AccessError> {
+    pub(crate) fn load(config: &Config, mesh: Option<Identity>) -> Result<Self, AccessError> {
         let tenants: Vec<_> = config
             .tenants
             .iter()
@@ -121,7 +121,7 @@ impl Access {
         Ok(Self {
             anonymous: anonymous.map(|(_, tenant)| tenant.clone()),
             keys: ApiKeys::new(&tenants),
-            certificates: Certificates::new(&tenants),
+            certificates: Certificates::new(&tenants, mesh),
             fetch: Fetch::new(issuers.iter().any(Issuer::is_over_https))?,
             tokens: Tokens::new(issuers, &tenants),
         })

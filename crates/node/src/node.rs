@@ -589,7 +589,7 @@ impl Plan {
             engines,
             board,
             peers,
-            access: Arc::new(Access::load(config)?),
+            access: Arc::new(Access::load(config, Some(identity.clone()))?),
             clients_tls: clients_tls(config, certificate)?,
             trust: trust.clone(),
             signer,
@@ -730,7 +730,7 @@ fn clients_tls(
 /// [`AccessError`]: one is missing or cannot be used.
 pub fn check_access(config: &Config) -> Result<(), AccessError> {
     config.tls.client_ca.as_deref().map(ClientRoots::load).transpose()?;
-    Access::load(config).map(drop)
+    Access::load(config, None).map(drop)
 }
 
 /// How a peer is called in messages.

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, num::NonZeroUsize, sync::Arc, time::SystemTime};
 
-use identity::ClientNames;
+use identity::{CertificateSummary, ClientNames, Identity, SpiffeId};
 use lru::LruCache;
 use parking_lot::Mutex;
 use rustls::pki_types::CertificateDer;
@@ -28,27 +28,34 @@ pub(crate) enum CertificateError {
         "the client certificate has expired since the connection was made: connect again with a new one"
     )]
     Expired,
+    #[error("the client certificate was revoked: ask the operator of the mesh for a new one")]
+    Revoked,
 }
 
 /// Whose each name is.
 #[derive(Debug)]
 pub(super) struct Certificates {
     names: HashMap<String, Arc<Tenant>>,
+    /// Says which members of the mesh are revoked; `None`: nobody can be.
+    mesh: Option<Identity>,
     remembered: Mutex<LruCache<[u8; 32], Known>>,
 }
 
 #[derive(Clone, Debug)]
 struct Known {
     tenant: Result<Arc<Tenant>, CertificateError>,
+    /// Which member of a mesh it is, if it is one, and the first moment of its life.
+    member: Option<(SpiffeId, SystemTime)>,
     until: SystemTime,
 }
 
 impl Certificates {
-    pub(super) fn new(tenants: &[(&TenantConfig, Arc<Tenant>)]) -> Self {
+    pub(super) fn new(tenants: &[(&TenantConfig, Arc<Tenant>)], mesh: Option<Identity>) -> Self {
         let names = tenants.iter().flat_map(|(config, tenant)| {
             config.certificates.iter().map(|name| (name.as_str().to_owned(), tenant.clone()))
         });
-        Self { names: names.collect(), remembered: Mutex::new(LruCache::new(REMEMBERED_MAX)) }
+        let remembered = Mutex::new(LruCache::new(REMEMBERED_MAX));
+        Self { names: names.collect(), mesh, remembered }
     }
 
     /// Whose the certificate is now.
@@ -64,13 +71,22 @@ impl Certificates {
             self.remembered.lock().put(digest, known.clone());
             known
         });
+        let revocations = self.mesh.as_ref().map(Identity::revocations);
+        if let (Some(list), Some((id, from))) = (revocations, &known.member)
+            && list.revokes(id, *from)
+        {
+            return Err(CertificateError::Revoked);
+        }
         if now > known.until { Err(CertificateError::Expired) } else { known.tenant }
     }
 
     fn read(&self, certificate: &CertificateDer<'_>) -> Known {
         let Ok(ClientNames { names, until }) = ClientNames::of(certificate) else {
-            return Known { tenant: Err(CertificateError::Unknown), until: SystemTime::UNIX_EPOCH };
+            let tenant = Err(CertificateError::Unknown);
+            return Known { tenant, member: None, until: SystemTime::UNIX_EPOCH };
         };
+        let member = names.iter().find_map(|name| name.parse::<SpiffeId>().ok());
+        let from = CertificateSummary::of(certificate).map(|summary| summary.from).ok();
         let mut found = names.iter().filter_map(|name| self.names.get(name));
         let tenant = match found.next() {
             None => Err(CertificateError::Unknown),
@@ -79,6 +95,6 @@ impl Certificates {
             }
             Some(first) => Ok(first.clone()),
         };
-        Known { tenant, until }
+        Known { tenant, member: member.zip(from), until }
     }
 }

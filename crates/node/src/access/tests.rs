@@ -36,7 +36,7 @@ fn access(text: &str) -> Access {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("node.toml");
     std::fs::write(&path, format!("[node]\nname = \"a\"\n{text}")).unwrap();
-    Access::load(&Config::load(&path, &[]).unwrap()).unwrap()
+    Access::load(&Config::load(&path, &[]).unwrap(), None).unwrap()
 }
 
 fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
@@ -214,6 +214,40 @@ async fn a_certificate_is_that_of_the_tenant_its_names_are_of() {
     let late = at(2_000_000_000);
     let found = access.certificates.find(&certificate(&[known]), late);
     assert_eq!(found.unwrap_err(), CertificateError::Expired);
+}
+
+#[test]
+fn a_client_of_the_mesh_that_is_revoked_is_refused() {
+    use base::clock;
+    use identity::{Authority, CertificateRequest, Identity, NodeIdentity, SpiffeId};
+
+    let dir = tempfile::tempdir().unwrap();
+    let (domain, life) = ("mesh.example".parse().unwrap(), Duration::from_secs(3600));
+    Authority::init(dir.path(), &domain, life, clock::wall()).unwrap();
+    let issue = |id: &SpiffeId| {
+        let (authority, request) = (
+            Authority::open(dir.path(), clock::wall()).unwrap(),
+            CertificateRequest::new().unwrap(),
+        );
+        let chain = authority.sign(id, request.csr(), &[], clock::wall()).unwrap();
+        (chain, request.into_key(), authority)
+    };
+    let (chain, key, authority) = issue(&"spiffe://mesh.example/node/eu/a".parse().unwrap());
+    let node = NodeIdentity::issued(dir.path(), chain, key, authority.roots(), clock::wall());
+    let mesh = Identity::new(node.unwrap());
+    let path = dir.path().join("node.toml");
+    let text = "[node]\nname = \"a\"\n[tls]\nclient_ca = \"c\"\n[[tenant]]\nname = \"search\"\n\
+                certificates = [\"spiffe://mesh.example/client/eu/search\"]\n";
+    std::fs::write(&path, text).unwrap();
+    let access = Access::load(&Config::load(&path, &[]).unwrap(), Some(mesh.clone())).unwrap();
+    let client: SpiffeId = "spiffe://mesh.example/client/eu/search".parse().unwrap();
+    let (chain, ..) = issue(&client);
+    assert!(access.certificates.find(&chain[0], clock::wall()).is_ok());
+
+    authority.revoke(&client, clock::wall()).unwrap();
+    mesh.revoke(&authority.revoked().unwrap(), clock::wall());
+    let found = access.certificates.find(&chain[0], clock::wall());
+    assert_eq!(found.unwrap_err(), CertificateError::Revoked);
 }
 
 /// Keys of an issuer, in a file that can be written anew.
@@ -504,7 +538,7 @@ fn a_file_of_keys_must_be_there_and_hold_some() {
         }
         let path = issuing.dir.path().join("node.toml");
         std::fs::write(&path, format!("[node]\nname = \"a\"\n{text}")).unwrap();
-        Access::load(&Config::load(&path, &[]).unwrap()).unwrap_err().to_string()
+        Access::load(&Config::load(&path, &[]).unwrap(), None).unwrap_err().to_string()
     };
     assert!(error(Some("{")).contains("no JWK set"));
     assert!(error(Some("{\"keys\": {}}")).contains("no JWK set"));
