@@ -2,6 +2,8 @@
 //!
 //! Nothing is started, written or changed. Each file below is one subject; [`all`] is their order in the report.
 
+mod access;
+mod authority;
 mod certificates;
 mod clock;
 mod dns;
@@ -11,6 +13,7 @@ mod finding;
 mod life;
 mod listen;
 mod peers;
+mod seeds;
 mod served;
 mod system;
 mod traps;
@@ -46,12 +49,13 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     log::to_stderr(tracing::Level::ERROR, options.json)?;
     let config = Config::load(&options.config, &setup::environment()).map_err(Failure::usage)?;
-    let facts = Facts::gather(config, options.dev_ca.as_deref(), options.timeout);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot make a runtime")?;
-    let found = runtime.block_on(all(&facts));
+    let found = runtime.block_on(async {
+        all(&Facts::gather(config, options.dev_ca.as_deref(), options.timeout).await).await
+    });
     // Names that are being looked up are not waited for.
     runtime.shutdown_background();
     let findings = found?;
@@ -68,16 +72,19 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
 async fn all(facts: &Facts) -> anyhow::Result<Vec<Finding>> {
     let prober = Prober::new().context("cannot open a UDP socket")?;
     let doors = listen::doors(&facts.config.listen);
-    let (served, dns, clock, peers, engines) = tokio::join!(
+    let (served, dns, clock, peers, seeds, engines) = tokio::join!(
         served::check(facts, &prober, &doors),
         dns::check(facts),
         clock::check(facts),
         peers::check(facts, &prober),
+        seeds::check(facts, &prober),
         engines::check(facts),
     );
     prober.close().await;
     let findings = [
         certificates::check(facts),
+        authority::check(facts),
+        access::check(facts),
         listen::check(facts, &doors, &served),
         served.findings,
         system::check(),
@@ -85,6 +92,7 @@ async fn all(facts: &Facts) -> anyhow::Result<Vec<Finding>> {
         dns,
         clock,
         peers,
+        seeds,
         engines,
     ];
     Ok(findings.into_iter().flatten().collect())

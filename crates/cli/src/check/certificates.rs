@@ -6,14 +6,14 @@ use identity::{Described, PeerFault};
 use rustls::pki_types::CertificateDer;
 
 use super::{
-    facts::{Facts, Own},
+    facts::{Facts, Own, Source},
     finding::{Check, Finding, Level},
     life,
 };
 
 /// Who may read a key besides its owner.
 const OTHERS: u32 = 0o077;
-const RENEW: &str = "have it issued anew and let the node load it";
+const RENEW: &str = "have it issued anew, and put it there: the node takes it in";
 
 pub(super) fn check(facts: &Facts) -> Vec<Finding> {
     let mut findings = own(facts);
@@ -23,6 +23,9 @@ pub(super) fn check(facts: &Facts) -> Vec<Finding> {
 
 /// The node's identity in the mesh.
 fn own(facts: &Facts) -> Vec<Finding> {
+    if facts.source == Source::Spire {
+        return of_agent(facts);
+    }
     let paths = &facts.paths;
     let missing: Vec<_> =
         [&paths.ca, &paths.cert, &paths.key].into_iter().filter(|path| !path.exists()).collect();
@@ -30,7 +33,7 @@ fn own(facts: &Facts) -> Vec<Finding> {
         return vec![absent(facts, first)];
     }
     // A development CA has its key beside the roots.
-    let of_ca = facts.is_dev.then(|| exposed(&paths.ca.with_file_name("ca.key"))).flatten();
+    let of_ca = facts.is_dev().then(|| exposed(&paths.ca.with_file_name("ca.key"))).flatten();
     let mut findings: Vec<_> = exposed(&paths.key).into_iter().chain(of_ca).collect();
     match &facts.own {
         Some(own) => findings.extend(identity_of(facts, own)),
@@ -39,18 +42,37 @@ fn own(facts: &Facts) -> Vec<Finding> {
     findings
 }
 
+/// What the SPIRE agent gives: nothing of it lies on disk.
+fn of_agent(facts: &Facts) -> Vec<Finding> {
+    if let Some(why) = &facts.agent_error {
+        let remedy = "see that the agent runs, and that the id of this node is registered for this user's processes";
+        return vec![Finding::error(Check::SpireAgent, "identity.socket", why, remedy)];
+    }
+    let gave = Finding::ok(Check::SpireAgent, "identity.socket", "the agent gives an identity");
+    let own = facts.own.iter().flat_map(|own| identity_of(facts, own));
+    std::iter::once(gave).chain(own).collect()
+}
+
 fn absent(facts: &Facts, path: &Path) -> Finding {
     let (subject, what) = (path.display().to_string(), "there is no such file");
-    if facts.is_dev {
-        let remedy = "start the node with --dev-ca once, and check again";
-        return Finding::note(Check::CertificateMissing, subject, what, remedy);
-    }
-    let remedy = "give the node an identity; for development use --dev-ca";
-    Finding::error(Check::CertificateMissing, subject, what, remedy)
+    let (level, remedy) = match facts.source {
+        Source::Dev => (Level::Note, "start the node with --dev-ca once, and check again"),
+        Source::Authority => {
+            (Level::Note, "start the node once: its own authority certifies it; then check again")
+        }
+        Source::Files => {
+            (Level::Error, "see what puts the files there, or correct the paths in [identity]")
+        }
+        Source::Mesh | Source::Spire => (
+            Level::Error,
+            "join a mesh: `isobar ca token` at an authority, then `isobar join --token TOKEN` here; for development use --dev-ca",
+        ),
+    };
+    Finding::new(level, Check::CertificateMissing, subject, what, remedy)
 }
 
 /// A key that others can read.
-fn exposed(key: &Path) -> Option<Finding> {
+pub(super) fn exposed(key: &Path) -> Option<Finding> {
     let mode = fs::metadata(key).ok()?.permissions().mode() & 0o777;
     let subject = key.display().to_string();
     (mode & OTHERS != 0).then(|| {
@@ -79,12 +101,15 @@ fn unusable(cert: &Path, key: &Path, roots: Option<&Path>) -> Option<Finding> {
 
 /// What the node's own certificate says, and its authorities'.
 fn identity_of(facts: &Facts, own: &Own) -> Vec<Finding> {
-    let subject = facts.paths.cert.display().to_string();
-    let mut findings = lives(facts, &subject, &own.chain);
-    let roots = facts.paths.ca.display().to_string();
-    for root in &own.roots {
-        findings.extend(authority(facts, &roots, root));
+    let subject = facts.own_subject();
+    let mut findings: Vec<_> =
+        own.chain.first().and_then(|leaf| own_life(facts, &subject, leaf)).into_iter().collect();
+    let above = own.chain.iter().skip(1).map(|one| (subject.clone(), one));
+    let roots = own.roots.iter().map(|root| (facts.paths.ca.display().to_string(), root));
+    for (subject, one) in above.chain(roots) {
+        findings.extend(authority_life(facts, &subject, one));
     }
+    findings.extend(revoked(facts, &subject, own));
     match identity::judge_peer(&own.chain, &own.roots, &facts.id(), facts.now) {
         // Said above, with the dates.
         Ok(()) | Err(PeerFault::Expired | PeerFault::NotYetValid) => {}
@@ -110,17 +135,53 @@ fn wrong_id(facts: &Facts, subject: String, chain: &[CertificateDer<'static>]) -
     Finding::error(Check::CertificateWrongId, subject, what, remedy)
 }
 
-/// The time left to a certificate and to those that lead to its root.
-fn lives(facts: &Facts, subject: &str, chain: &[CertificateDer<'static>]) -> Vec<Finding> {
-    let Some((leaf, above)) = chain.split_first() else { return Vec::new() };
-    let mut findings: Vec<_> =
-        time_left(facts, Check::CertificateExpiring, subject, leaf).into_iter().collect();
-    findings.extend(above.iter().filter_map(|one| authority(facts, subject, one)));
-    findings
+/// Whether others were told not to believe the node's certificate.
+fn revoked(facts: &Facts, subject: &str, own: &Own) -> Option<Finding> {
+    let leaf = identity::describe(own.chain.first()?).ok()?;
+    let (id, at) = (facts.id(), facts.revocations.revoked_at(&facts.id())?);
+    facts.revocations.revokes(&id, leaf.from).then(|| {
+        let at = humantime::format_rfc3339_seconds(at);
+        let what = format!("this node was revoked on {at}: no other node speaks with it");
+        let remedy = "find out why; to let it in again get a new certificate with a token: `isobar ca token` at an \
+                      authority, then `isobar join --replace --token TOKEN` here";
+        Finding::error(Check::CertificateRevoked, subject, what, remedy)
+    })
 }
 
-fn authority(facts: &Facts, subject: &str, one: &CertificateDer<'static>) -> Option<Finding> {
-    time_left(facts, Check::CertificateAuthorityExpiring, subject, one)
+/// The time left to the node's own certificate.
+fn own_life(facts: &Facts, subject: &str, leaf: &CertificateDer<'static>) -> Option<Finding> {
+    let remedy = match facts.source {
+        Source::Dev => "restart the node with --dev-ca: the development CA renews it",
+        Source::Authority => "start the node: its own authority certifies it anew",
+        Source::Mesh => {
+            "see that the node runs and reaches an authority; or get a new one with a token: `isobar ca token` at an \
+             authority, then `isobar join --token TOKEN` here"
+        }
+        Source::Files => "see what renews the files: the node takes in what is put there",
+        Source::Spire => {
+            "see the SPIRE agent, which hands out newer ones: its log, and the entry of this node"
+        }
+    };
+    let mut found = time_left(facts, Check::CertificateExpiring, subject, leaf, remedy)?;
+    if facts.source == Source::Authority {
+        // A start mends it.
+        found.level = found.level.min(Level::Warning);
+    }
+    Some(found)
+}
+
+/// The time left to a root or an intermediate authority.
+fn authority_life(facts: &Facts, subject: &str, one: &CertificateDer<'static>) -> Option<Finding> {
+    let remedy = match facts.source {
+        Source::Dev => "restart the node with --dev-ca: the development CA renews it",
+        Source::Authority | Source::Mesh => {
+            "change it at the authority with `isobar ca rotate`, which cuts nobody off when it is begun early"
+        }
+        Source::Files | Source::Spire => {
+            "change it at your own authority; every node must know a new root before it is used"
+        }
+    };
+    time_left(facts, Check::CertificateAuthorityExpiring, subject, one, remedy)
 }
 
 fn time_left(
@@ -128,6 +189,7 @@ fn time_left(
     check: Check,
     subject: &str,
     one: &CertificateDer<'static>,
+    remedy: &str,
 ) -> Option<Finding> {
     let said = match identity::describe(one) {
         Ok(said) => said,
@@ -142,13 +204,12 @@ fn time_left(
     let remedy = match life.level {
         Level::Ok => return Some(Finding::ok(check, subject, what)),
         _ if life.is_future => "check this machine's clock",
-        _ if facts.is_dev => "restart the node with --dev-ca: the development CA renews it",
-        _ => RENEW,
+        _ => remedy,
     };
     Some(Finding::new(life.level, check, subject, what, remedy))
 }
 
-fn called(said: &Described) -> String {
+pub(super) fn called(said: &Described) -> String {
     match &said.id {
         Some(id) => id.to_string(),
         None if said.subject.is_empty() => format!("serial {}", said.serial),
@@ -159,24 +220,34 @@ fn called(said: &Described) -> String {
 /// The certificate for clients.
 fn for_clients(facts: &Facts) -> Vec<Finding> {
     let Some((cert, key)) = facts.tls_files() else {
-        return no_tls(facts).into_iter().collect();
+        return vec![no_tls(facts)];
     };
     if let Some(found) = unusable(cert, key, None) {
         return vec![found];
     }
     let subject = cert.display().to_string();
     let chain = identity::read_certificates(cert).unwrap_or_default();
-    let mut findings = lives(facts, &subject, &chain);
+    let mut findings: Vec<_> = chain
+        .first()
+        .and_then(|leaf| time_left(facts, Check::CertificateExpiring, &subject, leaf, RENEW))
+        .into_iter()
+        .collect();
+    findings.extend(chain.iter().skip(1).filter_map(|one| {
+        time_left(facts, Check::CertificateAuthorityExpiring, &subject, one, RENEW)
+    }));
     findings.extend(chain.first().and_then(|leaf| names(&subject, leaf)));
     findings
 }
 
-fn no_tls(facts: &Facts) -> Option<Finding> {
-    (!facts.is_dev).then(|| {
-        let what = "there is no certificate for clients";
-        let remedy = "set tls.cert and tls.key, or use --dev-ca";
-        Finding::error(Check::CertificateMissing, "tls.cert", what, remedy)
-    })
+/// Clients are shown the node's own.
+fn no_tls(facts: &Facts) -> Finding {
+    let leaf = facts.own.as_ref().and_then(|own| identity::describe(own.chain.first()?).ok());
+    let hosts = leaf.map(|leaf| leaf.hosts.join(", ")).filter(|hosts| !hosts.is_empty());
+    let hosts = hosts.unwrap_or_else(|| format!("localhost and {}", facts.config.node.name));
+    let what = format!("clients are shown the node's certificate of the mesh: good for {hosts}");
+    let remedy =
+        "set tls.cert and tls.key where clients call another name, or believe other authorities";
+    Finding::note(Check::CertificateNames, "tls.cert", what, remedy)
 }
 
 /// Clients look for the name they call in it.

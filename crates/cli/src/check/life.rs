@@ -26,6 +26,22 @@ pub(super) struct Life {
 
 /// Judges a certificate's life at `now`.
 pub(super) fn judge(certificate: &Described, now: SystemTime) -> Life {
+    let whole = certificate.until.duration_since(certificate.from).unwrap_or_default();
+    let mut life = at(certificate, now, |left| level(whole, left));
+    let is_running = certificate.from <= now && now <= certificate.until;
+    if is_running && whole <= BY_HAND && life.level > Level::Ok {
+        life.what.push_str("; renewal should have happened at half of its life");
+    }
+    life
+}
+
+/// As [`judge`], for what nobody renews but people, however long it lives.
+pub(super) fn by_days(certificate: &Described, now: SystemTime) -> Life {
+    at(certificate, now, days)
+}
+
+/// Judges a certificate's life at `now`; `level` judges what is left of it.
+fn at(certificate: &Described, now: SystemTime, level: impl Fn(Duration) -> Level) -> Life {
     let Described { from, until, .. } = certificate;
     let (first, last) = (date(*from), date(*until));
     let said = |level, what, is_future| Life { level, what, is_future };
@@ -38,13 +54,7 @@ pub(super) fn judge(certificate: &Described, now: SystemTime) -> Life {
         let since = now.duration_since(*until).unwrap_or_default();
         return said(Level::Error, format!("it expired {} ago, on {last}", short(since)), false);
     };
-    let whole = until.duration_since(*from).unwrap_or_default();
-    let mut what = format!("it expires in {}, on {last}", short(left));
-    let level = level(whole, left);
-    if whole <= BY_HAND && level > Level::Ok {
-        what.push_str("; renewal should have happened at half of its life");
-    }
-    said(level, what, false)
+    said(level(left), format!("it expires in {}, on {last}", short(left)), false)
 }
 
 fn level(whole: Duration, left: Duration) -> Level {
@@ -55,6 +65,10 @@ fn level(whole: Duration, left: Duration) -> Level {
             _ => Level::Ok,
         };
     }
+    days(left)
+}
+
+fn days(left: Duration) -> Level {
     match left {
         left if left < DAY * 7 => Level::Error,
         left if left < DAY * 30 => Level::Warning,
@@ -88,7 +102,7 @@ mod tests {
 
     use super::*;
 
-    fn at(whole: Duration, left: Duration) -> Life {
+    fn life_of(whole: Duration, left: Duration) -> Life {
         let now = clock::wall();
         let until = now + left;
         let (id, hosts, subject, serial) = (None, Vec::new(), String::new(), String::new());
@@ -104,8 +118,20 @@ mod tests {
             (29, Level::Warning),
             (6, Level::Error),
         ] {
-            assert_eq!(at(DAY * 365, DAY * days).level, level, "{days} days");
+            assert_eq!(life_of(DAY * 365, DAY * days).level, level, "{days} days");
         }
+    }
+
+    #[test]
+    fn what_people_renew_is_judged_by_days_however_long_it_lives() {
+        let now = clock::wall();
+        let until = now + DAY * 20;
+        let (id, hosts, subject, serial) = (None, Vec::new(), String::new(), String::new());
+        let month = Described { id, hosts, subject, serial, from: until - DAY * 30, until };
+        let life = by_days(&month, now);
+        assert_eq!(life.level, Level::Warning);
+        assert!(!life.what.contains("half of its life"), "{}", life.what);
+        assert_eq!(judge(&month, now).level, Level::Ok);
     }
 
     #[test]
@@ -114,10 +140,10 @@ mod tests {
         for (hours, level) in
             [(24, Level::Ok), (12, Level::Ok), (10, Level::Warning), (1, Level::Warning)]
         {
-            assert_eq!(at(DAY, hour * hours).level, level, "{hours} h");
+            assert_eq!(life_of(DAY, hour * hours).level, level, "{hours} h");
         }
-        assert_eq!(at(DAY, hour / 2).level, Level::Error);
-        assert!(at(DAY, hour * 10).what.contains("half of its life"));
+        assert_eq!(life_of(DAY, hour / 2).level, Level::Error);
+        assert!(life_of(DAY, hour * 10).what.contains("half of its life"));
     }
 
     #[test]

@@ -54,6 +54,7 @@ pub(super) fn doors(listen: &ListenConfig) -> Vec<Door> {
         ("gossip", Some(listen.gossip), false, true),
         ("plaintext", listen.plaintext, true, false),
         ("metrics", Some(listen.metrics), true, false),
+        ("admin", Some(listen.admin), true, false),
     ];
     all.into_iter()
         .filter_map(|(key, address, tcp, udp)| Some((key, address?, tcp, udp)))
@@ -155,7 +156,7 @@ fn too_narrow(facts: &Facts) -> Vec<Finding> {
         .collect()
 }
 
-/// Ports without TLS that others reach.
+/// Ports that others reach and that are not for everybody.
 fn too_wide(listen: &ListenConfig) -> Vec<Finding> {
     let is_open = |address: &SocketAddr| !is_here(address.ip());
     let plaintext = listen.plaintext.filter(is_open).map(|address| {
@@ -170,7 +171,15 @@ fn too_wide(listen: &ListenConfig) -> Vec<Finding> {
         let remedy = "listen on 127.0.0.1, or keep others than the scraper away";
         Finding::note(Check::ListenMetrics, "listen.metrics", what, remedy)
     });
-    plaintext.into_iter().chain(metrics).collect()
+    let admin = Some(listen.admin).filter(is_open).map(|address| {
+        let what = format!(
+            "at {address} only who shows a certificate of the mesh with the role operator is let in"
+        );
+        let remedy = "get one with `isobar ca issue --role operator`, or listen on 127.0.0.1, where this machine's users \
+                      need none";
+        Finding::note(Check::ListenAdmin, "listen.admin", what, remedy)
+    });
+    plaintext.into_iter().chain(metrics).chain(admin).collect()
 }
 
 fn is_here(ip: IpAddr) -> bool {
@@ -229,6 +238,6 @@ mod tests {
             ..ListenConfig::default()
         };
         let found: Vec<_> = too_wide(&listen).into_iter().map(|f| f.check).collect();
-        assert_eq!(found, [Check::ListenPlaintext, Check::ListenMetrics]);
+        assert_eq!(found, [Check::ListenPlaintext, Check::ListenMetrics, Check::ListenAdmin]);
     }
 }

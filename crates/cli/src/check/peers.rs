@@ -18,7 +18,7 @@ use super::{
 /// Peers looked at side by side.
 const AT_ONCE: usize = 128;
 
-type Seen = Result<Sight, Unreached>;
+pub(super) type Seen = Result<Sight, Unreached>;
 
 pub(super) async fn check(facts: &Facts, prober: &Prober) -> Vec<Finding> {
     // Without TLS there is nothing to look with; the checks of certificates say why.
@@ -85,12 +85,12 @@ async fn calls(
 }
 
 /// The time one of several addresses is given.
-fn share(timeout: Duration, addresses: &[SocketAddr]) -> Duration {
+pub(super) fn share(timeout: Duration, addresses: &[SocketAddr]) -> Duration {
     timeout / u32::try_from(addresses.len().max(1)).unwrap_or(u32::MAX)
 }
 
 /// The first address that answers, or what the last one said.
-async fn first<F: Future<Output = Seen>>(
+pub(super) async fn first<F: Future<Output = Seen>>(
     addresses: &[SocketAddr],
     dial: impl Fn(SocketAddr) -> F,
 ) -> Seen {
@@ -181,12 +181,23 @@ fn judged(facts: &Facts, peer: &PeerConfig, subject: &str, sight: &Sight) -> Vec
         }
         Err(fault) => vec![not_it(subject, &fault)],
     };
+    findings.extend(revoked(facts, subject, &expected, sight));
     if let Some(said) = &sight.refusal {
         let what = format!("it turned us down after the handshake: {said}");
         let remedy = "compare the roots at both ends, this node's certificate and the clocks";
         findings.push(Finding::error(Check::PeerRefuses, subject, what, remedy));
     }
     findings
+}
+
+/// Whether this node was told not to believe the certificate the peer shows.
+fn revoked(facts: &Facts, subject: &str, peer: &SpiffeId, sight: &Sight) -> Option<Finding> {
+    let leaf = identity::describe(sight.certificates.first()?).ok()?;
+    facts.revocations.revokes(peer, leaf.from).then(|| {
+        let what = "it was revoked, and this node does not speak with it";
+        let remedy = "take it out of [[mesh.peer]]; to let it in again join it anew with a token";
+        Finding::error(Check::PeerRevoked, subject, what, remedy)
+    })
 }
 
 fn not_it(subject: &str, fault: &PeerFault) -> Finding {

@@ -22,9 +22,10 @@ pub(super) struct Served {
 }
 
 impl Served {
-    /// Whether this node holds a port that is taken, as far as can be told: those without TLS say nothing of it.
+    /// Whether this node holds a port that is taken, as far as can be told: those without TLS say nothing of it, and the
+    /// one for operators shows itself to them only.
     pub(super) fn holds(&self, key: &str) -> bool {
-        let is_mute = matches!(key, "plaintext" | "metrics");
+        let is_mute = matches!(key, "plaintext" | "metrics" | "admin");
         self.is_running && (is_mute || self.shown.contains(&key))
     }
 }

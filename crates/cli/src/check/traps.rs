@@ -26,7 +26,7 @@ pub(super) fn check(facts: &Facts) -> Vec<Finding> {
     let config = &facts.config;
     let mut findings = Vec::new();
     // A development CA keeps what it needs in its own directory.
-    if !facts.is_dev {
+    if !facts.is_dev() {
         findings.extend(state_dir(&config.node.state_dir));
     }
     findings.extend(year(facts.now));
@@ -171,7 +171,8 @@ fn no_gossip(peer: &node::config::PeerConfig) -> Finding {
 /// An engine that is this node.
 fn loops(engine: &EngineConfig, listen: &ListenConfig) -> Option<Finding> {
     let authority = engine.url.authority();
-    let ports = [Some(listen.clients), Some(listen.peers), listen.plaintext, Some(listen.metrics)];
+    let (clients, peers) = (Some(listen.clients), Some(listen.peers));
+    let ports = [clients, peers, listen.plaintext, Some(listen.metrics), Some(listen.admin)];
     ports.into_iter().flatten().any(|own| is_same(own, &authority)).then(|| {
         let what =
             format!("{} is a port of this node itself: its calls would go in a circle", engine.url);
