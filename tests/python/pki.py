@@ -72,10 +72,11 @@ class Authority:
             .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=True)
         )
-        between, one = [], self
-        while one.above:
-            between, one = [*between, one.certificate], one.above
-        return Certified([builder.sign(self.key, hashes.SHA256()), *between], key)
+        return Certified([builder.sign(self.key, hashes.SHA256()), *self.below_root()], key)
+
+    def below_root(self) -> list:
+        """Its own certificate and those above it, without the root."""
+        return [self.certificate, *self.above.below_root()] if self.above else []
 
     def pem(self) -> bytes:
         return self.certificate.public_bytes(PEM)

@@ -64,15 +64,19 @@ class Report:
         return [f for f in self.findings if f["level"] == "error"]
 
 
-def configuration(directory, name, listen=None, peers=(), engines=(), region="eu", tls=None, **keys):
-    ports = {a: "127.0.0.1:0" for a in ("clients", "peers", "gossip", "metrics")}
+def configuration(
+    directory, name, listen=None, peers=(), engines=(), region="eu", tls=None, seeds=(), tables=None, **keys
+):
+    ports = {a: "127.0.0.1:0" for a in ("clients", "peers", "gossip", "metrics", "admin")}
     ports.update(listen or {})
     lines = ["[node]", f'name = "{name}"', f'region = "{region}"']
     lines += [f"{k} = {toml(str(v))}" for k, v in keys.items()]
     lines += ["[listen]"] + [f"{k} = {toml(v)}" for k, v in ports.items() if v]
     if tls:
         lines += ["[tls]"] + [f"{k} = {toml(str(v))}" for k, v in tls.items()]
-    lines += ["[mesh]", 'trust_domain = "mesh.test"']
+    for table, entries in (tables or {}).items():
+        lines += [f"[{table}]"] + [f"{k} = {toml(v)}" for k, v in entries.items()]
+    lines += ["[mesh]", 'trust_domain = "mesh.test"', f"seeds = {toml(list(seeds))}"]
     for key, entries in (("mesh.peer", peers), ("engine", engines)):
         for entry in entries:
             lines += [f"[[{key}]]"] + [f"{k} = {toml(v)}" for k, v in entry.items()]
@@ -151,7 +155,7 @@ def test_a_healthy_pair_is_good(tmp_path, pair):
         assert report.one(check, "ok")["subject"] == "peer b (us)"
     # TCP and QUIC for clients and peers, QUIC for gossip.
     assert len(report.of("served.differs", "ok")) == 5
-    assert len(report.of("listen.taken", "ok")) == 4
+    assert len(report.of("listen.taken", "ok")) == 5
     assert not report.of("peer.udp") and not report.of("listen.taken")
     # The question for the time was refused, and reached no engine.
     assert b.metric('isobar_calls_total{side="egress",code="UNKNOWN"}') == 1
@@ -172,10 +176,11 @@ def test_every_anchor_is_a_section(tmp_path, pair):
 
 def test_a_node_that_does_not_run_has_its_ports_free(tmp_path):
     ca = dev_ca(tmp_path / "ca", "a")
-    ports = {key: f"127.0.0.1:{free_port()}" for key in ("clients", "peers", "gossip", "metrics")}
+    keys = ("clients", "peers", "gossip", "metrics", "admin")
+    ports = {key: f"127.0.0.1:{free_port()}" for key in keys}
     report = Report(configuration(tmp_path, "a", ports), "--dev-ca", ca)
     assert report.code == 0
-    assert len(report.of("listen.taken", "ok")) == 4
+    assert len(report.of("listen.taken", "ok")) == 5
     assert not report.of("served.differs", "ok")
     assert report.one("clock.unmeasured", "note")
 
@@ -278,13 +283,17 @@ def test_the_time_left_is_judged(tmp_path, left, life, level):
     identity = tmp_path / "state/identity"
     certified(ca, identity, "a", left, life)
     tls = {"cert": identity / "cert.pem", "key": identity / "key.pem"}
-    report = Report(configuration(tmp_path, "a", tls=tls, state_dir=tmp_path / "state"))
+    tables = {"identity": {"source": "files"}}
+    report = Report(configuration(tmp_path, "a", tls=tls, tables=tables, state_dir=tmp_path / "state"))
     found = report.of("certificate.expiring", level)
     # The node's own, and the one for clients, which is the same here.
     assert len(found) == 2, report.findings
     assert report.code == (1 if level == "error" else 0)
     if left < 0 * DAY:
         assert "expired" in found[0]["what"]
+    if level != "ok" and left < life:
+        # The node's own is told before the one for clients.
+        assert "what renews the files" in found[0]["remedy"]
 
 
 def test_a_peer_whose_certificate_ends_is_a_warning(tmp_path):
@@ -384,12 +393,14 @@ def test_open_and_foreign_addresses_are_named(tmp_path):
     listen = {
         "plaintext": f"0.0.0.0:{free_port()}",
         "metrics": f"0.0.0.0:{free_port()}",
+        "admin": f"0.0.0.0:{free_port()}",
         "clients": f"192.0.2.1:{free_port()}",
     }
     peer = {"name": "b", "region": "us", "peers": "b.invalid:8444"}
     report = Report(configuration(tmp_path, "a", listen, [peer]), "--dev-ca", ca)
     assert report.one("listen.plaintext", "warning")
     assert report.one("listen.metrics", "note")
+    assert "operator" in report.one("listen.admin", "note")["what"]
     assert report.of("listen.not-here", "error")
     # The peer is elsewhere, and nobody reaches a loopback address from there.
     assert len(report.of("listen.loopback", "warning")) == 2
@@ -420,6 +431,26 @@ def test_engines_and_traps_are_looked_at(tmp_path):
 def test_a_node_without_an_identity_is_an_error(tmp_path):
     config = configuration(tmp_path, "a", state_dir=tmp_path / "state")
     report = Report(config)
-    assert {f["subject"] for f in report.of("certificate.missing", "error")} == {
-        str(tmp_path / "state/identity/ca.pem"), "tls.cert",
-    }
+    missing = report.one("certificate.missing", "error")
+    assert missing["subject"] == str(tmp_path / "state/identity/ca.pem")
+    assert "isobar join --token TOKEN" in missing["remedy"]
+    # Clients would be shown the node's own certificate.
+    assert "localhost" in report.one("certificate.names", "note")["what"]
+    files = {"source": "files", "cert": str(tmp_path / "gone.pem")}
+    tables = {"identity": {**files, "ca": str(ROOT / "README.md"), "key": str(ROOT / "README.md")}}
+    report = Report(configuration(tmp_path, "a", tables=tables, state_dir=tmp_path / "state"))
+    missing = report.one("certificate.missing", "error")
+    assert missing["subject"] == files["cert"] and "what puts the files there" in missing["remedy"]
+
+
+def test_who_may_call_is_looked_at(tmp_path):
+    report = Report(configuration(tmp_path, "a", state_dir=tmp_path))
+    assert "--dev" in report.one("access.nobody", "warning")["remedy"]
+    tenant = {"name": "lab", "api_key_sha256": "a" * 64}
+    tables = {"[tenant]": tenant, "[allow]": {"tenant": "lab"}}
+    report = Report(configuration(tmp_path, "a", state_dir=tmp_path, tables=tables))
+    assert "lab may call" in report.one("access.nobody", "ok")["what"]
+    gone = tmp_path / "gone.pem"
+    tables = {"tls": {"client_ca": str(gone)}}
+    report = Report(configuration(tmp_path, "a", state_dir=tmp_path, tables=tables))
+    assert str(gone) in report.one("access.unusable", "error")["what"]
