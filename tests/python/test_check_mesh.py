@@ -49,9 +49,8 @@ def test_seeds_that_renew_nothing_are_an_error(meshes, joined):
     gone = meshes.site("gone", "us")
     report = Report(c.write(seeds=[gone, a.site]).config)
     assert report.code == 0, report.errors()
-    number = gone.listen["gossip"].rsplit(":", 1)[1]
     found = report.one("seed.gossip", "warning")
-    assert "refused" in found["what"] and f"UDP port {number}" in found["remedy"]
+    assert "refused" in found["what"] and "start that node" in found["remedy"]
 
     other = meshes.authority("other", trust_domain="other.test")
     stranger = meshes.site("x", "eu", trust_domain="other.test")

@@ -169,4 +169,4 @@ def test_a_check_asks_the_agent(fleet):
     assert report.of("certificate.expiring", "ok")
     fleet.agent.stop()
     assert Report(config).one("spire.agent", "error")["subject"] == "identity.socket"
-    assert isobar("check", "-c", config).returncode == 1
+    assert isobar("check", "-c", config, "--timeout", "1s").returncode == 1

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use identity::{ENROL_ALPN, Role, SpiffeId};
 use node::config::HostPort;
 use rustls::ClientConfig;
-use transport::{Prober, Sight};
+use transport::{Prober, Sight, Unreached};
 
 use super::{
     dns,
@@ -110,13 +110,23 @@ fn answers(subject: &str, seed: &HostPort, gossip: &Seen) -> Finding {
             Finding::ok(Check::SeedGossip, subject, what)
         }
         Err(error) => {
+            let what = format!("nobody is reached over UDP: {error}");
+            Finding::warning(Check::SeedGossip, subject, what, to_reach(seed, error))
+        }
+    }
+}
+
+fn to_reach(seed: &HostPort, error: &Unreached) -> String {
+    match error {
+        Unreached::Refused => {
+            "start that node, or put the address of its `listen.gossip` here".to_owned()
+        }
+        _ => {
             let text = seed.to_string();
             let number = text.rsplit(':').next().unwrap_or(&text);
-            let what = format!("nobody is reached over UDP: {error}");
-            let remedy = format!(
+            format!(
                 "let UDP port {number} through, and compare it with the `listen.gossip` of that node"
-            );
-            Finding::warning(Check::SeedGossip, subject, what, remedy)
+            )
         }
     }
 }
@@ -124,8 +134,6 @@ fn answers(subject: &str, seed: &HostPort, gossip: &Seen) -> Finding {
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
-
-    use transport::Unreached;
 
     use super::{super::Level, *};
 
@@ -138,6 +146,8 @@ mod tests {
         let found = answers("seed", &seed, &silent);
         assert_eq!(found.level, Level::Warning);
         assert!(found.remedy.contains("UDP port 8445"), "{}", found.remedy);
+        let down = answers("seed", &seed, &Err(Unreached::Refused));
+        assert!(down.remedy.contains("start that node"), "{}", down.remedy);
         let rtt = Duration::from_millis(3);
         let sight = Sight { certificates: Vec::new(), rtt, payload_bytes: None, refusal: None };
         assert_eq!(answers("seed", &seed, &Ok(sight)).level, Level::Ok);
