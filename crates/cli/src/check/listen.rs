@@ -238,6 +238,9 @@ mod tests {
             ..ListenConfig::default()
         };
         let found: Vec<_> = too_wide(&listen).into_iter().map(|f| f.check).collect();
-        assert_eq!(found, [Check::ListenPlaintext, Check::ListenMetrics, Check::ListenAdmin]);
+        assert_eq!(found, [Check::ListenPlaintext, Check::ListenMetrics]);
+        let admin = "10.0.0.1:9090".parse().unwrap();
+        let found = too_wide(&ListenConfig { admin, ..ListenConfig::default() });
+        assert_eq!((found.len(), found[0].check), (1, Check::ListenAdmin));
     }
 }
