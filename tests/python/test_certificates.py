@@ -135,7 +135,6 @@ def test_broken_files_leave_the_earlier_identity_in_use(meshes, tmp_path):
     serves(kept.a, BEHIND_B)
 
 
-@pytest.mark.xfail(reason="it is logged every two seconds, and not counted", strict=True)
 def test_files_of_another_node_are_refused_once_and_counted(meshes, tmp_path):
     kept = Kept(meshes, tmp_path, Files)
     before = shown(kept.a.clients).serial_number

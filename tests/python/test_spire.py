@@ -109,7 +109,6 @@ def test_newer_certificates_and_roots_are_taken_in_under_traffic(fleet, tmp_path
         assert node.popen.poll() is None
 
 
-@pytest.mark.xfail(reason="the roots are written at the start and never again", strict=True)
 def test_newer_roots_are_written_down_for_clients(fleet):
     fleet.start()
     assert fleet.a.ca.read_bytes() == fleet.root.pem()

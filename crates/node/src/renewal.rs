@@ -196,30 +196,26 @@ impl Renewer {
         if let Err(error) = identity.store(&self.dir) {
             tracing::error!(%error, "the renewed certificate cannot be kept: it is lost when the node stops");
         }
-        self.show(identity);
+        if let Err(why) = self.show(identity) {
+            tracing::error!(why, "the authority handed out another node's certificate");
+        }
     }
 
-    fn show(&self, identity: NodeIdentity) {
+    /// Shows a newer identity from now on.
+    fn show(&self, identity: NodeIdentity) -> Result<(), String> {
         let certificate = identity.certificate().clone();
-        match self.trust.identity().replace(identity) {
-            Ok(()) => {
-                self.books.done.fetch_add(1, Ordering::Relaxed);
-                *self.books.failing.lock() = None;
-                let until = humantime::format_rfc3339_seconds(certificate.until);
-                tracing::info!(serial = certificate.serial, %until, "the certificate was renewed");
-            }
-            Err(error) => tracing::error!(%error, "the new certificate is not used"),
-        }
+        self.trust.identity().replace(identity).map_err(|error| error.to_string())?;
+        self.books.done.fetch_add(1, Ordering::Relaxed);
+        *self.books.failing.lock() = None;
+        let until = humantime::format_rfc3339_seconds(certificate.until);
+        tracing::info!(serial = certificate.serial, %until, "the certificate was renewed");
+        Ok(())
     }
 
     /// Takes in what a SPIRE agent hands out.
     async fn watch_agent(&self, socket: Option<&str>) {
         let wanted = self.trust.identity().id().clone();
-        let take = |found: NodeIdentity| {
-            if !found.is_same(&self.trust.identity().current()) {
-                self.show(found);
-            }
-        };
+        let take = |found: NodeIdentity| self.take_from_agent(found);
         let failed = |error: &SpireError| self.failing(&error.to_string());
         let mut said = Urgency::None;
         let watching = async {
@@ -231,6 +227,20 @@ impl Renewer {
         tokio::select! {
             () = spire::watch(socket, &wanted, take, failed) => {}
             () = watching => {}
+        }
+    }
+
+    /// The agent keeps certificate and key; the roots are kept for clients.
+    fn take_from_agent(&self, found: NodeIdentity) {
+        if found.is_same(&self.trust.identity().current()) {
+            *self.books.failing.lock() = None;
+            return;
+        }
+        if let Err(error) = found.store_roots(&self.dir) {
+            tracing::warn!(%error, "the roots cannot be written down for clients");
+        }
+        if let Err(why) = self.show(found) {
+            self.failing(&why);
         }
     }
 
@@ -249,34 +259,26 @@ impl Renewer {
     /// Looks at the files again and again, and takes in what is new and good.
     async fn watch_files(&self) {
         let mut said = Urgency::None;
-        let mut refused = String::new();
+        let mut doubt = Doubt::default();
         loop {
             self.look(&mut said);
             let current = self.trust.identity().current();
             tokio::time::sleep(FILES).await;
-            match self.files.load() {
-                Ok(found) if !found.is_same(&current) => {
-                    refused.clear();
-                    self.show(found);
-                }
-                Ok(_) => refused.clear(),
-                Err(error) => self.not_used(&error.to_string(), &mut refused),
+            let taken = match self.files.load() {
+                Ok(found) if !found.is_same(&current) => self.show(found),
+                Ok(_) => Ok(()),
+                Err(error) => Err(error.to_string()),
+            };
+            if let Some(why) = doubt.about(taken) {
+                self.failing(why);
+                tracing::warn!(
+                    why,
+                    "the identity's files changed and are not used; the earlier identity stays in use"
+                );
+            } else if doubt.is_none() && self.books.failing.lock().take().is_some() {
+                tracing::info!("the identity's files are good again");
             }
         }
-    }
-
-    /// Files that are being replaced can be wrong for a moment: what is wrong twice is said, once.
-    fn not_used(&self, why: &str, refused: &mut String) {
-        if refused == why {
-            return;
-        }
-        refused.clear();
-        refused.push_str(why);
-        self.failing(why);
-        tracing::warn!(
-            why,
-            "the identity's files changed and are not used; the earlier identity stays in use"
-        );
     }
 
     fn failing(&self, why: &str) {
@@ -285,33 +287,70 @@ impl Renewer {
     }
 }
 
+/// Files that are being replaced can be wrong for a moment: what is wrong twice in a row is said, once.
+#[derive(Debug, Default)]
+struct Doubt {
+    why: Option<String>,
+    said: bool,
+}
+
+impl Doubt {
+    /// What is to be said after another look.
+    fn about(&mut self, taken: Result<(), String>) -> Option<&str> {
+        let Err(why) = taken else {
+            *self = Self::default();
+            return None;
+        };
+        if self.why.as_ref() != Some(&why) {
+            *self = Self { why: Some(why), said: false };
+            return None;
+        }
+        if std::mem::replace(&mut self.said, true) { None } else { self.why.as_deref() }
+    }
+
+    fn is_none(&self) -> bool {
+        self.why.is_none()
+    }
+}
+
 /// Takes in the certificate for clients again whenever its files change.
 pub(crate) async fn watch_client_certificate(
     served: ServedCertificate,
     (cert, key): (PathBuf, PathBuf),
 ) {
-    let mut refused = String::new();
+    let mut doubt = Doubt::default();
     loop {
         tokio::time::sleep(FILES).await;
         let taken = identity::load_server_cert(&cert, &key)
             .and_then(|(chain, secret)| served.replace_if_other(chain, secret));
-        match taken {
-            Ok(true) => {
-                tracing::info!(cert = %cert.display(), "a newer certificate for clients is shown");
-            }
-            Ok(false) => {}
-            Err(error) => {
-                let why = error.to_string();
-                if refused != why {
-                    tracing::warn!(
-                        why,
-                        "the certificate for clients changed and is not used; the earlier one stays in use"
-                    );
-                    refused = why;
-                }
-                continue;
-            }
+        if let Ok(true) = taken {
+            tracing::info!(cert = %cert.display(), "a newer certificate for clients is shown");
         }
-        refused.clear();
+        if let Some(why) = doubt.about(taken.map(drop).map_err(|error| error.to_string())) {
+            tracing::warn!(
+                why,
+                "the certificate for clients changed and is not used; the earlier one stays in use"
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_twice_is_said_once() {
+        let mut doubt = Doubt::default();
+        let wrong = |why: &str| Err(why.to_owned());
+        assert_eq!(doubt.about(wrong("half written")), None);
+        assert_eq!(doubt.about(wrong("another key")), None, "it changes still");
+        assert_eq!(doubt.about(wrong("another key")), Some("another key"));
+        assert_eq!(doubt.about(wrong("another key")), None);
+        assert!(!doubt.is_none());
+        assert_eq!(doubt.about(Ok(())), None);
+        assert!(doubt.is_none());
+        assert_eq!(doubt.about(wrong("another key")), None);
+        assert_eq!(doubt.about(wrong("another key")), Some("another key"));
     }
 }

@@ -1,7 +1,11 @@
 //! A SPIRE agent as the source of the node's identity, over the SPIFFE Workload API: it hands out certificate, key and roots,
 //! and newer ones whenever it likes.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use base::clock;
 use futures_util::StreamExt as _;
@@ -67,10 +71,16 @@ pub(crate) async fn watch(
 ) {
     let mut wait = AGAIN_FIRST;
     loop {
-        match follow(socket, wanted, &take).await {
-            // It worked for a while.
-            Ok(()) => wait = AGAIN_FIRST,
-            Err(error) => failed(&error),
+        let has_come = AtomicBool::new(false);
+        let took = |identity| {
+            has_come.store(true, Ordering::Relaxed);
+            take(identity);
+        };
+        if let Err(error) = follow(socket, wanted, &took).await {
+            failed(&error);
+        }
+        if has_come.load(Ordering::Relaxed) {
+            wait = AGAIN_FIRST;
         }
         tokio::time::sleep(wait).await;
         wait = (wait * 2).min(AGAIN_MAX);
