@@ -155,11 +155,12 @@ impl fmt::Debug for Identity {
 /// good; and when to say that it cannot be renewed.
 ///
 /// ```text
-///  0              1/2                                  31/32      1
+///  0              1/2                                  39/40      1
 ///  ├── nothing ────┼── tries, at most life/96 apart ─────┼─ alarm ─┤ expired
 /// ```
 ///
-/// Authorities that are away for 11/24 of a life, whenever they go, are back at 23/24 and asked again before the alarm.
+/// Authorities that are away for 11/24 of a life, whenever they go, are back at 23/24 and asked again before the alarm; so they are
+/// when the life is taken from a certificate that begins a quarter of its life before it was issued.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Renewal {
     until: SystemTime,
@@ -186,7 +187,7 @@ impl Renewal {
     const FIRST_WAIT: u32 = 2_000;
     const LAST_WAIT: u32 = 96;
     const SHORTEST_WAIT: Duration = Duration::from_millis(100);
-    const ALARM: u32 = 32;
+    const ALARM: u32 = 40;
 
     /// For a certificate that lives from `from` until `until`.
     #[must_use]
@@ -304,7 +305,7 @@ mod tests {
             (Duration::ZERO, Urgency::None),
             (HOUR * 12, Urgency::None),
             (HOUR * 23, Urgency::None),
-            (HOUR * 234 / 10, Urgency::Alarm),
+            (HOUR * 235 / 10, Urgency::Alarm),
             (HOUR * 239 / 10, Urgency::Alarm),
             (HOUR * 24, Urgency::Expired),
             (HOUR * 240, Urgency::Expired),

@@ -49,7 +49,7 @@ const PROVE_ABOVE: usize = 16;
 const HELLO_WITHIN: Duration = Duration::from_secs(5);
 /// A subscriber that has heard nothing for so long dials anew: the other end speaks once a second at the least.
 const SILENT_AFTER: Duration = Duration::from_millis(3_500);
-/// Strangers who may ask for a certificate at once. Further ones are turned down.
+/// Strangers who may ask for a certificate at once, and as many nodes. Further ones are turned down.
 const ENROLMENTS_MAX: usize = 32;
 /// Lists of revocations one link may hand on that this node cannot believe.
 const DISBELIEVED_MAX: u32 = 4;
@@ -174,7 +174,7 @@ async fn speak(links: &Links, voice: Voice, own: Own, enrolment: Option<Enrolmen
         reporter: Mutex::new(Reporter::new(voice.epoch, voice.catalog.version())),
         audience: Audience::default(),
         enrolment,
-        enrolling: Semaphore::new(ENROLMENTS_MAX),
+        enrolling: [Semaphore::new(ENROLMENTS_MAX), Semaphore::new(ENROLMENTS_MAX)],
         voice,
     });
     let accepting = async {
@@ -185,7 +185,7 @@ async fn speak(links: &Links, voice: Voice, own: Own, enrolment: Option<Enrolmen
                 Some(_) = subscribers.join_next() => continue,
             };
             let Some(incoming) = incoming else { return };
-            if subscribers.len() >= SUBSCRIBERS_MAX + HANDSHAKES_MAX {
+            if subscribers.len() >= SUBSCRIBERS_MAX + HANDSHAKES_MAX + 2 * ENROLMENTS_MAX {
                 incoming.refuse();
                 continue;
             }
@@ -225,7 +225,8 @@ struct Speaker {
     reporter: Mutex<Reporter>,
     audience: Audience,
     enrolment: Option<Enrolment>,
-    enrolling: Semaphore,
+    /// Places for strangers and for nodes: neither takes the others'.
+    enrolling: [Semaphore; 2],
     voice: Voice,
 }
 
@@ -386,16 +387,28 @@ async fn hear_subscriber(link: &Link, own: &Own) -> String {
 
 /// Serves somebody who wants a certificate.
 async fn enrol(link: &Link, speaker: &Speaker) {
-    let Some(Enrolment { signer, contact }) = &speaker.enrolment else {
-        return link.close("this node holds no authority");
+    let served = match &speaker.enrolment {
+        Some(enrolment) => serve_enrolment(link, speaker, enrolment).await,
+        None => Err("this node holds no authority".to_owned()),
     };
-    let Ok(_place) = speaker.enrolling.try_acquire() else {
-        return link.close("too many enrolments at once");
-    };
-    if let Err(why) = signer.serve(link, contact).await {
-        tracing::debug!(why, remote = %link.remote(), "an enrolment came to nothing");
+    match served {
+        Ok(()) => link.close("done"),
+        Err(why) => {
+            speaker.own.trust.turned_away(Port::Gossip, link.remote(), &why);
+            link.close(&why);
+        }
     }
-    link.close("done");
+}
+
+async fn serve_enrolment(
+    link: &Link,
+    speaker: &Speaker,
+    Enrolment { signer, contact }: &Enrolment,
+) -> Result<(), String> {
+    let [of_strangers, of_nodes] = &speaker.enrolling;
+    let places = if link.certificates().is_empty() { of_strangers } else { of_nodes };
+    let _place = places.try_acquire().map_err(|_| "too many enrolments at once".to_owned())?;
+    signer.serve(link, contact).await
 }
 
 /// Who is at the other end: the hello must come first, and say what the certificate says.

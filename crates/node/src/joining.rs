@@ -32,6 +32,9 @@ pub enum EnrolError {
     /// Nobody answered there, or not who should.
     #[error("cannot reach an authority: {0}")]
     Unreachable(#[from] TransportError),
+    /// An authority took too long.
+    #[error("an authority did not answer in time")]
+    Silent,
     /// The answer is no certificate this node can use.
     #[error("the authority's answer cannot be used: {0}")]
     Unusable(String),

@@ -419,16 +419,14 @@ fn gossip_tls(
     }
 }
 
-/// Who may be asked to renew: what the file says, and every listed peer, for one of them may hold the authority.
+/// Who may be asked to renew: the seeds, or else every listed peer, for one of them may hold the authority.
 fn authorities(config: &Config) -> Vec<Authority> {
     let peers = config.mesh.peers.iter().filter_map(|peer| peer.gossip.as_ref());
-    let mut all: Vec<Authority> = Vec::new();
-    for address in config.mesh.seeds.iter().chain(peers).map(HostPort::authority) {
-        if !all.contains(&address) {
-            all.push(address);
-        }
+    if config.mesh.seeds.is_empty() {
+        peers.map(HostPort::authority).collect()
+    } else {
+        config.mesh.seeds.iter().map(HostPort::authority).collect()
     }
-    all
 }
 
 /// The gossip port, and whom to listen to.
@@ -608,7 +606,7 @@ impl Plan {
             self.engines.iter().map(|e| (e.clone(), to_engines.channel(e.target.clone())));
         let peers = if with_peers {
             let channels = self.peers.iter().map(|peer| to_peers.channel(peer.clone()));
-            Peers::new(self.board.clone(), channels)
+            Peers::new(self.board.clone(), channels).shown(self.trust.identity().clone())
         } else {
             Peers::none()
         };

@@ -5,12 +5,13 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use balance::{Breaker, Place, Server, Standing};
 use base::{EngineName, Load, NodeName, RegionName, clock};
 use http::{HeaderMap, Request, Response};
+use identity::Identity;
 use membership::{Descriptor, LoadFrame, Presence, View};
 use parking_lot::Mutex;
 use tonic::body::Body;
@@ -331,6 +332,8 @@ impl Board {
 pub(crate) struct Peers {
     board: Arc<Board>,
     channels: Arc<[Channel]>,
+    /// What this node shows them; `None`: nothing that ends.
+    own: Option<Identity>,
 }
 
 /// A call to a peer in progress.
@@ -401,12 +404,23 @@ impl PeerCall {
 
 impl Peers {
     pub(crate) fn new(board: Arc<Board>, channels: impl Iterator<Item = Channel>) -> Self {
-        Self { board, channels: channels.collect() }
+        Self { board, channels: channels.collect(), own: None }
+    }
+
+    /// Which certificate they are shown: without a good one they need not be asked.
+    pub(crate) fn shown(self, own: Identity) -> Self {
+        Self { own: Some(own), ..self }
+    }
+
+    /// When the certificate they are shown ended, if it has.
+    pub(crate) fn certificate_ended(&self) -> Option<SystemTime> {
+        let until = self.own.as_ref()?.current().certificate().until;
+        (clock::wall() > until).then_some(until)
     }
 
     /// A node that forwards to nobody.
     pub(crate) fn none() -> Self {
-        Self { board: Arc::new(Board::new(vec![])), channels: Arc::default() }
+        Self { board: Arc::new(Board::new(vec![])), channels: Arc::default(), own: None }
     }
 
     pub(crate) fn board(&self) -> &Board {

@@ -83,6 +83,14 @@ pub(crate) enum Refusal {
         /// The model, or the method where no model was named.
         what: String,
     },
+    /// Peers refuse this node, whose certificate has ended. No engine has seen the call; the node's operator must act.
+    #[error(
+        "the certificate of this node has ended on {until}, so its peers refuse it: its operator must see to its renewal, or join it anew"
+    )]
+    CertificateEnded {
+        /// When.
+        until: String,
+    },
     /// This node holds back as many bytes as it may. No engine has seen the call; later there may be room.
     #[error("this node holds back as many bytes of requests as node.buffer_bytes allows")]
     NoMemory,
@@ -146,7 +154,9 @@ impl Refusal {
             Self::Loop(_) => Code::FailedPrecondition,
             Self::NoEngine { .. } => Code::NotFound,
             Self::Full { .. } | Self::NoMemory | Self::TooManyRetries => Code::ResourceExhausted,
-            Self::Unusable { .. } | Self::Unacknowledged { .. } => Code::Unavailable,
+            Self::Unusable { .. } | Self::Unacknowledged { .. } | Self::CertificateEnded { .. } => {
+                Code::Unavailable
+            }
             // Whoever cancelled, it was not the caller.
             Self::Transport { error, .. } if error.code() == Code::Cancelled => Code::Unavailable,
             Self::Transport { error, .. } => error.code(),
@@ -172,6 +182,7 @@ impl Refusal {
             Self::NoEngine { .. } => RefusalReason::NoEngine,
             Self::Full { .. } | Self::TooManyRetries => RefusalReason::EngineFull,
             Self::Unusable { .. } => RefusalReason::Unusable,
+            Self::CertificateEnded { .. } => RefusalReason::CertificateEnded,
             Self::NoMemory => RefusalReason::NoMemory,
             Self::Unacknowledged { .. } => RefusalReason::Unacknowledged,
             Self::Transport { to_peer: true, error, .. } if error.is_retry_safe() => {
@@ -195,6 +206,7 @@ impl Refusal {
             Self::NoEngine { .. } => "no_engine",
             Self::Full { .. } => "full",
             Self::Unusable { .. } => "unusable",
+            Self::CertificateEnded { .. } => "certificate_ended",
             Self::NoMemory => "no_memory",
             Self::TooManyRetries => "too_many_retries",
             Self::Unacknowledged { .. } => "unacknowledged",
@@ -221,6 +233,7 @@ impl Refusal {
             | Self::Unauthenticated { .. }
             | Self::Unreadable { .. }
             | Self::Loop(_)
+            | Self::CertificateEnded { .. }
             | Self::NoMemory
             | Self::TooManyRetries
             | Self::Broken { .. }

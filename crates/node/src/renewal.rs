@@ -28,6 +28,9 @@ use crate::{
 
 /// Longest sleep: a clock that is set while the node runs must not make it late.
 const LOOK: Duration = Duration::from_secs(5);
+/// How long one authority may take to answer, at least and at most.
+const PATIENCE_MIN: Duration = Duration::from_millis(500);
+const PATIENCE_MAX: Duration = Duration::from_secs(10);
 /// How often files kept by somebody else are looked at.
 const FILES: Duration = Duration::from_secs(2);
 
@@ -79,6 +82,7 @@ pub(crate) struct Renewer {
 impl Renewer {
     /// Renews until `stop`.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
+        let alarm = Alarm { trust: self.trust.clone(), books: self.books.clone() };
         let working = async {
             match &self.source {
                 Source::Files => self.watch_files().await,
@@ -89,17 +93,20 @@ impl Renewer {
                 Source::Own(..) | Source::Authorities(_) => self.renew_for_ever().await,
             }
         };
-        stop.run_until_cancelled(working).await;
+        tokio::select! {
+            () = working => {}
+            () = alarm.watch() => {}
+            () = stop.cancelled() => {}
+        }
     }
 
     async fn renew_for_ever(&mut self) {
         let current = self.trust.identity().current();
         let summary = current.certificate();
         let mut renewal = Renewal::new(summary.from, summary.until);
-        let mut said = Urgency::None;
         loop {
             *self.books.due.lock() = Some(renewal.due());
-            let is_hurried = self.wait_for(&renewal, &mut said).await;
+            let is_hurried = self.wait_for(&renewal).await;
             let now = clock::wall();
             if !is_hurried && now < renewal.due() {
                 continue;
@@ -109,7 +116,6 @@ impl Renewer {
                     let until = identity.certificate().until;
                     // From now on, not from its first moment: that is set back for clocks that are behind.
                     renewal = Renewal::new(clock::wall(), until);
-                    said = Urgency::None;
                     self.take(identity);
                 }
                 Err(error) => {
@@ -124,42 +130,10 @@ impl Renewer {
         }
     }
 
-    /// Waits until the next try is due or wanted; raises the alarm meanwhile. Returns whether it is wanted.
-    async fn wait_for(&self, renewal: &Renewal, said: &mut Urgency) -> bool {
-        let now = clock::wall();
-        let urgency = renewal.urgency(now);
-        if urgency != *said {
-            *said = urgency;
-            self.alarm(urgency, renewal.left(now));
-        }
-        let wait = renewal.due().duration_since(now).unwrap_or_default().min(LOOK);
-        let wait =
-            if urgency == Urgency::None { wait } else { wait.min(Duration::from_millis(200)) };
+    /// Waits until the next try is due or wanted. Returns whether it is wanted.
+    async fn wait_for(&self, renewal: &Renewal) -> bool {
+        let wait = renewal.due().duration_since(clock::wall()).unwrap_or_default().min(LOOK);
         tokio::time::timeout(wait, self.hurry.notified()).await.is_ok()
-    }
-
-    fn alarm(&self, urgency: Urgency, left: Duration) {
-        let failing = self.books.failing.lock().clone();
-        let (why, since) = match failing {
-            Some(Failing { why, since }) => {
-                (why, humantime::format_rfc3339_seconds(since).to_string())
-            }
-            None => (String::new(), "never".to_owned()),
-        };
-        match urgency {
-            Urgency::None => {}
-            Urgency::Alarm => tracing::error!(
-                left_s = left.as_secs(),
-                failing_since = since,
-                why,
-                "this node's certificate ends soon and cannot be renewed: see that an authority in mesh.seeds can be reached"
-            ),
-            Urgency::Expired => tracing::error!(
-                why,
-                "this node's certificate has ended: peers refuse this node until it is renewed; when no authority takes it any \
-                 more, repair it with a new token: `isobar ca token` at an authority, then `isobar join --token TOKEN` here"
-            ),
-        }
     }
 
     async fn renew(&mut self) -> Result<NodeIdentity, EnrolError> {
@@ -170,8 +144,10 @@ impl Renewer {
                 // Begun anywhere, so that one that is down is not everybody's first.
                 let first = self.rng.random_range(0..seeds.len().max(1));
                 for seed in seeds.iter().cycle().skip(first).take(seeds.len()) {
-                    let identity = self.trust.identity();
-                    match joining::renew(&self.links, identity, seed, &self.dir).await {
+                    let asking =
+                        joining::renew(&self.links, self.trust.identity(), seed, &self.dir);
+                    let asked = tokio::time::timeout(self.patience(), asking).await;
+                    match asked.unwrap_or(Err(EnrolError::Silent)) {
                         Ok(enrolled) => {
                             self.adopt(enrolled.revocations);
                             return Ok(enrolled.identity);
@@ -183,6 +159,14 @@ impl Renewer {
             }
             Source::Files | Source::Spire(_) => Err(EnrolError::NobodyToAsk),
         }
+    }
+
+    /// How long one authority may take: one that is down must not use up a short life.
+    fn patience(&self) -> Duration {
+        let current = self.trust.identity().current();
+        let certificate = current.certificate();
+        let life = certificate.until.duration_since(certificate.from).unwrap_or_default();
+        (life / 48).clamp(PATIENCE_MIN, PATIENCE_MAX)
     }
 
     fn adopt(&self, revocations: Option<identity::SignedRevocations>) {
@@ -217,17 +201,7 @@ impl Renewer {
         let wanted = self.trust.identity().id().clone();
         let take = |found: NodeIdentity| self.take_from_agent(found);
         let failed = |error: &SpireError| self.failing(&error.to_string());
-        let mut said = Urgency::None;
-        let watching = async {
-            loop {
-                self.look(&mut said);
-                tokio::time::sleep(FILES).await;
-            }
-        };
-        tokio::select! {
-            () = spire::watch(socket, &wanted, take, failed) => {}
-            () = watching => {}
-        }
+        spire::watch(socket, &wanted, take, failed).await;
     }
 
     /// The agent keeps certificate and key; the roots are kept for clients.
@@ -244,24 +218,10 @@ impl Renewer {
         }
     }
 
-    /// Raises the alarm for a certificate that somebody else should have renewed.
-    fn look(&self, said: &mut Urgency) {
-        let current = self.trust.identity().current();
-        let certificate = current.certificate();
-        let renewal = Renewal::new(certificate.from, certificate.until);
-        let urgency = renewal.urgency(clock::wall());
-        if urgency != *said {
-            *said = urgency;
-            self.alarm(urgency, renewal.left(clock::wall()));
-        }
-    }
-
     /// Looks at the files again and again, and takes in what is new and good.
     async fn watch_files(&self) {
-        let mut said = Urgency::None;
         let mut doubt = Doubt::default();
         loop {
-            self.look(&mut said);
             let current = self.trust.identity().current();
             tokio::time::sleep(FILES).await;
             let taken = match self.files.load() {
@@ -284,6 +244,54 @@ impl Renewer {
     fn failing(&self, why: &str) {
         self.books.failed.fetch_add(1, Ordering::Relaxed);
         *self.books.failing.lock() = Some(Failing { since: clock::wall(), why: why.to_owned() });
+    }
+}
+
+/// Says early that a certificate is not renewed, whoever should renew it and whatever keeps the try in progress.
+struct Alarm {
+    trust: Arc<Trust>,
+    books: Arc<Renewals>,
+}
+
+impl Alarm {
+    async fn watch(&self) {
+        let mut said = Urgency::None;
+        loop {
+            let current = self.trust.identity().current();
+            let certificate = current.certificate();
+            let renewal = Renewal::new(certificate.from, certificate.until);
+            let (now, urgency) = (clock::wall(), renewal.urgency(clock::wall()));
+            if urgency != said {
+                said = urgency;
+                self.raise(urgency, renewal.left(now));
+            }
+            // A hundred looks in what is left, so that the end of a short life is not missed.
+            tokio::time::sleep((renewal.left(now) / 100).clamp(LOOK / 50, LOOK)).await;
+        }
+    }
+
+    fn raise(&self, urgency: Urgency, left: Duration) {
+        let failing = self.books.failing.lock().clone();
+        let (why, since) = match failing {
+            Some(Failing { why, since }) => {
+                (why, humantime::format_rfc3339_seconds(since).to_string())
+            }
+            None => (String::new(), "never".to_owned()),
+        };
+        match urgency {
+            Urgency::None => {}
+            Urgency::Alarm => tracing::error!(
+                left_s = left.as_secs(),
+                failing_since = since,
+                why,
+                "this node's certificate ends soon and cannot be renewed: see that an authority in mesh.seeds can be reached"
+            ),
+            Urgency::Expired => tracing::error!(
+                why,
+                "this node's certificate has ended: peers refuse this node until it is renewed; when no authority takes it any \
+                 more, repair it with a new token: `isobar ca token` at an authority, then `isobar join --token TOKEN` here"
+            ),
+        }
     }
 }
 

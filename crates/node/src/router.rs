@@ -93,6 +93,7 @@ impl Router {
                     None => tried.push(place),
                 },
                 Some(place @ Place::Peer { node, engine }) => {
+                    self.check_certificate()?;
                     match self.peers.begin(node, engine, ask) {
                         Some(call) => return Ok(Route::Peer(call)),
                         None => tried.push(place),
@@ -100,12 +101,25 @@ impl Router {
                 }
                 None => {
                     let unknown = self.peers.board().unknown(&tried);
+                    if unknown.is_some() {
+                        self.check_certificate()?;
+                    }
                     return unknown
                         .and_then(|index| self.peers.begin(index, None, ask))
                         .map(Route::Peer)
                         .ok_or_else(|| self.refusal(ask, &servers));
                 }
             }
+        }
+    }
+
+    /// Whether peers would let this node in.
+    fn check_certificate(&self) -> Result<(), Refusal> {
+        match self.peers.certificate_ended() {
+            None => Ok(()),
+            Some(at) => Err(Refusal::CertificateEnded {
+                until: humantime::format_rfc3339_seconds(at).to_string(),
+            }),
         }
     }
 

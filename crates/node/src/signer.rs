@@ -38,6 +38,9 @@ use crate::{config::PeerConfig, throttle::Throttle, trust::Trust};
 
 /// Longest question.
 const QUESTION_BYTES_MAX: usize = 16 << 10;
+/// A question must have come within this: strangers hold one of few places until then.
+const STRANGER_ASKS_WITHIN: Duration = Duration::from_secs(2);
+const NODE_ASKS_WITHIN: Duration = Duration::from_secs(5);
 /// How often the directory is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 /// Peers a joiner is told of at most.
@@ -211,7 +214,8 @@ impl Signer {
             Err(_) => self.throttle.lock().allows(remote, clock::now()),
         };
         // The question is read all the same: the answer must find somebody who listens.
-        let question = link.asked(QUESTION_BYTES_MAX).await;
+        let within = if certificates.is_empty() { STRANGER_ASKS_WITHIN } else { NODE_ASKS_WITHIN };
+        let question = link.asked(QUESTION_BYTES_MAX, within).await;
         let (question, answer) = question.map_err(|error| error.to_string())?;
         let reply = if is_allowed {
             let (signer, contact) = (self.clone(), contact.clone());

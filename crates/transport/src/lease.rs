@@ -42,8 +42,8 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// A second before its end a short lease is not renewed any earlier.
-    const NOT_BEFORE: Duration = Duration::from_millis(500);
+    /// A connection is not replaced sooner than this: near the end of a certificate the next one is no better.
+    const NOT_BEFORE: Duration = Duration::from_secs(2);
 
     /// Without an end.
     #[must_use]

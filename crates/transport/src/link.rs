@@ -273,18 +273,22 @@ impl Link {
         }
     }
 
-    /// Lets the other end ask one question of at most `bytes_max`, which is to be answered.
+    /// Lets the other end ask one question of at most `bytes_max`, which must have come `within` so long and is to be answered.
     ///
     /// # Errors
     /// [`TransportError::Closed`] when the link is gone, the question is too long or does not come.
-    pub async fn asked(&self, bytes_max: usize) -> Result<(Bytes, Answer), TransportError> {
+    pub async fn asked(
+        &self,
+        bytes_max: usize,
+        within: Duration,
+    ) -> Result<(Bytes, Answer), TransportError> {
         self.0.set_max_concurrent_bi_streams(1u32.into());
         let asked = async {
             let (send, mut receive) = self.0.accept_bi().await.map_err(|e| e.to_string())?;
             let question = receive.read_to_end(bytes_max).await.map_err(|e| e.to_string())?;
             Ok((question.into(), Answer(send)))
         };
-        match tokio::time::timeout(DONE_WITHIN, asked).await {
+        match tokio::time::timeout(within, asked).await {
             Ok(asked) => asked.map_err(TransportError::Closed),
             Err(_) => Err(TransportError::Closed("nothing was asked in time".to_owned())),
         }

@@ -69,7 +69,7 @@ fn noting(seen: &Arc<Mutex<BTreeSet<SocketAddr>>>) -> Handler {
 #[tokio::test]
 async fn a_dialled_connection_is_replaced_before_its_end_and_its_streams_go_on() {
     for way in TLS {
-        let landlord = Landlord::new(Duration::from_secs(2));
+        let landlord = Landlord::new(Duration::from_secs(4));
         let seen = Arc::default();
         let world = World::new(way, noting(&seen));
         let channel = world.pool.channel(world.leased("server", landlord.clone()));
@@ -78,7 +78,7 @@ async fn a_dialled_connection_is_replaced_before_its_end_and_its_streams_go_on()
         let mut stream = stream.into_body();
         let begun = base::clock::now();
         let mut calls = 0;
-        while begun.elapsed() < Duration::from_secs(5) {
+        while begun.elapsed() < Duration::from_secs(7) {
             let reply = soon(channel.send(request("/p.S/M", full("x")))).await;
             let reply = reply.unwrap_or_else(|error| panic!("{way:?} call {calls}: {error}"));
             collect(reply.into_body()).await.unwrap();
@@ -89,7 +89,7 @@ async fn a_dialled_connection_is_replaced_before_its_end_and_its_streams_go_on()
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let granted = landlord.granted.load(Ordering::Relaxed);
-        assert!((3..=8).contains(&granted), "{way:?}: {granted} connections in 5 s");
+        assert!((3..=5).contains(&granted), "{way:?}: {granted} connections in 7 s");
         // One endpoint dials all QUIC connections, from one address.
         assert!(way == Way::H3 || seen.lock().len() == granted, "{way:?}: {seen:?}");
     }
