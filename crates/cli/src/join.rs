@@ -82,7 +82,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         .store(&plan.dir)
         .context("the token is used up, and the certificate cannot be stored")?;
     if let Some(revocations) = &enrolled.revocations {
-        identity::write_file(&plan.dir.join("revocations.pb"), revocations.encode())?;
+        node::keep_revocations(&plan.dir, revocations)?;
     }
     if plan.writes_config {
         write_config(&options.config, &plan, &enrolled, &seed)?;

@@ -4,19 +4,47 @@
 
 use std::{
     path::Path,
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use rustls::{RootCertStore, pki_types::CertificateDer};
+use parking_lot::RwLock;
+use rustls::{
+    DigitallySignedStruct, DistinguishedName, Error as TlsError, SignatureScheme,
+    client::danger::HandshakeSignatureValid,
+    pki_types::{CertificateDer, UnixTime},
+    server::{
+        WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+};
 use x509_parser::extensions::GeneralName;
 
-use crate::{IdentityError, files, node::root_store};
+use crate::{IdentityError, files, node::root_store, tls};
 
 const REMEDY: &str = "give the PEM file of the authority that signs the certificates of clients";
 
-/// Whose certificates clients may show.
+/// Whose certificates clients may show. Clones are the same; they can be read anew while ports are open.
 #[derive(Clone, Debug)]
-pub struct ClientRoots(pub(crate) RootCertStore);
+pub struct ClientRoots(Arc<RwLock<Roots>>);
+
+#[derive(Debug)]
+struct Roots {
+    certificates: Vec<CertificateDer<'static>>,
+    verifier: Arc<dyn ClientCertVerifier>,
+}
+
+impl Roots {
+    fn load(path: &Path) -> Result<Self, IdentityError> {
+        let certificates = files::read_certificates(path, REMEDY)?;
+        let store = root_store(path, &certificates)?;
+        let verifier = WebPkiClientVerifier::builder_with_provider(store.into(), tls::provider())
+            .allow_unauthenticated()
+            .build()
+            .map_err(|error| TlsError::General(error.to_string()))?;
+        Ok(Self { certificates, verifier })
+    }
+}
 
 impl ClientRoots {
     /// Reads the file of the authorities.
@@ -24,7 +52,68 @@ impl ClientRoots {
     /// # Errors
     /// The file is missing, unreadable or holds no certificate.
     pub fn load(path: &Path) -> Result<Self, IdentityError> {
-        root_store(path, &files::read_certificates(path, REMEDY)?).map(Self)
+        Ok(Self(Arc::new(RwLock::new(Roots::load(path)?))))
+    }
+
+    /// Reads the file again; says whether it holds others.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; nothing has changed.
+    pub fn reload(&self, path: &Path) -> Result<bool, IdentityError> {
+        let found = Roots::load(path)?;
+        let mut roots = self.0.write();
+        let are_others = roots.certificates != found.certificates;
+        if are_others {
+            *roots = found;
+        }
+        Ok(are_others)
+    }
+
+    fn verifier(&self) -> Arc<dyn ClientCertVerifier> {
+        self.0.read().verifier.clone()
+    }
+}
+
+/// By the roots of the moment.
+impl ClientCertVerifier for ClientRoots {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        // Roots come and go; a client that has several certificates is told by its operator which to show.
+        &[]
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, TlsError> {
+        self.verifier().verify_client_cert(leaf, intermediates, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        self.verifier().verify_tls12_signature(message, leaf, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        self.verifier().verify_tls13_signature(message, leaf, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.verifier().supported_verify_schemes()
     }
 }
 

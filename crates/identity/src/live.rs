@@ -10,12 +10,16 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use aws_lc_rs::digest;
+use base::clock;
 use parking_lot::RwLock;
 use rustls::{RootCertStore, pki_types::CertificateDer, sign::CertifiedKey};
 
 use crate::{
     CertificateSummary, IdentityError, NodeIdentity, Revocations, Role, SpiffeId,
-    certificate::peer_id,
+    certificate::{Side, peer_id, unix_time, verify_chain},
+    revocation::milliseconds,
+    tls,
 };
 
 /// The identity of a running node. Clones are the same identity.
@@ -87,6 +91,30 @@ impl Identity {
     #[must_use]
     pub fn revocations(&self) -> Arc<Revocations> {
         self.0.revoked.read().clone()
+    }
+
+    /// Who is believed no more, in short: two nodes that know of the same members say the same; 0: nobody.
+    #[must_use]
+    pub fn revocations_digest(&self) -> u64 {
+        let list = self.revocations();
+        if list.is_empty() {
+            return 0;
+        }
+        let mut context = digest::Context::new(&digest::SHA256);
+        for (id, revoked) in list.entries() {
+            context.update(format!("{id} {}\n", milliseconds(revoked.at)).as_bytes());
+        }
+        let hash = context.finish();
+        hash.as_ref().iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
+    }
+
+    /// Whether our roots of now vouch for these certificates of a member, its own first.
+    #[must_use]
+    pub fn vouches_for(&self, chain: &[CertificateDer<'_>]) -> bool {
+        let Some((leaf, intermediates)) = chain.split_first() else { return false };
+        let algorithms = tls::provider().signature_verification_algorithms;
+        let now = unix_time(clock::wall());
+        verify_chain(leaf, intermediates, &self.roots(), &algorithms, Side::Client, now).is_ok()
     }
 
     /// Takes a newer list of revocations; what it says of open connections is the caller's to see to. Who was on an earlier list
@@ -188,6 +216,7 @@ impl Renewal {
     const LAST_WAIT: u32 = 96;
     const SHORTEST_WAIT: Duration = Duration::from_millis(100);
     const ALARM: u32 = 40;
+    const SLACK: Duration = Duration::from_secs(1);
 
     /// For a certificate that lives from `from` until `until`.
     #[must_use]
@@ -197,6 +226,16 @@ impl Renewal {
             Self { until, life, next: from + life / 2, wait: Duration::ZERO, failing: None };
         renewal.wait = renewal.first_wait();
         renewal
+    }
+
+    /// Whether it is time for a try. A clock that was put back must not put off the next one until after the end.
+    #[must_use]
+    pub fn is_due(&self, now: SystemTime) -> bool {
+        let longest = if self.failing.is_some() { self.last_wait() } else { self.life / 2 };
+        match self.next.duration_since(now) {
+            Ok(wait) => wait.is_zero() || wait > longest + Self::SLACK,
+            Err(_) => true,
+        }
     }
 
     /// When the next try is due.
@@ -327,6 +366,17 @@ mod tests {
         assert!(waits[0] < Duration::from_secs(60), "{:?}", waits[0]);
         assert!(waits.windows(2).all(|pair| pair[0] <= pair[1]));
         assert_eq!(*waits.last().unwrap(), HOUR / 4);
+    }
+
+    #[test]
+    fn a_clock_that_goes_back_puts_nothing_off() {
+        let (from, mut renewal) = renewal(24 * HOUR);
+        assert!(!renewal.is_due(from) && renewal.is_due(from + 12 * HOUR));
+        assert!(renewal.is_due(from - HOUR), "before it began");
+        let ahead = from + 40 * HOUR;
+        renewal.failed(ahead, 0.0);
+        assert!(!renewal.is_due(ahead));
+        assert!(renewal.is_due(from + HOUR), "the clock is right again");
     }
 
     #[test]

@@ -269,6 +269,12 @@ impl SignedRevocations {
         })
     }
 
+    /// The mesh it claims to be for.
+    #[must_use]
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
     /// The version it claims: reason enough to ask for it or to leave it, not to act on it.
     #[must_use]
     pub fn version(&self) -> u64 {
@@ -332,8 +338,10 @@ impl SignedRevocations {
             .map_err(|_| RevocationError::Forged)
     }
 
-    /// What it says, whoever says so: for lists that only we can have written.
-    pub(crate) fn claimed(&self) -> &Revocations {
+    /// What it says, whoever says so: for a list from this node's own disk, which was verified when it was stored, and to see
+    /// whether it says anything new.
+    #[must_use]
+    pub fn claimed(&self) -> &Revocations {
         &self.claimed
     }
 

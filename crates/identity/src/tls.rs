@@ -18,7 +18,7 @@ use rustls::{
     crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature},
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime},
     server::{
-        ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier,
+        ClientHello, NoServerSessionStorage, ResolvesServerCert,
         danger::{ClientCertVerified, ClientCertVerifier},
     },
     sign::CertifiedKey,
@@ -271,12 +271,9 @@ pub fn client_server_config(
     });
     let builder =
         ServerConfig::builder_with_provider(provider()).with_protocol_versions(VERSIONS)?;
-    let mut config = if let Some(ClientRoots(roots)) = clients {
-        let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider())
-            .allow_unauthenticated()
-            .build()
-            .map_err(|error| TlsError::General(error.to_string()))?;
-        let mut config = builder.with_client_cert_verifier(verifier).with_cert_resolver(resolver);
+    let mut config = if let Some(clients) = clients {
+        let mut config =
+            builder.with_client_cert_verifier(Arc::new(clients)).with_cert_resolver(resolver);
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         config

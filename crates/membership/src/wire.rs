@@ -78,6 +78,8 @@ pub struct Hello {
     pub epoch: u64,
     /// The version of its list of revocations; 0: it has none.
     pub revocations: u64,
+    /// What is on it, in short; 0: nobody.
+    pub revocations_digest: u64,
 }
 
 impl Hello {
@@ -143,6 +145,7 @@ pub fn encode(frame: &Frame) -> Vec<u8> {
             region: hello.region.to_string(),
             epoch: hello.epoch,
             revocations: hello.revocations,
+            revocations_digest: hello.revocations_digest,
         }),
         Frame::Revocations(signed) => Body::Revocations(signed.clone()),
         Frame::Descriptor(descriptor) => Body::Descriptor(wire::Descriptor {
@@ -203,6 +206,7 @@ pub fn decode(bytes: &[u8]) -> Result<Frame, WireError> {
             region: hello.region.parse().map_err(|e| invalid("region", e))?,
             epoch: hello.epoch,
             revocations: hello.revocations,
+            revocations_digest: hello.revocations_digest,
         })),
         Body::Revocations(signed) if signed.len() > REVOCATIONS_BYTES_MAX => {
             Err(invalid("revocations", format!("more than {REVOCATIONS_BYTES_MAX} bytes")))
@@ -287,6 +291,7 @@ mod tests {
             region: "us".parse().unwrap(),
             epoch: 1 << 60,
             revocations: 1_795_000_000,
+            revocations_digest: u64::MAX,
         };
         let engine = EngineDescriptor {
             name: "gpu-0".parse().unwrap(),

@@ -11,6 +11,7 @@
 
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -26,7 +27,7 @@ use membership::{Frame, Hello, PROTOCOL_VERSION, Reporter, WireError, decode, en
 use parking_lot::Mutex;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use tokio::{
-    sync::{Notify, Semaphore, watch},
+    sync::{Notify, watch},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -36,8 +37,9 @@ use crate::{
     catalog::Catalog,
     engines::Engine,
     peers::Board,
-    signer::{Contact, Signer},
-    trust::{Port, Trust},
+    signer::{Caller, Contact, Signer},
+    throttle::Places,
+    trust::{Lists, Port, Trust},
 };
 
 /// Nodes that may subscribe. Further ones are turned down.
@@ -51,6 +53,9 @@ const HELLO_WITHIN: Duration = Duration::from_secs(5);
 const SILENT_AFTER: Duration = Duration::from_millis(3_500);
 /// Strangers who may ask for a certificate at once, and as many nodes. Further ones are turned down.
 const ENROLMENTS_MAX: usize = 32;
+/// Of them, those of one address; and handshakes in progress of one.
+const ENROLMENTS_OF_ONE: usize = 8;
+const HANDSHAKES_OF_ONE: usize = 32;
 /// Lists of revocations one link may hand on that this node cannot believe.
 const DISBELIEVED_MAX: u32 = 4;
 /// Waits between dials, doubling.
@@ -108,6 +113,7 @@ impl Gossip {
             region: voice.own.region.clone(),
             epoch: voice.epoch,
             revocations: 0,
+            revocations_digest: 0,
         };
         let own = Own { hello: Arc::new(hello), trust };
         let mut listening = JoinSet::new();
@@ -135,22 +141,33 @@ struct Own {
 impl Own {
     /// The first frame of a link.
     fn hello(&self) -> Bytes {
-        let revocations = self.trust.identity().revocations().version();
-        encode(&Frame::Hello(Hello { revocations, ..(*self.hello).clone() })).into()
+        let identity = self.trust.identity();
+        let revocations = identity.revocations().version();
+        let revocations_digest = identity.revocations_digest();
+        let hello = (*self.hello).clone();
+        encode(&Frame::Hello(Hello { revocations, revocations_digest, ..hello })).into()
     }
 
-    /// Hands our list of revocations to the other end whenever it is newer than `theirs`; ends with the link.
-    async fn hand_on(&self, link: &Link, theirs: u64) -> Result<(), transport::TransportError> {
-        let mut list = self.trust.revocations();
-        list.mark_changed();
-        let mut told = theirs;
-        while list.changed().await.is_ok() {
-            let newest = list.borrow_and_update().clone();
-            if let Some(newest) = newest.filter(|newest| newest.version() > told) {
-                told = newest.version();
-                let frame = Frame::Revocations(newest.encode().to_vec());
+    /// Hands our lists of revocations to the other end when it knows of others than we do, and every new one; ends with the
+    /// link.
+    async fn hand_on(&self, link: &Link, theirs: &Hello) -> Result<(), transport::TransportError> {
+        let mut lists = self.trust.revocations();
+        let ours = self.trust.identity().revocations_digest();
+        let mut told: Lists = if theirs.revocations_digest == ours {
+            lists.borrow().clone()
+        } else {
+            Lists::default()
+        };
+        lists.mark_changed();
+        while lists.changed().await.is_ok() {
+            let all = lists.borrow_and_update().clone();
+            let is_new =
+                |list: &&Arc<SignedRevocations>| !told.iter().any(|t| Arc::ptr_eq(t, list));
+            for list in all.iter().filter(is_new) {
+                let frame = Frame::Revocations(list.encode().to_vec());
                 link.send_whole(encode(&frame).into()).await?;
             }
+            told = all;
         }
         std::future::pending().await
     }
@@ -174,7 +191,10 @@ async fn speak(links: &Links, voice: Voice, own: Own, enrolment: Option<Enrolmen
         reporter: Mutex::new(Reporter::new(voice.epoch, voice.catalog.version())),
         audience: Audience::default(),
         enrolment,
-        enrolling: [Semaphore::new(ENROLMENTS_MAX), Semaphore::new(ENROLMENTS_MAX)],
+        shaking: Places::new(HANDSHAKES_MAX, HANDSHAKES_OF_ONE),
+        enrolling: Places::new(ENROLMENTS_MAX, ENROLMENTS_OF_ONE),
+        turning_away: Places::new(ENROLMENTS_MAX, ENROLMENTS_MAX),
+        renewing: Places::new(ENROLMENTS_MAX, ENROLMENTS_MAX),
         voice,
     });
     let accepting = async {
@@ -185,7 +205,7 @@ async fn speak(links: &Links, voice: Voice, own: Own, enrolment: Option<Enrolmen
                 Some(_) = subscribers.join_next() => continue,
             };
             let Some(incoming) = incoming else { return };
-            if subscribers.len() >= SUBSCRIBERS_MAX + HANDSHAKES_MAX + 2 * ENROLMENTS_MAX {
+            if subscribers.len() >= SUBSCRIBERS_MAX + HANDSHAKES_MAX + 3 * ENROLMENTS_MAX {
                 incoming.refuse();
                 continue;
             }
@@ -225,8 +245,12 @@ struct Speaker {
     reporter: Mutex<Reporter>,
     audience: Audience,
     enrolment: Option<Enrolment>,
-    /// Places for strangers and for nodes: neither takes the others'.
-    enrolling: [Semaphore; 2],
+    /// Handshakes in progress.
+    shaking: Places,
+    /// Strangers who ask, those who have asked too often, and nodes that renew: none takes the others' places.
+    enrolling: Places,
+    turning_away: Places,
+    renewing: Places,
     voice: Voice,
 }
 
@@ -305,21 +329,27 @@ impl Audience {
 /// Serves whoever dialled: a subscriber, until its link ends, or somebody who wants a certificate.
 async fn serve(incoming: Incoming, speaker: Arc<Speaker>, saying: watch::Receiver<Bytes>) {
     let (trust, remote) = (&speaker.own.trust, incoming.remote());
-    let link = match incoming.accept().await {
-        Ok(link) => link,
-        Err(error) => return trust.turned_away(Port::Gossip, remote, &error.to_string()),
+    let link = {
+        let Some(_place) = speaker.shaking.take(remote.ip()) else { return incoming.refuse() };
+        match incoming.accept().await {
+            Ok(link) => link,
+            Err(error) if error.is_refusal => {
+                return trust.turned_away(Port::Gossip, remote, &error.why);
+            }
+            Err(error) => return tracing::debug!(%error, %remote, "a gossip handshake failed"),
+        }
     };
     if link.protocol() == identity::ENROL_ALPN {
-        return enrol(&link, &speaker).await;
+        return enrol(&link, remote, &speaker).await;
     }
-    let node = match greeted(&link, &speaker.own.hello.trust_domain).await {
-        Ok((node, hello)) => (node, hello.revocations),
+    let greeted = match greeted(&link, &speaker.own.hello.trust_domain).await {
+        Ok(greeted) => greeted,
         Err(why) => {
             trust.turned_away(Port::Gossip, remote, &why);
             return link.close(&why);
         }
     };
-    serve_subscriber(&link, &speaker, saying, node).await;
+    serve_subscriber(&link, &speaker, saying, greeted).await;
 }
 
 /// Serves one subscriber until its link ends.
@@ -327,7 +357,7 @@ async fn serve_subscriber(
     link: &Link,
     speaker: &Speaker,
     mut saying: watch::Receiver<Bytes>,
-    (node, revocations): (SpiffeId, u64),
+    (node, hello): (SpiffeId, Hello),
 ) {
     let Some(number) = speaker.audience.join(&node, link) else {
         tracing::warn!(%node, "a subscriber was turned down: there are {SUBSCRIBERS_MAX} already");
@@ -337,7 +367,7 @@ async fn serve_subscriber(
     saying.mark_unchanged();
     let speaking = async {
         let (mut told, descriptor) = speaker.descriptor();
-        for frame in [speaker.own.hello(), descriptor, speaker.first_frame()] {
+        for frame in [descriptor, speaker.first_frame()] {
             link.send_whole(frame).await?;
         }
         while saying.changed().await.is_ok() {
@@ -351,9 +381,15 @@ async fn serve_subscriber(
         }
         Ok::<_, transport::TransportError>(())
     };
+    // Before anything else is said, whoever says it.
+    let greeting = link.send_whole(speaker.own.hello()).await;
+    let handing_on = async {
+        greeting?;
+        speaker.own.hand_on(link, &hello).await
+    };
     let why = tokio::select! {
+        Err(error) = handing_on => error.to_string(),
         Err(error) = speaking => error.to_string(),
-        Err(error) = speaker.own.hand_on(link, revocations) => error.to_string(),
         why = hear_subscriber(link, &speaker.own) => why,
         () = lease.over() => "a certificate has ended".to_owned(),
         () = lease.withdrawn() => "its certificate was revoked".to_owned(),
@@ -385,30 +421,36 @@ async fn hear_subscriber(link: &Link, own: &Own) -> String {
     }
 }
 
-/// Serves somebody who wants a certificate.
-async fn enrol(link: &Link, speaker: &Speaker) {
+/// Serves somebody who wants a certificate. `remote` is where the handshake proved it to be.
+async fn enrol(link: &Link, remote: SocketAddr, speaker: &Speaker) {
     let served = match &speaker.enrolment {
-        Some(enrolment) => serve_enrolment(link, speaker, enrolment).await,
+        Some(enrolment) => serve_enrolment(link, remote, speaker, enrolment).await,
         None => Err("this node holds no authority".to_owned()),
     };
-    match served {
-        Ok(()) => link.close("done"),
-        Err(why) => {
-            speaker.own.trust.turned_away(Port::Gossip, link.remote(), &why);
-            link.close(&why);
-        }
+    let Err(why) = served else { return link.close("done") };
+    if link.certificates().is_empty() {
+        speaker.own.trust.turned_away(Port::Gossip, remote, &why);
+    } else {
+        tracing::debug!(why, %remote, "a renewal came to nothing");
     }
+    link.close(&why);
 }
 
 async fn serve_enrolment(
     link: &Link,
+    remote: SocketAddr,
     speaker: &Speaker,
     Enrolment { signer, contact }: &Enrolment,
 ) -> Result<(), String> {
-    let [of_strangers, of_nodes] = &speaker.enrolling;
-    let places = if link.certificates().is_empty() { of_strangers } else { of_nodes };
-    let _place = places.try_acquire().map_err(|_| "too many enrolments at once".to_owned())?;
-    signer.serve(link, contact).await
+    let address = remote.ip().to_canonical();
+    let who = signer.admit(&link.certificates(), address);
+    let places = match who {
+        Caller::Node => &speaker.renewing,
+        Caller::Stranger => &speaker.enrolling,
+        Caller::Limited => &speaker.turning_away,
+    };
+    let _place = places.take(address).ok_or_else(|| "too many enrolments at once".to_owned())?;
+    signer.serve(link, address, who, contact).await
 }
 
 /// Who is at the other end: the hello must come first, and say what the certificate says.
@@ -419,7 +461,7 @@ async fn greeted(link: &Link, mesh: &base::TrustDomain) -> Result<(SpiffeId, Hel
     if node.role != Role::Node || node.trust_domain != *mesh {
         return Err(format!("{node} is no node of {mesh}"));
     }
-    let frame = tokio::time::timeout(HELLO_WITHIN, link.receive()).await;
+    let frame = tokio::time::timeout(HELLO_WITHIN, link.receive_whole()).await;
     let frame = frame.map_err(|_| "no hello in time".to_owned())?.map_err(|e| e.to_string())?;
     let hello = match decode(&frame) {
         Ok(Frame::Hello(hello)) => hello,
@@ -480,7 +522,8 @@ async fn listen(
     let lease = own.trust.lease_of(&link.certificates());
     tokio::select! {
         heard = hear(link, subscription, &hello, own, board) => heard,
-        Err(error) = own.hand_on(link, hello.revocations) => Ok(error.to_string()),
+        Err(error) = own.hand_on(link, &hello) => Ok(error.to_string()),
+        () = lease.over() => Err("a certificate has ended".to_owned()),
         // Another link takes its place before the certificates end.
         () = lease.old() => Ok("it is time for a newer certificate".to_owned()),
         () = lease.withdrawn() => Err("its certificate was revoked".to_owned()),
@@ -563,6 +606,7 @@ mod tests {
             region: "eu".parse().unwrap(),
             epoch,
             revocations: 0,
+            revocations_digest: 0,
         }
     }
 

@@ -5,7 +5,8 @@ use std::{path::Path, time::Duration};
 use base::{NodeName, RegionName, clock};
 use http::uri::Authority;
 use identity::{
-    CertificateRequest, Identity, IdentityError, NodeIdentity, SignedRevocations, Token,
+    CertificateRequest, Identity, IdentityError, NodeIdentity, Role, SignedRevocations, SpiffeId,
+    Token,
 };
 use prost::Message as _;
 use proto::isobar::mesh::v1::{
@@ -96,9 +97,15 @@ pub async fn join(
         node: name.to_string(),
         region: token.region().to_string(),
     });
+    let id = SpiffeId {
+        trust_domain: token.trust_domain().clone(),
+        role: Role::Node,
+        region: token.region().clone(),
+        name: name.clone(),
+    };
     let enrolled = enrol(&links, seed, tls, ask, request, dir).await;
     links.close().await;
-    enrolled
+    for_whom(enrolled?, &id)
 }
 
 /// Renews the certificate of `identity` at the authority at `seed`.
@@ -114,7 +121,16 @@ pub(crate) async fn renew(
     let tls = identity.renewal_client_config()?;
     let request = CertificateRequest::new()?;
     let ask = Ask::Renew(Renew { csr: request.csr().to_vec() });
-    enrol(links, seed, tls, ask, request, dir).await
+    for_whom(enrol(links, seed, tls, ask, request, dir).await?, identity.id())
+}
+
+/// An answer for another node is none.
+fn for_whom(enrolled: Enrolled, wanted: &SpiffeId) -> Result<Enrolled, EnrolError> {
+    let found = enrolled.identity.id();
+    if found != wanted {
+        return Err(EnrolError::Unusable(format!("it is for {found}, and {wanted} asked")));
+    }
+    Ok(enrolled)
 }
 
 async fn enrol(

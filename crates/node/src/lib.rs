@@ -43,3 +43,4 @@ pub use collect::reflect;
 pub use joining::{EnrolError, Enrolled, KnownPeer, join};
 pub use node::{Addresses, ClientCertificate, Credentials, Node, NodeError, check_access};
 pub use signer::Signer;
+pub use trust::{keep_revocations, kept_revocations};

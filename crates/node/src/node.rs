@@ -55,7 +55,7 @@ use crate::{
     scrape::Scrape,
     services::Services,
     signer::{Contact, Signer},
-    trust::{self, Gate, Trust},
+    trust::{self, ClientGate, Gate, Trust},
 };
 
 /// How many workers a node runs. One, until the sockets of a port carry a filter that sends each QUIC packet to the worker
@@ -70,8 +70,6 @@ const GOOD_BYE: Duration = Duration::from_secs(2);
 const CHECKING: u8 = 0xfe;
 /// What makes the renewal's own random numbers.
 const RENEWING: u64 = 0x7265_6e65_7761_6c00;
-/// Where a node keeps the list of revocations, beside its identity.
-const REVOCATIONS: &str = "revocations.pb";
 
 /// Why a node cannot start. Nothing is left running.
 #[derive(Debug, thiserror::Error)]
@@ -172,7 +170,7 @@ impl Node {
     pub async fn start(config: &Config, credentials: Credentials) -> Result<Self, NodeError> {
         let Credentials { identity, certificate, signer, is_fixed } = credentials;
         let signer = signer.map(Arc::new);
-        let kept = IdentityConfig::dir(&config.node.state_dir).join(REVOCATIONS);
+        let kept = IdentityConfig::dir(&config.node.state_dir).join(trust::KEPT);
         let trust = Arc::new(Trust::new(identity, (!is_fixed).then_some(kept)));
         let (plan, log) = Plan::new(config, &trust, &certificate, signer.clone())?;
         let listen = &config.listen;
@@ -229,6 +227,9 @@ impl Node {
         control.tasks.spawn(admin.serve(for_operators, control.stop.clone()));
         for task in plan.access.tasks() {
             control.tasks.spawn(task);
+        }
+        if let (Some(roots), Some(path)) = (&plan.client_roots, &config.tls.client_ca) {
+            control.tasks.spawn(renewal::watch_client_roots(roots.clone(), path.clone()));
         }
         if let ClientCertificate { shown: ClientFacing::Own(served), files: Some(files) } =
             certificate
@@ -346,6 +347,8 @@ impl Control {
             rng: StdRng::seed_from_u64(plan.seed ^ RENEWING),
         };
         self.tasks.spawn(renewer.run(self.stop.clone()));
+        let trust = plan.trust.clone();
+        self.tasks.spawn(async move { trust.keep_lists().await });
         if let Some(signer) = plan.signer.clone() {
             let (trust, stop) = (plan.trust.clone(), self.stop.clone());
             signer.publish(&trust);
@@ -363,7 +366,7 @@ impl Control {
         self.tasks.shutdown().await;
         self.pool.close();
         self.checking.outgoing.close();
-        self.checking.outgoing.wait().await;
+        drop(tokio::time::timeout(GOOD_BYE, self.checking.outgoing.wait()).await);
         let written = tokio::task::spawn_blocking(move || self.log.join());
         if tokio::time::timeout(GOOD_BYE, written).await.is_err() {
             tracing::warn!("nobody reads the access log; the rest of it is lost");
@@ -531,6 +534,9 @@ struct Plan {
     signer: Option<Arc<Signer>>,
     renewals: Arc<Renewals>,
     clients_tls: rustls::ServerConfig,
+    client_roots: Option<ClientRoots>,
+    /// Whether clients are shown the certificate of the mesh.
+    shows_mesh: bool,
     peers_tls: rustls::ServerConfig,
     keys: QuicKeys,
     ready: Arc<AtomicBool>,
@@ -573,6 +579,7 @@ impl Plan {
         let renewals = Arc::new(Renewals::default());
         let security =
             Security { trust: trust.clone(), renewals: renewals.clone(), signer: signer.clone() };
+        let (clients_tls, client_roots) = clients_tls(config, certificate)?;
         let metrics = Metrics::new(engines.clone(), board.clone(), log.clone());
         metrics.watch(security);
         let plan = Self {
@@ -588,7 +595,9 @@ impl Plan {
             board,
             peers,
             access: Arc::new(Access::load(config, Some(identity.clone()))?),
-            clients_tls: clients_tls(config, certificate)?,
+            clients_tls,
+            client_roots,
+            shows_mesh: matches!(certificate.shown, ClientFacing::Mesh(_)),
             trust: trust.clone(),
             signer,
             renewals,
@@ -675,6 +684,11 @@ impl Plan {
         let for_clients =
             Server::new(clients(), tls(&self.clients_tls), keys(), ingress.clone(), seed)
                 .with_http1();
+        let for_clients = if self.shows_mesh {
+            for_clients.with_lessor(Arc::new(ClientGate(self.trust.identity().clone())))
+        } else {
+            for_clients
+        };
         let gate = Gate { trust: self.trust.clone(), port: trust::Port::Peers };
         let for_peers = Server::new(Limits::peers(), tls(&self.peers_tls), keys(), egress, seed)
             .with_lessor(Arc::new(gate));
@@ -717,9 +731,10 @@ impl Plan {
 fn clients_tls(
     config: &Config,
     certificate: &ClientCertificate,
-) -> Result<rustls::ServerConfig, IdentityError> {
+) -> Result<(rustls::ServerConfig, Option<ClientRoots>), IdentityError> {
     let clients = config.tls.client_ca.as_deref().map(ClientRoots::load).transpose()?;
-    identity::client_server_config(&certificate.shown, &[], clients)
+    let tls = identity::client_server_config(&certificate.shown, &[], clients.clone())?;
+    Ok((tls, clients))
 }
 
 /// Reads the files that say who may call, as a node does when it starts.

@@ -12,7 +12,7 @@ use std::{
 
 use base::clock;
 use http::uri::Authority;
-use identity::{IdentityFiles, NodeIdentity, Renewal, ServedCertificate, Urgency};
+use identity::{ClientRoots, IdentityFiles, NodeIdentity, Renewal, ServedCertificate, Urgency};
 use parking_lot::Mutex;
 use rand::{RngExt as _, rngs::StdRng};
 use tokio::sync::Notify;
@@ -29,7 +29,9 @@ use crate::{
 /// Longest sleep: a clock that is set while the node runs must not make it late.
 const LOOK: Duration = Duration::from_secs(5);
 /// How long one authority may take to answer, at least and at most.
-const PATIENCE_MIN: Duration = Duration::from_millis(500);
+const PATIENCE_MIN: Duration = Duration::from_secs(2);
+/// And when little is left.
+const PATIENCE_LAST: Duration = Duration::from_millis(500);
 const PATIENCE_MAX: Duration = Duration::from_secs(10);
 /// How often files kept by somebody else are looked at.
 const FILES: Duration = Duration::from_secs(2);
@@ -82,7 +84,13 @@ pub(crate) struct Renewer {
 impl Renewer {
     /// Renews until `stop`.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
-        let alarm = Alarm { trust: self.trust.clone(), books: self.books.clone() };
+        let remedy = match &self.source {
+            Source::Own(..) => "see what this node's authority says in the log",
+            Source::Authorities(_) => "see that an authority in mesh.seeds can be reached",
+            Source::Files => "see what should put a newer one into the files of [identity]",
+            Source::Spire(_) => "see that the SPIRE agent runs and knows this node",
+        };
+        let alarm = Alarm { trust: self.trust.clone(), books: self.books.clone(), remedy };
         let working = async {
             match &self.source {
                 Source::Files => self.watch_files().await,
@@ -108,21 +116,22 @@ impl Renewer {
             *self.books.due.lock() = Some(renewal.due());
             let is_hurried = self.wait_for(&renewal).await;
             let now = clock::wall();
-            if !is_hurried && now < renewal.due() {
+            if !is_hurried && !renewal.is_due(now) {
                 continue;
             }
-            match self.renew().await {
-                Ok(identity) => {
-                    let until = identity.certificate().until;
+            match self.renew_once().await {
+                Ok(until) => {
                     // From now on, not from its first moment: that is set back for clocks that are behind.
                     renewal = Renewal::new(clock::wall(), until);
-                    self.take(identity);
                 }
-                Err(error) => {
+                Err(why) => {
+                    if let Some(until) = self.found_on_disk().await {
+                        renewal = Renewal::new(clock::wall(), until);
+                        continue;
+                    }
                     self.books.failed.fetch_add(1, Ordering::Relaxed);
                     renewal.failed(now, self.rng.random_range(0.0..1.0));
                     let since = renewal.failing_since().unwrap_or(now);
-                    let why = error.to_string();
                     tracing::debug!(why, "the certificate was not renewed; trying again");
                     *self.books.failing.lock() = Some(Failing { since, why });
                 }
@@ -136,11 +145,38 @@ impl Renewer {
         tokio::time::timeout(wait, self.hurry.notified()).await.is_ok()
     }
 
+    /// Gets the next certificate, shows it and keeps it; returns when it ends.
+    async fn renew_once(&mut self) -> Result<SystemTime, String> {
+        let identity = self.renew().await.map_err(|error| error.to_string())?;
+        let until = identity.certificate().until;
+        self.show(identity.clone())?;
+        let dir = self.dir.clone();
+        let stored = tokio::task::spawn_blocking(move || identity.store(&dir)).await;
+        if let Err(why) =
+            stored.map_err(|e| e.to_string()).and_then(|s| s.map_err(|e| e.to_string()))
+        {
+            tracing::error!(
+                why,
+                "the renewed certificate cannot be kept: it is lost when the node stops"
+            );
+        }
+        Ok(until)
+    }
+
+    /// An operator may have joined the node again while it runs: then what lies on disk is better than what we have.
+    async fn found_on_disk(&self) -> Option<SystemTime> {
+        let files = self.files.clone();
+        let found = tokio::task::spawn_blocking(move || files.load()).await.ok()?.ok()?;
+        let until = found.certificate().until;
+        let is_better = until > self.trust.identity().current().certificate().until;
+        (is_better && self.show(found).is_ok()).then_some(until)
+    }
+
     async fn renew(&mut self) -> Result<NodeIdentity, EnrolError> {
         match &self.source {
             Source::Own(signer, ips) => Ok(signer.own_identity(&self.dir, ips)?),
             Source::Authorities(seeds) => {
-                let mut last = EnrolError::NobodyToAsk;
+                let mut worst = EnrolError::NobodyToAsk;
                 // Begun anywhere, so that one that is down is not everybody's first.
                 let first = self.rng.random_range(0..seeds.len().max(1));
                 for seed in seeds.iter().cycle().skip(first).take(seeds.len()) {
@@ -152,10 +188,12 @@ impl Renewer {
                             self.adopt(enrolled.revocations);
                             return Ok(enrolled.identity);
                         }
-                        Err(error) => last = error,
+                        // What an authority says is better than that another does not answer.
+                        Err(_) if matches!(worst, EnrolError::Refused { .. }) => {}
+                        Err(error) => worst = error,
                     }
                 }
-                Err(last)
+                Err(worst)
             }
             Source::Files | Source::Spire(_) => Err(EnrolError::NobodyToAsk),
         }
@@ -166,7 +204,8 @@ impl Renewer {
         let current = self.trust.identity().current();
         let certificate = current.certificate();
         let life = certificate.until.duration_since(certificate.from).unwrap_or_default();
-        (life / 48).clamp(PATIENCE_MIN, PATIENCE_MAX)
+        let left = certificate.until.duration_since(clock::wall()).unwrap_or_default();
+        (life / 48).clamp(PATIENCE_MIN, PATIENCE_MAX).min((left / 4).max(PATIENCE_LAST))
     }
 
     fn adopt(&self, revocations: Option<identity::SignedRevocations>) {
@@ -175,20 +214,11 @@ impl Renewer {
         }
     }
 
-    /// Stores a newer identity, and shows it from now on.
-    fn take(&self, identity: NodeIdentity) {
-        if let Err(error) = identity.store(&self.dir) {
-            tracing::error!(%error, "the renewed certificate cannot be kept: it is lost when the node stops");
-        }
-        if let Err(why) = self.show(identity) {
-            tracing::error!(why, "the authority handed out another node's certificate");
-        }
-    }
-
     /// Shows a newer identity from now on.
     fn show(&self, identity: NodeIdentity) -> Result<(), String> {
         let certificate = identity.certificate().clone();
         self.trust.identity().replace(identity).map_err(|error| error.to_string())?;
+        self.trust.renewed();
         self.books.done.fetch_add(1, Ordering::Relaxed);
         *self.books.failing.lock() = None;
         let until = humantime::format_rfc3339_seconds(certificate.until);
@@ -224,9 +254,12 @@ impl Renewer {
         loop {
             let current = self.trust.identity().current();
             tokio::time::sleep(FILES).await;
-            let taken = match self.files.load() {
-                Ok(found) if !found.is_same(&current) => self.show(found),
-                Ok(_) => Ok(()),
+            let files = self.files.clone();
+            let loaded = tokio::task::spawn_blocking(move || files.load()).await;
+            let taken = match loaded {
+                Ok(Ok(found)) if !found.is_same(&current) => self.show(found),
+                Ok(Ok(_)) => Ok(()),
+                Ok(Err(error)) => Err(error.to_string()),
                 Err(error) => Err(error.to_string()),
             };
             if let Some(why) = doubt.about(taken) {
@@ -251,6 +284,8 @@ impl Renewer {
 struct Alarm {
     trust: Arc<Trust>,
     books: Arc<Renewals>,
+    /// What to do about it.
+    remedy: &'static str,
 }
 
 impl Alarm {
@@ -278,18 +313,21 @@ impl Alarm {
             }
             None => (String::new(), "never".to_owned()),
         };
+        let (left_s, remedy) = (left.as_secs(), self.remedy);
         match urgency {
             Urgency::None => {}
             Urgency::Alarm => tracing::error!(
-                left_s = left.as_secs(),
+                left_s,
                 failing_since = since,
                 why,
-                "this node's certificate ends soon and cannot be renewed: see that an authority in mesh.seeds can be reached"
+                remedy,
+                "this node's certificate ends soon and cannot be renewed"
             ),
             Urgency::Expired => tracing::error!(
                 why,
-                "this node's certificate has ended: peers refuse this node until it is renewed; when no authority takes it any \
-                 more, repair it with a new token: `isobar ca token` at an authority, then `isobar join --token TOKEN` here"
+                remedy,
+                "this node's certificate has ended: peers refuse this node until it has another; one from an authority is had with a \
+                 new token: `isobar ca token` there, then `isobar join --token TOKEN` here"
             ),
         }
     }
@@ -329,8 +367,10 @@ pub(crate) async fn watch_client_certificate(
     let mut doubt = Doubt::default();
     loop {
         tokio::time::sleep(FILES).await;
-        let taken = identity::load_server_cert(&cert, &key)
-            .and_then(|(chain, secret)| served.replace_if_other(chain, secret));
+        let (cert_path, key_path) = (cert.clone(), key.clone());
+        let reading = move || identity::load_server_cert(&cert_path, &key_path);
+        let Ok(read) = tokio::task::spawn_blocking(reading).await else { continue };
+        let taken = read.and_then(|(chain, secret)| served.replace_if_other(chain, secret));
         if let Ok(true) = taken {
             tracing::info!(cert = %cert.display(), "a newer certificate for clients is shown");
         }
@@ -338,6 +378,26 @@ pub(crate) async fn watch_client_certificate(
             tracing::warn!(
                 why,
                 "the certificate for clients changed and is not used; the earlier one stays in use"
+            );
+        }
+    }
+}
+
+/// Takes in the roots of clients again whenever their file changes.
+pub(crate) async fn watch_client_roots(roots: ClientRoots, path: PathBuf) {
+    let mut doubt = Doubt::default();
+    loop {
+        tokio::time::sleep(FILES).await;
+        let (reading, at) = (roots.clone(), path.clone());
+        let reloading = tokio::task::spawn_blocking(move || reading.reload(&at));
+        let Ok(taken) = reloading.await else { continue };
+        if let Ok(true) = taken {
+            tracing::info!(path = %path.display(), "other roots are believed for clients");
+        }
+        if let Some(why) = doubt.about(taken.map(drop).map_err(|error| error.to_string())) {
+            tracing::warn!(
+                why,
+                "tls.client_ca changed and is not used; the earlier roots stay in use"
             );
         }
     }

@@ -16,7 +16,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant},
 };
 
 use base::{NodeName, RegionName, clock};
@@ -38,11 +38,10 @@ use crate::{config::PeerConfig, throttle::Throttle, trust::Trust};
 
 /// Longest question.
 const QUESTION_BYTES_MAX: usize = 16 << 10;
-/// A question must have come within this: strangers hold one of few places until then.
-const STRANGER_ASKS_WITHIN: Duration = Duration::from_secs(2);
-const NODE_ASKS_WITHIN: Duration = Duration::from_secs(5);
 /// How often the directory is looked at.
 const LOOK: Duration = Duration::from_secs(1);
+/// What does not work is tried again after this.
+const TRY_AGAIN: Duration = Duration::from_secs(5);
 /// Peers a joiner is told of at most.
 const PEERS_MAX: usize = 64;
 
@@ -65,6 +64,17 @@ pub struct Signer {
     shown: ServedCertificate,
     throttle: Mutex<Throttle>,
     counts: Counts,
+}
+
+/// Who asks for a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Caller {
+    /// Somebody with a certificate of the mesh.
+    Node,
+    /// Somebody without.
+    Stranger,
+    /// Somebody who asks too often.
+    Limited,
 }
 
 /// How enrolments ended.
@@ -119,13 +129,17 @@ impl Signer {
     /// The authority cannot sign any more.
     pub fn own_identity(&self, dir: &Path, ips: &[IpAddr]) -> Result<NodeIdentity, IdentityError> {
         let (authority, now) = (self.authority(), clock::wall());
-        let request = CertificateRequest::new()?;
         let id = SpiffeId {
             trust_domain: authority.trust_domain().clone(),
             role: Role::Node,
             region: self.region.clone(),
             name: self.name.clone(),
         };
+        // It could let itself in again, for it has the key: whoever revoked it meant that it should not.
+        if authority.revoked()?.revoked_at(&id).is_some() {
+            return Err(IdentityError::Revoked { id });
+        }
+        let request = CertificateRequest::new()?;
         let chain = authority.sign(&id, request.csr(), ips, now)?;
         NodeIdentity::issued(dir, chain, request.into_key(), authority.roots(), now)
     }
@@ -139,44 +153,78 @@ impl Signer {
         stop: CancellationToken,
     ) {
         let mut heard = trust.revocations();
-        let mut renew_at = self.renew_shown_at();
+        heard.mark_changed();
+        let mut shown_at = clock::wall();
+        let (mut opened, mut shown) = (Said::default(), Said::default());
         while stop.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
-            let authority = self.authority();
-            if authority.has_changed() {
-                match Authority::open(&self.dir, clock::wall()) {
-                    Ok(newer) => {
-                        tracing::info!(dir = %self.dir.display(), "the authority's directory changed");
-                        *self.authority.write() = Arc::new(newer);
-                        self.show_anew();
-                        changed();
-                    }
-                    Err(error) => {
-                        tracing::error!(%error, "the authority's directory changed and cannot be used; the earlier state stays in use");
-                    }
-                }
-                renew_at = self.renew_shown_at();
-            } else if clock::wall() >= renew_at {
-                self.show_anew();
-                renew_at = self.renew_shown_at();
+            let mut is_newer = false;
+            if self.authority().has_changed() && opened.may_try(clock::now()) {
+                is_newer = self.reopen(&mut opened).await;
+            }
+            let now = clock::wall();
+            // A clock that was put back too.
+            let is_due = now < shown_at || now >= shown_at + self.authority().life() / 2;
+            if (is_newer || is_due) && shown.may_try(clock::now()) && self.show_anew(&mut shown) {
+                shown_at = now;
+            }
+            if is_newer {
+                changed();
             }
             if heard.has_changed().unwrap_or(false) {
                 heard.mark_unchanged();
-                self.adopt(trust.identity().revocations()).await;
+                if !self.adopt(trust.identity().revocations()).await {
+                    heard.mark_changed();
+                }
             }
             self.publish(trust);
         }
     }
 
-    /// Takes in what other authorities revoked, so that our next list says so too.
-    async fn adopt(self: &Arc<Self>, list: Arc<Revocations>) {
+    /// Opens the directory anew; what is there now stays in use when that fails.
+    async fn reopen(&self, said: &mut Said) -> bool {
+        let dir = self.dir.clone();
+        // It waits for commands that change the directory meanwhile.
+        let opening = tokio::task::spawn_blocking(move || Authority::open(&dir, clock::wall()));
+        let opened = match opening.await {
+            Ok(opened) => opened.map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        match opened {
+            Ok(newer) => {
+                tracing::info!(dir = %self.dir.display(), "the authority's directory changed");
+                *self.authority.write() = Arc::new(newer);
+                said.well();
+                true
+            }
+            Err(why) => {
+                if said.badly(&why, clock::now()) {
+                    tracing::error!(
+                        why,
+                        "the authority's directory changed and cannot be used; the earlier state stays in use"
+                    );
+                }
+                false
+            }
+        }
+    }
+
+    /// Takes in what other authorities revoked, so that our next list says so too. Returns whether that is done.
+    async fn adopt(self: &Arc<Self>, list: Arc<Revocations>) -> bool {
+        if list.is_empty() {
+            return true;
+        }
         let signer = self.clone();
         let adopting = move || signer.authority().adopt(&list, clock::wall());
         match tokio::task::spawn_blocking(adopting).await {
-            Ok(Ok(_)) => {}
+            Ok(Ok(_)) => true,
             Ok(Err(error)) => {
                 tracing::error!(%error, "the authority cannot take in what another revoked");
+                false
             }
-            Err(error) => tracing::error!(%error, "the authority failed"),
+            Err(error) => {
+                tracing::error!(%error, "the authority failed");
+                false
+            }
         }
     }
 
@@ -190,42 +238,57 @@ impl Signer {
         }
     }
 
-    fn renew_shown_at(&self) -> SystemTime {
-        clock::wall() + self.authority().life() / 2
-    }
-
-    fn show_anew(&self) {
+    fn show_anew(&self, said: &mut Said) -> bool {
         let shown = self.authority().own(&self.region, &self.name, clock::wall());
-        if let Err(error) = shown.and_then(|(chain, key)| self.shown.replace(chain, key)) {
-            tracing::error!(%error, "this authority cannot sign: nobody can join or renew here");
+        match shown.and_then(|(chain, key)| self.shown.replace(chain, key)) {
+            Ok(()) => {
+                said.well();
+                true
+            }
+            Err(error) => {
+                let why = error.to_string();
+                if said.badly(&why, clock::now()) {
+                    tracing::error!(
+                        why,
+                        "this authority cannot sign: nobody can join or renew here"
+                    );
+                }
+                false
+            }
         }
     }
 
-    /// Serves one connection of somebody who wants a certificate.
+    /// Who somebody is, and whether it may ask now.
+    pub(crate) fn admit(&self, certificates: &[CertificateDer<'static>], remote: IpAddr) -> Caller {
+        let (mut throttle, now) = (self.throttle.lock(), clock::now());
+        match identity::peer_id(certificates) {
+            Ok(node) if throttle.allows_renewal(node.to_string(), now) => Caller::Node,
+            Err(_) if throttle.allows(remote, now) => Caller::Stranger,
+            _ => Caller::Limited,
+        }
+    }
+
+    /// Serves one connection of somebody who wants a certificate, from `remote`.
     pub(crate) async fn serve(
         self: &Arc<Self>,
         link: &Link,
+        remote: IpAddr,
+        who: Caller,
         contact: &Contact,
     ) -> Result<(), String> {
-        let certificates = link.certificates();
-        let remote = link.remote().ip().to_canonical();
-        let is_allowed = match identity::peer_id(&certificates) {
-            Ok(node) => self.throttle.lock().allows_renewal(node.to_string(), clock::now()),
-            Err(_) => self.throttle.lock().allows(remote, clock::now()),
-        };
-        // The question is read all the same: the answer must find somebody who listens.
-        let within = if certificates.is_empty() { STRANGER_ASKS_WITHIN } else { NODE_ASKS_WITHIN };
-        let question = link.asked(QUESTION_BYTES_MAX, within).await;
+        // The question is read whoever asks: the answer must find somebody who listens.
+        let question = link.asked(QUESTION_BYTES_MAX, who.asks_within()).await;
         let (question, answer) = question.map_err(|error| error.to_string())?;
-        let reply = if is_allowed {
-            let (signer, contact) = (self.clone(), contact.clone());
-            // It writes to disk before it signs.
-            let deciding = move || signer.decide(&question, &certificates, remote, &contact);
-            tokio::task::spawn_blocking(deciding).await.map_err(|error| error.to_string())?
-        } else {
+        let reply = if who == Caller::Limited {
             let why = "too many ask at once: try again in a few seconds";
             self.refused("rate_limited", remote, why);
             refusal("rate_limited", why, Throttle::RETRY_AFTER)
+        } else {
+            let (signer, contact) = (self.clone(), contact.clone());
+            let certificates = link.certificates();
+            // It writes to disk before it signs.
+            let deciding = move || signer.decide(&question, &certificates, remote, &contact);
+            tokio::task::spawn_blocking(deciding).await.map_err(|error| error.to_string())?
         };
         answer.send(reply.encode_to_vec().into()).await.map_err(|error| error.to_string())
     }
@@ -330,6 +393,42 @@ impl Signer {
         if self.throttle.lock().may_say(clock::now()) {
             tracing::warn!(%remote, reason, why, "an enrolment was refused");
         }
+    }
+}
+
+impl Caller {
+    /// A question must have come within this: until then it holds one of few places.
+    fn asks_within(self) -> Duration {
+        match self {
+            Self::Node => Duration::from_secs(5),
+            Self::Stranger => Duration::from_secs(2),
+            Self::Limited => Duration::from_millis(300),
+        }
+    }
+}
+
+/// What was last said of something that does not work, so that it is said once and tried now and then.
+#[derive(Debug, Default)]
+struct Said {
+    why: String,
+    again: Option<Instant>,
+}
+
+impl Said {
+    fn may_try(&self, now: Instant) -> bool {
+        self.again.is_none_or(|again| now >= again)
+    }
+
+    fn well(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Returns whether it is news.
+    fn badly(&mut self, why: &str, now: Instant) -> bool {
+        self.again = Some(now + TRY_AGAIN);
+        let is_news = self.why != why;
+        why.clone_into(&mut self.why);
+        is_news
     }
 }
 

@@ -5,11 +5,13 @@
 //! forgotten first.
 
 use std::{
+    collections::BTreeMap,
     net::IpAddr,
     time::{Duration, Instant},
 };
 
 use lru::LruCache;
+use parking_lot::Mutex;
 
 /// Addresses remembered.
 const ADDRESSES_MAX: usize = 4096;
@@ -66,6 +68,57 @@ impl Throttle {
     /// Whether a refusal may be logged now.
     pub(crate) fn may_say(&mut self, now: Instant) -> bool {
         self.lines.take(LINES, now)
+    }
+}
+
+/// Places that are taken for a while: so many in all, and so many of one address.
+#[derive(Debug)]
+pub(crate) struct Places {
+    taken: Mutex<Taken>,
+    of_all: usize,
+    of_one: usize,
+}
+
+#[derive(Debug, Default)]
+struct Taken {
+    all: usize,
+    by: BTreeMap<IpAddr, usize>,
+}
+
+/// One place, given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Place<'a> {
+    places: &'a Places,
+    network: IpAddr,
+}
+
+impl Places {
+    pub(crate) fn new(of_all: usize, of_one: usize) -> Self {
+        Self { taken: Mutex::default(), of_all, of_one }
+    }
+
+    /// A place for somebody at `remote`; `None`: there is none left.
+    pub(crate) fn take(&self, remote: IpAddr) -> Option<Place<'_>> {
+        let network = network(remote);
+        let mut taken = self.taken.lock();
+        let of_one = taken.by.get(&network).copied().unwrap_or_default();
+        if taken.all >= self.of_all || of_one >= self.of_one {
+            return None;
+        }
+        taken.all += 1;
+        taken.by.insert(network, of_one + 1);
+        Some(Place { places: self, network })
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let mut taken = self.places.taken.lock();
+        taken.all -= 1;
+        match taken.by.get_mut(&self.network) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(taken.by.remove(&self.network)),
+        }
     }
 }
 
@@ -143,6 +196,17 @@ mod tests {
             allowed += (0..50).filter(|_| throttle.allows(address(last), now)).count();
         }
         assert_eq!(allowed, 200);
+    }
+
+    #[test]
+    fn places_are_few_for_one_address_and_come_back() {
+        let places = Places::new(4, 2);
+        let mine: Vec<_> = (0..3).map(|_| places.take(address(1))).collect();
+        assert_eq!(mine.iter().flatten().count(), 2);
+        let others = [places.take(address(2)), places.take(address(3)), places.take(address(4))];
+        assert_eq!(others.iter().flatten().count(), 2, "four in all");
+        drop((mine, others));
+        assert!(places.taken.lock().by.is_empty() && places.take(address(1)).is_some());
     }
 
     #[test]

@@ -3,9 +3,11 @@
 
 use std::{
     any::Any,
+    cmp::Reverse,
     collections::BTreeMap,
+    io,
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -14,8 +16,10 @@ use std::{
 };
 
 use base::clock;
-use identity::{Identity, SignedRevocations, SpiffeId};
+use identity::{Identity, IdentityError, SignedRevocations, SpiffeId};
 use parking_lot::Mutex;
+use prost::Message as _;
+use proto::isobar::mesh::v1::KeptRevocations;
 use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -28,14 +32,23 @@ const LINES_PER_SECOND: u32 = 10;
 #[derive(Debug)]
 pub(crate) struct Trust {
     identity: Identity,
-    /// The list as it is handed on; `None`: nobody was ever revoked.
-    signed: watch::Sender<Option<Arc<SignedRevocations>>>,
-    /// Where the list is kept.
+    /// The lists as they are handed on, the newest first. Of two authorities each may have revoked somebody the other does not
+    /// know of: until one of them has put both on one list, both lists go around.
+    lists: watch::Sender<Lists>,
+    /// Where they are kept.
     kept: Option<PathBuf>,
     open: Arc<Mutex<Open>>,
     refused: [AtomicU64; Port::ALL.len()],
     lines: Mutex<Lines>,
 }
+
+/// Signed lists of revocations, each of which says something that the newer ones do not.
+pub(crate) type Lists = Arc<[Arc<SignedRevocations>]>;
+
+/// The file of the lists, beside the node's identity.
+pub(crate) const KEPT: &str = "revocations.pb";
+/// Lists that go around at most; a mesh has a few authorities.
+const LISTS_MAX: usize = 8;
 
 /// A port that turns strangers away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +81,7 @@ struct Open {
 struct Held {
     peer: SpiffeId,
     issued: SystemTime,
+    chain: Vec<CertificateDer<'static>>,
     withdrawn: CancellationToken,
 }
 
@@ -91,32 +105,30 @@ struct Lines {
 }
 
 impl Trust {
-    /// Begins with what is kept in `kept` from earlier, as far as it can still be believed.
+    /// Begins with what is kept in `kept` from earlier. It was judged when it was stored, and whoever can write there can replace
+    /// the identity too: that roots have changed since, or a clock is wrong, makes nobody welcome again.
     pub(crate) fn new(identity: Identity, kept: Option<PathBuf>) -> Self {
-        let trust = Self {
+        let lists = kept.as_deref().map(|path| read(path, &identity)).unwrap_or_default();
+        for list in &lists {
+            identity.revoke(list.claimed(), clock::wall());
+        }
+        Self {
             identity,
-            signed: watch::Sender::new(None),
-            kept: None,
+            lists: watch::Sender::new(lists.into()),
+            kept,
             open: Arc::default(),
             refused: Default::default(),
             lines: Mutex::new(Lines { second: clock::now(), written: 0, left_out: 0 }),
-        };
-        if let Some(path) = &kept
-            && let Some(signed) = read(path)
-            && let Err(error) = trust.adopt(signed)
-        {
-            tracing::warn!(%error, path = %path.display(), "the kept list of revocations is not used");
         }
-        Self { kept, ..trust }
     }
 
     pub(crate) fn identity(&self) -> &Identity {
         &self.identity
     }
 
-    /// The list as it is handed on, and word of the next.
-    pub(crate) fn revocations(&self) -> watch::Receiver<Option<Arc<SignedRevocations>>> {
-        self.signed.subscribe()
+    /// The lists as they are handed on, and word of the next.
+    pub(crate) fn revocations(&self) -> watch::Receiver<Lists> {
+        self.lists.subscribe()
     }
 
     /// How many connections to nodes of the mesh are open.
@@ -129,8 +141,7 @@ impl Trust {
         Port::ALL.into_iter().zip(&self.refused).map(|(p, n)| (p, n.load(Ordering::Relaxed)))
     }
 
-    /// Takes a list somebody handed on, if it is newer than ours; keeps it, and closes the connections of those on it.
-    /// Returns whether it was newer.
+    /// Takes a list somebody handed on, if it says anything new; closes the connections of those on it. Returns whether it did.
     ///
     /// # Errors
     /// It is not signed by an authority of ours; nothing has changed.
@@ -138,37 +149,49 @@ impl Trust {
         &self,
         signed: SignedRevocations,
     ) -> Result<bool, identity::RevocationError> {
-        let ours = self.signed.borrow().clone();
-        if ours.is_some_and(|ours| !signed.supersedes(&ours)) {
+        let (known, now) = (self.identity.revocations(), clock::wall());
+        if signed.version() <= known.version() && known.covers(signed.claimed(), now) {
             return Ok(false);
         }
-        let (current, now) = (self.identity.current(), clock::wall());
+        let current = self.identity.current();
         let list = signed.verify(current.roots(), &self.identity.id().trust_domain, now)?;
-        tracing::info!(
-            version = list.version(),
-            members = list.len(),
-            "a newer list of revocations"
-        );
+        tracing::info!(version = list.version(), members = list.len(), "a list of revocations");
         self.identity.revoke(&list, now);
-        self.keep(&signed);
-        self.signed.send_replace(Some(Arc::new(signed)));
-        self.withdraw();
+        self.withdraw(|held| self.identity.revocations().revokes(&held.peer, held.issued));
+        self.lists.send_modify(|lists| *lists = with(lists, signed, now));
         Ok(true)
     }
 
-    fn keep(&self, signed: &SignedRevocations) {
-        let Some(path) = &self.kept else { return };
-        if let Err(error) = identity::write_file(path, signed.encode()) {
-            tracing::warn!(%error, "the list of revocations cannot be kept: it is forgotten when the node stops");
+    /// The identity was replaced: whoever our roots do not vouch for any more is let go.
+    pub(crate) fn renewed(&self) {
+        self.withdraw(|held| !self.identity.vouches_for(&held.chain));
+    }
+
+    /// Keeps the lists on disk, beside everything else: whoever is on one must not wait for a disk.
+    pub(crate) async fn keep_lists(&self) {
+        let Some(path) = self.kept.clone() else { return };
+        let mut lists = self.revocations();
+        while lists.changed().await.is_ok() {
+            let kept = KeptRevocations {
+                lists: lists.borrow_and_update().iter().map(|l| l.encode().to_vec()).collect(),
+            };
+            let path = path.clone();
+            let writing = move || identity::write_file(&path, &kept.encode_to_vec());
+            match tokio::task::spawn_blocking(writing).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::error!(%error, "revocations cannot be kept: they are forgotten when the node stops");
+                }
+                Err(error) => tracing::error!(%error, "revocations cannot be kept"),
+            }
         }
     }
 
     /// Ends the connections of everybody who is not believed any more.
-    fn withdraw(&self) {
-        let list = self.identity.revocations();
+    fn withdraw(&self, is_out: impl Fn(&Held) -> bool) {
         for held in self.open.lock().connections.values() {
-            if list.revokes(&held.peer, held.issued) {
-                tracing::warn!(peer = %held.peer, "a connection ends: its certificate was revoked");
+            if !held.withdrawn.is_cancelled() && is_out(held) {
+                tracing::warn!(peer = %held.peer, "a connection ends: its certificate is not believed any more");
                 held.withdrawn.cancel();
             }
         }
@@ -207,7 +230,8 @@ impl Trust {
         };
         let left = validity.until.duration_since(clock::wall()).unwrap_or_default();
         let (peer, issued) = (validity.peer, validity.issued);
-        let held = Held { peer: peer.clone(), issued, withdrawn: withdrawn.clone() };
+        let chain = certificates.to_vec();
+        let held = Held { peer: peer.clone(), issued, chain, withdrawn: withdrawn.clone() };
         let entry: Arc<dyn Any + Send + Sync> = Arc::new(self.register(held));
         // Between the handshake and this line the list may have changed.
         if self.identity.revocations().revokes(&peer, issued) {
@@ -225,15 +249,60 @@ impl Trust {
     }
 }
 
-fn read(path: &std::path::Path) -> Option<SignedRevocations> {
-    let bytes = std::fs::read(path).ok()?;
-    match SignedRevocations::decode(&bytes) {
-        Ok(signed) => Some(signed),
-        Err(error) => {
-            tracing::warn!(%error, path = %path.display(), "the kept list of revocations is not used");
-            None
+/// Keeps a list in `dir`, the directory of a node's identity, for a node that starts there.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn keep_revocations(dir: &Path, list: &SignedRevocations) -> Result<(), IdentityError> {
+    let kept = KeptRevocations { lists: vec![list.encode().to_vec()] };
+    identity::write_file(&dir.join(KEPT), &kept.encode_to_vec())
+}
+
+/// The lists kept in `dir`, the directory of a node's identity; what cannot be read is left out.
+#[must_use]
+pub fn kept_revocations(dir: &Path) -> Vec<SignedRevocations> {
+    let bytes = std::fs::read(dir.join(KEPT)).unwrap_or_default();
+    let kept = KeptRevocations::decode(bytes.as_slice()).unwrap_or_default();
+    kept.lists.iter().filter_map(|list| SignedRevocations::decode(list).ok()).collect()
+}
+
+/// The lists with one more: those the newest says everything of are left out.
+fn with(lists: &Lists, one: SignedRevocations, now: SystemTime) -> Lists {
+    let mut all: Vec<_> = lists.iter().cloned().chain([Arc::new(one)]).collect();
+    all.sort_by_key(|list| Reverse(list.version()));
+    let mut needed: Vec<Arc<SignedRevocations>> = Vec::new();
+    for list in all {
+        if !needed.iter().any(|newer| newer.claimed().covers(list.claimed(), now)) {
+            needed.push(list);
         }
     }
+    if needed.len() > LISTS_MAX {
+        tracing::warn!(
+            "more than {LISTS_MAX} lists of revocations go around: the oldest is handed on no more"
+        );
+        needed.truncate(LISTS_MAX);
+    }
+    needed.into()
+}
+
+/// The lists a file holds, for this mesh.
+fn read(path: &Path, identity: &Identity) -> Vec<Arc<SignedRevocations>> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
+        Err(error) => {
+            tracing::error!(%error, path = %path.display(), "the kept revocations cannot be read: nobody is revoked until a peer says so");
+            return Vec::new();
+        }
+    };
+    let kept = KeptRevocations::decode(bytes.as_slice()).unwrap_or_default();
+    let lists = kept.lists.iter().take(LISTS_MAX).map(|list| SignedRevocations::decode(list));
+    let (good, bad): (Vec<_>, Vec<_>) = lists.partition(Result::is_ok);
+    if !bad.is_empty() || good.is_empty() {
+        tracing::error!(path = %path.display(), "the kept revocations are damaged: what they said is unknown until a peer says so");
+    }
+    let of_ours = |list: &SignedRevocations| *list.trust_domain() == identity.id().trust_domain;
+    good.into_iter().flatten().filter(of_ours).map(Arc::new).collect()
 }
 
 /// The connections of one port, as the transport asks about them.
@@ -250,6 +319,22 @@ impl Lessor for Gate {
 
     fn refused(&self, remote: SocketAddr, why: &str) {
         self.trust.turned_away(self.port, remote, why);
+    }
+}
+
+/// The ports for clients: whoever calls may do so until the certificate that is shown there ends.
+#[derive(Debug)]
+pub(crate) struct ClientGate(pub(crate) Identity);
+
+impl Lessor for ClientGate {
+    fn lease(&self, _: &[CertificateDer<'static>]) -> Lease {
+        let until = self.0.current().certificate().until;
+        let left = until.duration_since(clock::wall()).unwrap_or_default();
+        Lease::limited(clock::now(), left, CancellationToken::new(), Arc::new(()))
+    }
+
+    fn refused(&self, remote: SocketAddr, why: &str) {
+        tracing::debug!(%remote, why, "a client was turned away");
     }
 }
 
@@ -297,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_closes_the_connections_of_those_on_it_and_outlives_the_node() {
+    fn a_list_closes_the_connections_of_those_on_it() {
         let mesh = Mesh::new();
         let trust = mesh.trust();
         let (b, c) = (mesh.node("b"), mesh.node("c"));
@@ -309,12 +394,71 @@ mod tests {
         let mut told = trust.revocations();
 
         assert!(trust.adopt(mesh.revoke("b")).unwrap());
-        assert!(of_b.is_over(now) && !of_c.is_over(now));
-        assert!(lease(&b).is_over(now), "nor is there another");
-        assert!(told.has_changed().unwrap() && told.borrow_and_update().is_some());
+        assert!(of_b.is_withdrawn() && !of_c.is_withdrawn());
+        assert!(lease(&b).is_withdrawn(), "nor is there another");
+        assert!(told.has_changed().unwrap());
+        assert_eq!(told.borrow_and_update().len(), 1);
         drop((of_b, of_c));
         assert_eq!(trust.connections(), 0);
-        assert!(mesh.trust().identity().revocations().revokes(b.id(), b.certificate().from));
+    }
+
+    #[tokio::test]
+    async fn lists_outlive_the_node() {
+        let mesh = Mesh::new();
+        let trust = mesh.trust();
+        let b = mesh.node("b");
+        let kept = mesh.0.path().join("kept.pb");
+        let working = async {
+            trust.adopt(mesh.revoke("b")).unwrap();
+            while !kept.exists() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::select! {
+            () = trust.keep_lists() => panic!("it keeps them for ever"),
+            () = working => {}
+        }
+        let again = mesh.trust();
+        assert!(again.identity().revocations().revokes(b.id(), b.certificate().from));
+        assert_eq!(again.revocations().borrow().len(), 1, "and it hands them on");
+    }
+
+    #[test]
+    fn what_one_authority_revoked_is_not_forgotten_for_the_list_of_another() {
+        let mesh = Mesh::new();
+        let copy = tempfile::tempdir().unwrap();
+        let from = mesh.0.path().join("authority");
+        let to = copy.path().join("authority");
+        std::fs::create_dir(&to).unwrap();
+        for file in ["issuer.pem", "issuer.key", "roots.pem", "authority.toml"] {
+            std::fs::copy(from.join(file), to.join(file)).unwrap();
+        }
+        std::fs::create_dir(to.join("tokens")).unwrap();
+        let trust = mesh.trust();
+        trust.adopt(mesh.revoke("b")).unwrap();
+        let other = Mesh(copy);
+        trust.adopt(other.revoke("c")).unwrap();
+        assert_eq!(trust.identity().revocations().len(), 2);
+        assert_eq!(trust.revocations().borrow().len(), 2, "both go around");
+        let digest = trust.identity().revocations_digest();
+
+        // One of the authorities learns of the other's, and one list is enough.
+        let all = trust.identity().revocations();
+        mesh.authority().adopt(&all, clock::wall()).unwrap();
+        trust.adopt(mesh.authority().revocations().clone()).unwrap();
+        assert_eq!(trust.revocations().borrow().len(), 1);
+        assert_eq!(trust.identity().revocations_digest(), digest);
+    }
+
+    #[test]
+    fn whoever_is_under_a_root_that_has_gone_is_let_go() {
+        let (mesh, foreign) = (Mesh::new(), Mesh::new());
+        let trust = mesh.trust();
+        let (ours, theirs) = (mesh.node("b"), foreign.node("c"));
+        let lease = |node: &NodeIdentity| trust.lease_of(&node.server_cert().0);
+        let (of_ours, of_theirs) = (lease(&ours), lease(&theirs));
+        trust.renewed();
+        assert!(!of_ours.is_withdrawn() && of_theirs.is_withdrawn());
     }
 
     #[test]
@@ -324,6 +468,7 @@ mod tests {
         let (older, newer) = (mesh.revoke("b"), mesh.revoke("c"));
         assert!(trust.adopt(newer.clone()).unwrap());
         assert!(!trust.adopt(older).unwrap() && !trust.adopt(newer).unwrap());
+        assert_eq!(trust.revocations().borrow().len(), 1);
         assert_eq!(trust.identity().revocations().len(), 2);
     }
 

@@ -32,13 +32,16 @@ pub trait Lessor: fmt::Debug + Send + Sync {
 ///                      │  another is     │
 ///                      │  opened         │            withdrawn, at any moment: closed at once
 /// ```
-#[derive(Clone)]
-pub struct Lease {
+#[derive(Clone, Debug, Default)]
+pub struct Lease(Option<Arc<Terms>>);
+
+/// Of a lease that has an end.
+struct Terms {
     half: Option<Instant>,
     end: Option<Instant>,
     withdrawn: CancellationToken,
     /// What the lessor keeps of it; dropped with the connection.
-    _held: Option<Arc<dyn Any + Send + Sync>>,
+    _held: Arc<dyn Any + Send + Sync>,
 }
 
 impl Lease {
@@ -48,7 +51,7 @@ impl Lease {
     /// Without an end.
     #[must_use]
     pub fn unlimited() -> Self {
-        Self { half: None, end: None, withdrawn: CancellationToken::new(), _held: None }
+        Self(None)
     }
 
     /// From `now` for `left`, or until `withdrawn` is cancelled. `held` lives as long as the connection.
@@ -61,34 +64,44 @@ impl Lease {
     ) -> Self {
         // Beyond what the clock can say there is no end.
         let half = now.checked_add((left / 2).max(Self::NOT_BEFORE.min(left)));
-        Self { half, end: now.checked_add(left), withdrawn, _held: Some(held) }
+        let end = now.checked_add(left);
+        Self(Some(Arc::new(Terms { half, end, withdrawn, _held: held })))
     }
 
     /// Whether another connection should take its place: half its time is over.
     #[must_use]
     pub fn is_old(&self, now: Instant) -> bool {
-        self.half.is_some_and(|half| now >= half)
+        self.0.as_ref().and_then(|terms| terms.half).is_some_and(|half| now >= half)
     }
 
-    /// Whether no new call may be made.
+    /// Whether no new call may be made: its time is over. One that is withdrawn ends by itself.
     #[must_use]
     pub fn is_over(&self, now: Instant) -> bool {
-        self.withdrawn.is_cancelled() || self.end.is_some_and(|end| now >= end)
+        self.0.as_ref().and_then(|terms| terms.end).is_some_and(|end| now >= end)
+    }
+
+    /// Whether it was withdrawn.
+    #[must_use]
+    pub fn is_withdrawn(&self) -> bool {
+        self.0.as_ref().is_some_and(|terms| terms.withdrawn.is_cancelled())
     }
 
     /// Resolves when no new call may be made.
     pub async fn over(&self) {
-        sleep_until(self.end).await;
+        sleep_until(self.0.as_ref().and_then(|terms| terms.end)).await;
     }
 
     /// Resolves when another connection should take its place.
     pub async fn old(&self) {
-        sleep_until(self.half).await;
+        sleep_until(self.0.as_ref().and_then(|terms| terms.half)).await;
     }
 
     /// Resolves when the connection must end at once.
     pub async fn withdrawn(&self) {
-        self.withdrawn.cancelled().await;
+        match &self.0 {
+            Some(terms) => terms.withdrawn.cancelled().await,
+            None => std::future::pending().await,
+        }
     }
 }
 
@@ -96,19 +109,22 @@ impl Lease {
 #[derive(Debug)]
 pub(crate) struct Revocable<I> {
     io: I,
-    withdrawn: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// `None`: nobody can withdraw it.
+    withdrawn: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
 }
 
 impl<I> Revocable<I> {
     pub(crate) fn new(io: I, lease: &Lease) -> Self {
-        Self { io, withdrawn: Box::pin(lease.withdrawn.clone().cancelled_owned()) }
+        let withdrawn =
+            lease.0.as_ref().map(|terms| Box::pin(terms.withdrawn.clone().cancelled_owned()));
+        Self { io, withdrawn }
     }
 
     /// An error once it is withdrawn; wakes whoever reads when it is.
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        match self.withdrawn.as_mut().poll(cx) {
-            Poll::Ready(()) => Err(io::Error::other("the certificate was withdrawn")),
-            Poll::Pending => Ok(()),
+        match self.withdrawn.as_mut().map(|withdrawn| withdrawn.as_mut().poll(cx)) {
+            Some(Poll::Ready(())) => Err(io::Error::other("the certificate was withdrawn")),
+            Some(Poll::Pending) | None => Ok(()),
         }
     }
 }
@@ -161,9 +177,9 @@ async fn sleep_until(moment: Option<Instant>) {
     }
 }
 
-impl fmt::Debug for Lease {
+impl fmt::Debug for Terms {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lease")
+        f.debug_struct("Terms")
             .field("half", &self.half)
             .field("end", &self.end)
             .finish_non_exhaustive()
@@ -183,8 +199,9 @@ mod tests {
         assert!(!lease.is_old(now) && !lease.is_old(now + 9 * second));
         assert!(lease.is_old(now + 10 * second) && !lease.is_over(now + 19 * second));
         assert!(lease.is_over(now + 20 * second));
+        assert!(!lease.is_withdrawn());
         withdrawn.cancel();
-        assert!(lease.is_over(now));
+        assert!(lease.is_withdrawn());
     }
 
     #[test]

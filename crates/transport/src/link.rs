@@ -103,10 +103,16 @@ impl Links {
         config.transport_config(self.config.clone());
         let mut last = failed("its name has no address".to_owned());
         for address in dial::resolve(authority).await? {
-            let connecting = self
-                .endpoint
-                .connect_with(config.clone(), address, dial::host(authority))
-                .map_err(|error| failed(error.to_string()))?;
+            let connecting =
+                self.endpoint.connect_with(config.clone(), address, dial::host(authority));
+            let connecting = match connecting {
+                Ok(connecting) => connecting,
+                // An address of a family this endpoint does not have.
+                Err(error) => {
+                    last = failed(error.to_string());
+                    continue;
+                }
+            };
             match tokio::time::timeout(DONE_WITHIN, connecting).await {
                 Ok(Ok(connection)) => return Ok(Link(connection)),
                 Ok(Err(error)) => last = failed(error.to_string()),
@@ -162,16 +168,30 @@ impl Incoming {
     /// Does the handshake.
     ///
     /// # Errors
-    /// [`TransportError::Closed`] when it fails or takes too long.
-    pub async fn accept(self) -> Result<Link, TransportError> {
-        let closed = |reason: String| TransportError::Closed(reason);
-        let connecting = self.0.accept().map_err(|error| closed(error.to_string()))?;
+    /// [`NoLink`] when it fails or takes too long.
+    pub async fn accept(self) -> Result<Link, NoLink> {
+        let failed = |error: quinn::ConnectionError| NoLink {
+            why: error.to_string(),
+            is_refusal: quic::is_refusal(&error),
+        };
+        let connecting = self.0.accept().map_err(failed)?;
         match tokio::time::timeout(DONE_WITHIN, connecting).await {
-            Ok(Ok(connection)) => Ok(Link(connection)),
-            Ok(Err(error)) => Err(closed(error.to_string())),
-            Err(_) => Err(closed("the handshake took too long".to_owned())),
+            Ok(connected) => connected.map(Link).map_err(failed),
+            Err(_) => {
+                Err(NoLink { why: "the handshake took too long".to_owned(), is_refusal: false })
+            }
         }
     }
+}
+
+/// Why a link did not come about. The other end may try again.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{why}")]
+pub struct NoLink {
+    /// In words.
+    pub why: String,
+    /// Whether one end did not accept what the other showed, rather than the network having failed.
+    pub is_refusal: bool,
 }
 
 /// A link with another node. Cloneable.
@@ -236,18 +256,11 @@ impl Link {
     /// # Errors
     /// [`TransportError::Closed`] when the link is gone, or the other end begins a frame and does not end it.
     pub async fn receive(&self) -> Result<Bytes, TransportError> {
-        let closed = |error: &dyn std::fmt::Display| TransportError::Closed(error.to_string());
         tokio::select! {
-            datagram = self.0.read_datagram() => datagram.map_err(|error| closed(&error)),
-            stream = self.0.accept_uni() => {
-                let mut stream = stream.map_err(|error| closed(&error))?;
-                let whole = stream.read_to_end(FRAME_BYTES_MAX);
-                match tokio::time::timeout(DONE_WITHIN, whole).await {
-                    Ok(Ok(frame)) => Ok(frame.into()),
-                    Ok(Err(error)) => Err(closed(&error)),
-                    Err(_) => Err(closed(&"a frame did not end in time")),
-                }
+            datagram = self.0.read_datagram() => {
+                datagram.map_err(|error| TransportError::Closed(error.to_string()))
             }
+            whole = self.receive_whole() => whole,
         }
     }
 
@@ -291,6 +304,20 @@ impl Link {
         match tokio::time::timeout(within, asked).await {
             Ok(asked) => asked.map_err(TransportError::Closed),
             Err(_) => Err(TransportError::Closed("nothing was asked in time".to_owned())),
+        }
+    }
+
+    /// The next frame that comes as a stream; those that came as datagrams wait.
+    ///
+    /// # Errors
+    /// As [`Self::receive`].
+    pub async fn receive_whole(&self) -> Result<Bytes, TransportError> {
+        let closed = |error: &dyn std::fmt::Display| TransportError::Closed(error.to_string());
+        let mut stream = self.0.accept_uni().await.map_err(|error| closed(&error))?;
+        match tokio::time::timeout(DONE_WITHIN, stream.read_to_end(FRAME_BYTES_MAX)).await {
+            Ok(Ok(frame)) => Ok(frame.into()),
+            Ok(Err(error)) => Err(closed(&error)),
+            Err(_) => Err(closed(&"a frame did not end in time")),
         }
     }
 

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -30,6 +30,10 @@ const FULL_PERCENT: usize = 80;
 const PROBE_FIRST: Duration = Duration::from_secs(1);
 const PROBE_MAX: Duration = Duration::from_secs(64);
 
+/// A connection that should be replaced and cannot be is tried again after this, doubling up to the maximum.
+const REPLACE_FIRST: Duration = Duration::from_millis(500);
+const REPLACE_MAX: Duration = Duration::from_secs(64);
+
 /// Connections to targets, shared by the channels of one worker. Cloneable.
 #[derive(Clone, Debug)]
 pub struct Pool(Arc<Inner>);
@@ -40,6 +44,8 @@ struct Inner {
     entries: Mutex<BTreeMap<Arc<str>, Arc<Entry>>>,
     /// Counts uses, so that the least recently used entry is known without reading a clock.
     uses: AtomicU64,
+    /// A dial that ends after this closes what it opened.
+    closed: AtomicBool,
 }
 
 /// What the pool knows of one target.
@@ -47,19 +53,39 @@ struct Inner {
 pub(crate) struct Entry {
     target: Target,
     connections: Mutex<Vec<Connection>>,
+    /// Those that take no new call and have some in progress.
+    leaving: Mutex<Vec<Connection>>,
     last_use: AtomicU64,
     /// The dial in progress, so that many calls wait for one.
     dialling: Mutex<Option<Dialling>>,
     probe: Mutex<Probe>,
+    replacing: Mutex<Probe>,
 }
 
 /// What a dial came to, once it is over.
 type Dialling = watch::Receiver<Option<Result<(), TransportError>>>;
 
+/// When something is tried again.
 #[derive(Debug)]
 struct Probe {
     next: Option<Instant>,
     wait: Duration,
+}
+
+impl Probe {
+    fn first(wait: Duration) -> Self {
+        Self { next: None, wait }
+    }
+
+    /// Whether it may be tried now; the next time is later by twice as much.
+    fn is_due(&mut self, now: Instant, most: Duration) -> bool {
+        if self.next.is_some_and(|next| now < next) {
+            return false;
+        }
+        self.next = Some(now + self.wait);
+        self.wait = (self.wait * 2).min(most);
+        true
+    }
 }
 
 impl Entry {
@@ -72,7 +98,8 @@ impl Pool {
     /// An empty pool.
     #[must_use]
     pub fn new(dialer: Dialer) -> Self {
-        let inner = Inner { dialer, entries: Mutex::default(), uses: AtomicU64::new(0) };
+        let (entries, uses, closed) = (Mutex::default(), AtomicU64::new(0), AtomicBool::new(false));
+        let inner = Inner { dialer, entries, uses, closed };
         Self(Arc::new(inner))
     }
 
@@ -84,9 +111,11 @@ impl Pool {
             Arc::new(Entry {
                 target,
                 connections: Mutex::default(),
+                leaving: Mutex::default(),
                 last_use: AtomicU64::new(0),
                 dialling: Mutex::new(None),
-                probe: Mutex::new(Probe { next: None, wait: PROBE_FIRST }),
+                probe: Mutex::new(Probe::first(PROBE_FIRST)),
+                replacing: Mutex::new(Probe::first(REPLACE_FIRST)),
             })
         });
         Channel::new(self.clone(), entry.clone())
@@ -102,8 +131,10 @@ impl Pool {
 
     /// Closes every connection; calls in progress fail.
     pub fn close(&self) {
+        self.0.closed.store(true, Ordering::SeqCst);
         for entry in self.0.entries.lock().values() {
-            for connection in entry.connections.lock().drain(..) {
+            let leaving = std::mem::take(&mut *entry.leaving.lock());
+            for connection in entry.connections.lock().drain(..).chain(leaving) {
                 connection.close();
             }
         }
@@ -139,8 +170,8 @@ impl Pool {
                 self.dial(entry).await?;
                 continue;
             };
-            if connection.is_old(now) {
-                // The next calls find the new one; this one need not wait for it. A dial that fails is tried again.
+            if connection.is_old(now) && entry.replacing.lock().is_due(now, REPLACE_MAX) {
+                // The next calls find the new one; this one need not wait for it.
                 drop(self.dialling(entry));
             }
             if !connection.is_quic() && entry.target.prefers_quic() {
@@ -166,11 +197,21 @@ impl Pool {
         let mut connections = entry.connections.lock();
         let has_young = connections.iter().any(|c| c.is_usable(now) && !c.is_old(now));
         connections.retain(|connection| {
-            let usable = connection.is_usable(now) && !(has_young && connection.is_old(now));
-            if !usable && connection.in_flight() == 0 {
+            let stays = connection.is_usable(now) && !(has_young && connection.is_old(now));
+            if !stays {
+                entry.leaving.lock().push(connection.clone());
+            }
+            stays
+        });
+        if has_young {
+            *entry.replacing.lock() = Probe::first(REPLACE_FIRST);
+        }
+        entry.leaving.lock().retain(|connection| {
+            let is_done = connection.in_flight() == 0;
+            if is_done {
                 connection.close();
             }
-            usable
+            !is_done
         });
         let least =
             connections.iter().min_by_key(|c| (c.is_old(now), !c.is_quic(), c.in_flight()))?;
@@ -201,16 +242,32 @@ impl Pool {
         *dialling = Some(outcome.clone());
         let (pool, entry) = (self.clone(), entry.clone());
         self.0.dialer.tasks().spawn(async move {
-            let dialled = pool.0.dialer.dial(&entry.target).await.map(|connection| {
+            let dialled = pool.0.dialer.dial(&entry.target).await.and_then(|connection| {
                 if !connection.is_quic() && entry.target.prefers_quic() {
                     tracing::info!(target = entry.target.name(), "QUIC did not answer; using TCP");
                 }
-                entry.connections.lock().push(connection);
+                pool.take_in(&entry, connection)
             });
             *entry.dialling.lock() = None;
             tell.send_replace(Some(dialled));
         });
         Ok(outcome)
+    }
+
+    /// Takes a new connection in, if there is still a use for it.
+    fn take_in(&self, entry: &Entry, connection: Connection) -> Result<(), TransportError> {
+        let mut connections = entry.connections.lock();
+        let why = if self.0.closed.load(Ordering::SeqCst) {
+            "this node stopped while it dialled"
+        } else if !connection.is_usable(base::clock::now()) {
+            // A client is done with the handshake before the server has judged its certificate.
+            "its certificate or ours has ended"
+        } else {
+            connections.push(connection);
+            return Ok(());
+        };
+        connection.close();
+        Err(TransportError::Dial { target: entry.target.name().into(), reason: why.into() })
     }
 
     /// Keeps the pool within its bound by closing the least recently used target without calls.
@@ -240,20 +297,21 @@ impl Pool {
     fn probe_quic(&self, entry: &Arc<Entry>, now: Instant) {
         {
             let mut probe = entry.probe.lock();
-            let next = *probe.next.get_or_insert(now + PROBE_FIRST);
-            if now < next {
+            if probe.next.is_none() {
+                // QUIC has just failed.
+                probe.next = Some(now + PROBE_FIRST);
+            }
+            if !probe.is_due(now, PROBE_MAX) {
                 return;
             }
-            probe.next = Some(now + probe.wait);
-            probe.wait = (probe.wait * 2).min(PROBE_MAX);
         }
         let (pool, entry) = (self.clone(), entry.clone());
         let tasks = self.0.dialer.tasks().clone();
         tasks.spawn(async move {
             if let Ok(connection) = pool.0.dialer.dial_quic(&entry.target).await {
                 tracing::info!(target = entry.target.name(), "QUIC works again");
-                *entry.probe.lock() = Probe { next: None, wait: PROBE_FIRST };
-                entry.connections.lock().push(connection);
+                *entry.probe.lock() = Probe::first(PROBE_FIRST);
+                drop(pool.take_in(&entry, connection));
             }
         });
     }

@@ -382,10 +382,11 @@ impl QuicConnection {
         let connection = match tokio::time::timeout(limits.handshake_timeout, self.connecting).await
         {
             Ok(Ok(connection)) => connection,
-            Ok(Err(error)) => return refused(self.lessor.as_deref(), remote, &error),
-            Err(_) => {
-                return refused(self.lessor.as_deref(), remote, &"the handshake took too long");
+            Ok(Err(error)) => {
+                let lessor = self.lessor.as_deref().filter(|_| quic::is_refusal(&error));
+                return refused(lessor, remote, &error);
             }
+            Err(_) => return refused(None, remote, &"it took too long"),
         };
         self.permit.handshake_done();
         let certificates: Arc<[_]> = quic::certificates(&connection).into();
@@ -442,10 +443,14 @@ impl TcpConnection {
         };
         let stream = match accepted {
             Ok(Ok(stream)) => stream,
-            Ok(Err(error)) => return refused(self.lessor.as_deref(), remote, &error),
-            Err(_) => {
-                return refused(self.lessor.as_deref(), remote, &"the handshake took too long");
+            Ok(Err(error)) => {
+                let lessor = self
+                    .lessor
+                    .as_deref()
+                    .filter(|_| error.get_ref().is_some_and(|e| e.is::<rustls::Error>()));
+                return refused(lessor, remote, &error);
             }
+            Err(_) => return refused(None, remote, &"it took too long"),
         };
         let certificates: Arc<[_]> = stream
             .get_ref()

@@ -1,13 +1,12 @@
 //! What every check starts from: the configuration, and the node's own identity as far as it can be used.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
 use base::clock;
-use identity::{IdentityFiles, NodeIdentity, Revocations, Role, SignedRevocations, SpiffeId};
+use identity::{IdentityFiles, NodeIdentity, Revocations, Role, SpiffeId};
 use node::{
     config::{Config, IdentityConfig, IdentitySource},
     spire,
@@ -133,13 +132,15 @@ async fn asked(config: &Config, timeout: Duration) -> (Option<Own>, Option<Strin
     }
 }
 
-/// The list of revocations the node kept, if an authority of its mesh signed it.
+/// Whom the node knows to be revoked: what it kept, as far as an authority of its mesh signed it.
 fn kept_revocations(config: &Config, own: &Own, now: SystemTime) -> Option<Revocations> {
-    let path = IdentityConfig::dir(&config.node.state_dir).join("revocations.pb");
-    let signed = SignedRevocations::decode(&fs::read(path).ok()?).ok()?;
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(own.roots.iter().cloned());
-    signed.verify(&roots, &config.mesh.trust_domain, now).ok()
+    let lists = node::kept_revocations(&IdentityConfig::dir(&config.node.state_dir));
+    lists
+        .iter()
+        .filter_map(|list| list.verify(&roots, &config.mesh.trust_domain, now).ok())
+        .reduce(|one, other| one.merge(&other))
 }
 
 impl Own {

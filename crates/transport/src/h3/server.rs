@@ -46,8 +46,9 @@ pub(crate) async fn serve<S>(
     // Both run beside the rest, so that late streams are refused meanwhile.
     let announce = async { connection.send_goaway(next_stream.load(Ordering::Relaxed)).await };
     let linger = connection.linger();
-    let over = lease.over();
-    tokio::pin!(announce, linger, over);
+    // Made once: each costs a lock to begin and another to end.
+    let (drained, over, withdrawn) = (drain.cancelled(), lease.over(), lease.withdrawn());
+    tokio::pin!(announce, linger, drained, over, withdrawn);
     loop {
         tokio::select! {
             () = &mut upkeep => return,
@@ -75,9 +76,9 @@ pub(crate) async fn serve<S>(
                 }
             }
             // First no stream is begun any more, then the first that was not is announced.
-            () = drain.cancelled(), if !draining => draining = true,
+            () = &mut drained, if !draining => draining = true,
             () = &mut over, if !draining => draining = true,
-            () = lease.withdrawn() => {
+            () = &mut withdrawn => {
                 quic.close(Code::NO_ERROR.into(), b"the certificate was withdrawn");
                 return;
             }
