@@ -318,7 +318,9 @@ def test_a_certificate_is_its_tenants(world):
         # A key comes first.
         key = [("x-api-key", KEY)]
         assert code_of(world.node, READY, for_model("secret"), key, client=client) == OK
-    for names in ([uri("spiffe://mesh.test/client/eu/other")], []):
+    # Beside a SPIFFE id no DNS name counts: a node that joined as `search.example` is not that tenant.
+    node = uri("spiffe://mesh.test/node/eu/search.example")
+    for names in ([uri("spiffe://mesh.test/client/eu/other")], [node, dns("search.example")], []):
         error, _ = call(world.node, client=sign(*names))
         assert error.code() == UNAUTHENTICATED and "`certificates` of a [[tenant]]" in error.details()
     # Of another authority: no connection at all.

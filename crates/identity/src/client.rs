@@ -20,7 +20,7 @@ use rustls::{
 };
 use x509_parser::extensions::GeneralName;
 
-use crate::{IdentityError, files, node::root_store, tls};
+use crate::{IdentityError, files, id::SCHEME, node::root_store, tls};
 
 const REMEDY: &str = "give the PEM file of the authority that signs the certificates of clients";
 
@@ -120,7 +120,8 @@ impl ClientCertVerifier for ClientRoots {
 /// What a client's certificate says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientNames {
-    /// Its URIs, and its DNS names in lower case.
+    /// What it goes by: its URIs, and its DNS names in lower case. Where a URI is a SPIFFE id, whoever signed it vouches for
+    /// that alone (a node's DNS name is whatever it chose to join as), and no DNS name counts.
     pub names: Vec<String>,
     /// The end of its life.
     pub until: SystemTime,
@@ -134,15 +135,27 @@ impl ClientNames {
     pub fn of(certificate: &CertificateDer<'_>) -> Result<Self, IdentityError> {
         let (_, x509) = x509_parser::parse_x509_certificate(certificate).map_err(unreadable)?;
         let names = x509.subject_alternative_name().map_err(unreadable)?;
-        let names = names.iter().flat_map(|names| &names.value.general_names);
-        let names = names.filter_map(|name| match name {
-            GeneralName::URI(uri) => Some((*uri).to_owned()),
-            GeneralName::DNSName(host) => Some(host.to_ascii_lowercase()),
-            _ => None,
-        });
+        let (mut uris, mut hosts) = (Vec::new(), Vec::new());
+        for name in names.iter().flat_map(|names| &names.value.general_names) {
+            match name {
+                GeneralName::URI(uri) => uris.push((*uri).to_owned()),
+                // One that is written like a URI is none.
+                GeneralName::DNSName(host) if !host.contains("://") => {
+                    hosts.push(host.to_ascii_lowercase());
+                }
+                _ => {}
+            }
+        }
+        let names =
+            if uris.iter().any(|uri| is_spiffe(uri)) { uris } else { [uris, hosts].concat() };
         let until = u64::try_from(x509.validity().not_after.timestamp()).unwrap_or_default();
-        Ok(Self { names: names.collect(), until: UNIX_EPOCH + Duration::from_secs(until) })
+        Ok(Self { names, until: UNIX_EPOCH + Duration::from_secs(until) })
     }
+}
+
+/// Whether a URI is a SPIFFE id, of whatever shape its path is.
+fn is_spiffe(uri: &str) -> bool {
+    uri.get(..SCHEME.len()).is_some_and(|scheme| scheme.eq_ignore_ascii_case(SCHEME))
 }
 
 fn unreadable(error: impl ToString) -> IdentityError {

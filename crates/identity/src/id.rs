@@ -9,7 +9,8 @@ use base::{NodeName, RegionName, TrustDomain};
 
 use crate::IdentityError;
 
-const SCHEME: &str = "spiffe://";
+/// What every SPIFFE id begins with.
+pub(crate) const SCHEME: &str = "spiffe://";
 /// How much of a wrong text an error repeats.
 const SHOWN_CHARS: usize = 120;
 

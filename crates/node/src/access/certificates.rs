@@ -17,7 +17,8 @@ const REMEMBERED_MAX: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum CertificateError {
     #[error(
-        "the client certificate is no tenant's: one of its URI or DNS names must be in `certificates` of a [[tenant]]"
+        "the client certificate is no tenant's: one of its URI or DNS names must be in `certificates` of a [[tenant]], \
+         and beside a SPIFFE id its DNS names do not count"
     )]
     Unknown,
     #[error(

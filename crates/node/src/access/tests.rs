@@ -167,7 +167,8 @@ async fn a_certificate_is_that_of_the_tenant_its_names_are_of() {
     let access = access(&format!(
         "[tls]\nclient_ca = {ca:?}\n[[tenant]]\nname = \"search\"\napi_key_sha256 = \"{}\"\n\
          certificates = [\"spiffe://mesh.example/client/eu/search\"]\n\
-         [[tenant]]\nname = \"shop\"\ncertificates = [\"Shop.example\"]\n[[tenant]]\nname = \"public\"\n\
+         [[tenant]]\nname = \"shop\"\ncertificates = [\"Shop.example\", \"https://shop.example/own\"]\n\
+         [[tenant]]\nname = \"public\"\n\
          [access]\nanonymous = \"public\"",
         hex(KEY)
     ));
@@ -176,9 +177,10 @@ async fn a_certificate_is_that_of_the_tenant_its_names_are_of() {
         params.not_after = rcgen::date_time_ymd(2030, 1, 1);
         params.subject_alt_names = names
             .iter()
-            .map(|name| match name.contains("://") {
-                true => rcgen::SanType::URI((*name).try_into().unwrap()),
-                false => rcgen::SanType::DnsName((*name).try_into().unwrap()),
+            .map(|name| match name.strip_prefix("dns:") {
+                Some(host) => rcgen::SanType::DnsName(host.try_into().unwrap()),
+                None if name.contains("://") => rcgen::SanType::URI((*name).try_into().unwrap()),
+                None => rcgen::SanType::DnsName((*name).try_into().unwrap()),
             })
             .collect();
         let key = rcgen::KeyPair::generate().unwrap();
@@ -189,9 +191,16 @@ async fn a_certificate_is_that_of_the_tenant_its_names_are_of() {
         (&[known][..], Ok("search")),
         (&["x.example", known], Ok("search")),
         (&["SHOP.example"], Ok("shop")),
+        (&["SHOP.example", "https://shop.example/a"], Ok("shop")),
+        (&["https://shop.example/own", "x.example"], Ok("shop")),
+        // Beside a SPIFFE id no DNS name counts: whoever joined as `shop.example` is not that tenant.
+        (&[known, "shop.example"], Ok("search")),
+        (&["spiffe://mesh.example/node/eu/x", "shop.example"], Err(CertificateError::Unknown)),
+        (&["shop.example", "SPIFFE://other.example/any/path"], Err(CertificateError::Unknown)),
         (&["spiffe://mesh.example/client/eu/other"], Err(CertificateError::Unknown)),
+        (&["dns:spiffe://mesh.example/client/eu/search"], Err(CertificateError::Unknown)),
         (&[], Err(CertificateError::Unknown)),
-        (&[known, "shop.example"], Err(CertificateError::Ambiguous)),
+        (&[known, "https://shop.example/own"], Err(CertificateError::Ambiguous)),
     ] {
         let shown = [certificate(names)];
         // Read, then remembered.
@@ -214,6 +223,39 @@ async fn a_certificate_is_that_of_the_tenant_its_names_are_of() {
     let late = at(2_000_000_000);
     let found = access.certificates.find(&certificate(&[known]), late);
     assert_eq!(found.unwrap_err(), CertificateError::Expired);
+}
+
+#[test]
+fn members_of_the_mesh_are_tenants_by_their_whole_id_only() {
+    use identity::{Authority, CertificateRequest, SpiffeId};
+
+    let dir = tempfile::tempdir().unwrap();
+    let (domain, life) = ("mesh.example".parse().unwrap(), Duration::from_secs(3600));
+    let began = base::clock::wall();
+    Authority::init(dir.path(), &domain, life, began).unwrap();
+    let authority = Authority::open(dir.path(), began).unwrap();
+    let path = dir.path().join("node.toml");
+    let text = "[node]\nname = \"a\"\n[tls]\nclient_ca = \"c\"\n[[tenant]]\nname = \"billing\"\n\
+                certificates = [\"billing\", \"spiffe://mesh.example/client/eu/billing\"]\n\
+                [[tenant]]\nname = \"relay\"\ncertificates = [\"spiffe://mesh.example/node/us/billing\"]\n";
+    std::fs::write(&path, text).unwrap();
+    let access = Access::load(&Config::load(&path, &[]).unwrap(), None).unwrap();
+    let (unknown, billing) = (Err(CertificateError::Unknown), Ok("billing"));
+    for (id, want) in [
+        ("spiffe://mesh.example/client/eu/billing", billing),
+        ("spiffe://mesh.example/client/us/billing", unknown),
+        ("spiffe://mesh.example/node/eu/billing", unknown),
+        ("spiffe://mesh.example/authority/eu/billing", unknown),
+        ("spiffe://mesh.example/operator/eu/billing", unknown),
+        ("spiffe://mesh.example/node/us/billing", Ok("relay")),
+    ] {
+        let request = CertificateRequest::new().unwrap();
+        let id: SpiffeId = id.parse().unwrap();
+        let chain = authority.sign(&id, request.csr(), &[], began).unwrap();
+        let found = access.certificates.find(&chain[0], began);
+        let found = found.map(|tenant| tenant.name().to_string());
+        assert_eq!(found, want.map(str::to_owned), "{id}");
+    }
 }
 
 #[test]
