@@ -376,6 +376,16 @@ def test_keys_come_over_https_from_who_this_machine_believes(tmp_path):
     secret, certificate = authority.client(x509.DNSName("localhost"))
     (tmp_path / "server.pem").write_bytes(secret + certificate)
     (tmp_path / "roots.pem").write_bytes(authority.pem())
+    # No key is an answer too, and not a failure.
+    world.server.text = key_set()
+    unknown = Signer("u3").token(iss="by-url")
+
+    def withdrawn():
+        assert code_of(world.node, metadata=bearer(unknown)) == UNAUTHENTICATED
+        return code_of(world.node, metadata=bearer(new.token(iss="by-url"))) == UNAUTHENTICATED
+
+    waits("no key", withdrawn)
+    assert "lists no key that can be used" in world.node.err.read_text()
     (tmp_path / "others.pem").write_bytes(Authority().pem())
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(tmp_path / "server.pem")

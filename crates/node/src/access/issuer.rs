@@ -1,7 +1,7 @@
 //! One issuer of tokens, and its keys as they change.
 //!
-//! Keys are read again every so often, and sooner when a token names one that is not known; a reading that fails leaves the
-//! keys as they were.
+//! Keys are read again every so often, and sooner when a token names one that is not known. A reading that fails leaves the
+//! keys as they were; a set without keys is no failure, and from then on every token of the issuer is refused.
 
 use std::{fs, sync::Arc, time::Duration};
 
@@ -43,6 +43,7 @@ impl Issuer {
             let text = fs::read(path)
                 .map_err(|source| AccessError::Keys { path: path.clone(), source })?;
             keys.set = KeySet::parse(&text)
+                .and_then(KeySet::meant_for_us)
                 .map_err(|source| AccessError::KeySet { path: path.clone(), source })?;
             read_at = Some(clock::now());
         }
@@ -97,16 +98,18 @@ impl Issuer {
 
     /// Reads the keys once; whether that went well.
     pub(super) async fn read(&self, fetch: &Fetch) -> bool {
-        let issuer = &self.config.issuer;
-        let text = fetch.read(&self.config.jwks).await;
+        let (issuer, jwks) = (&self.config.issuer, &self.config.jwks);
+        let text = fetch.read(jwks).await;
         match text.and_then(|text| KeySet::parse(&text).map_err(|error| error.to_string())) {
             Ok(set) => {
+                if set.is_empty() {
+                    tracing::warn!(%issuer, %jwks, "an issuer lists no key that can be used; its tokens are refused");
+                }
                 let mut keys = self.keys.write();
                 *keys = Arc::new(Keys { set, generation: keys.generation + 1 });
                 true
             }
             Err(why) => {
-                let jwks = &self.config.jwks;
                 tracing::warn!(%issuer, %jwks, why, "the keys of an issuer cannot be read; those known stay");
                 false
             }

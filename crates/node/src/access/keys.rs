@@ -23,14 +23,17 @@ pub enum KeySetError {
     /// It is something else.
     #[error("it is no JWK set: it must be JSON such as {{\"keys\": […]}}")]
     NotASet,
-    /// It has no key for checking signatures.
+    /// It has keys, and none for checking signatures.
     #[error("it holds no public key for RS, PS, ES or EdDSA signatures")]
     NoKeys,
 }
 
-/// Keys, each with what it may be used for.
+/// Keys, each with what it may be used for. None is a set too: its issuer has withdrawn them all.
 #[derive(Debug, Default)]
-pub(super) struct KeySet(Vec<Key>);
+pub(super) struct KeySet {
+    keys: Vec<Key>,
+    passed_over: usize,
+}
 
 #[derive(Debug)]
 struct Key {
@@ -53,9 +56,19 @@ pub(super) enum NoKey {
 impl KeySet {
     pub(super) fn parse(text: &[u8]) -> Result<Self, KeySetError> {
         let set: Value = serde_json::from_slice(text).map_err(|_| KeySetError::NotASet)?;
-        let keys = set["keys"].as_array().ok_or(KeySetError::NotASet)?;
-        let keys: Vec<_> = keys.iter().take(KEYS_MAX).filter_map(Key::read).collect();
-        if keys.is_empty() { Err(KeySetError::NoKeys) } else { Ok(Self(keys)) }
+        let all = set["keys"].as_array().ok_or(KeySetError::NotASet)?;
+        let keys: Vec<_> = all.iter().take(KEYS_MAX).filter_map(Key::read).collect();
+        let passed_over = all.len() - keys.len();
+        Ok(Self { keys, passed_over })
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
+    /// The set, unless it has keys and none of them can be used: then somebody took one set for another.
+    pub(super) fn meant_for_us(self) -> Result<Self, KeySetError> {
+        if self.is_empty() && self.passed_over > 0 { Err(KeySetError::NoKeys) } else { Ok(self) }
     }
 
     /// The key for a token that says it was signed by `id` with `algorithm`.
@@ -66,11 +79,11 @@ impl KeySet {
     ) -> Result<&DecodingKey, NoKey> {
         let fits = |key: &&Key| key.algorithms.contains(&algorithm);
         let Some(id) = id else {
-            let mut keys = self.0.iter().filter(fits);
+            let mut keys = self.keys.iter().filter(fits);
             let first = keys.next().ok_or(NoKey::Unknown)?;
             return if keys.next().is_some() { Err(NoKey::Unnamed) } else { Ok(&first.key) };
         };
-        let mut called = self.0.iter().filter(|key| key.id.as_deref() == Some(id)).peekable();
+        let mut called = self.keys.iter().filter(|key| key.id.as_deref() == Some(id)).peekable();
         if called.peek().is_none() {
             return Err(NoKey::Unknown);
         }

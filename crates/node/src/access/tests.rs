@@ -569,7 +569,7 @@ async fn a_token_is_remembered_until_it_expires_or_its_keys_change() {
 }
 
 #[test]
-fn a_file_of_keys_must_be_there_and_hold_some() {
+fn a_file_of_keys_must_be_there_and_be_of_signatures() {
     let issuing = Issuing::new();
     let text =
         format!("[[access.jwt]]\nissuer = \"i\"\naudience = \"a\"\njwks = {:?}\n", issuing.path());
@@ -598,4 +598,30 @@ fn three_parts_in_base64url_look_like_a_token() {
     for no in ["", "a.b", "a.b.c.d", "a..c", "a.b.", "a.b.c=", "sk-1", "a.b c.d"] {
         assert!(!tokens::looks_like_one(no.as_bytes()), "{no}");
     }
+#[tokio::test]
+async fn an_issuer_that_withdraws_every_key_is_believed() {
+    let issuing = Issuing::new();
+    let access = issuing.access();
+    let token = issuing.token("RS256", "r1", &claims());
+    let unnamed = issuing.token_of(&json!({ "alg": "RS256" }), &claims());
+    let issuer = access.tokens.issuers().next().unwrap().clone();
+    // Nothing at all, and what is no use for signatures.
+    let encrypting = json!({ "keys": [{ "kty": "oct", "kid": "h1", "k": "AAAA" }] });
+    for empty in [json!({ "keys": [] }), encrypting] {
+        issuing.write(&[issuing.rsa_jwk("r1")]);
+        assert!(issuer.read(&access.fetch).await);
+        assert!(access.tokens.verify(&token, now()).is_ok());
+        std::fs::write(issuing.path(), empty.to_string()).unwrap();
+        assert!(issuer.read(&access.fetch).await, "{empty}");
+        for token in [&token, &unnamed] {
+            let found = access.tokens.verify(token, now());
+            assert_eq!(found.unwrap_err(), TokenError::UnknownKey(0), "{empty}");
+        }
+    }
+    // A node that starts then has none either.
+    std::fs::write(issuing.path(), "{\"keys\": []}").unwrap();
+    let found = issuing.access().tokens.verify(&token, now());
+    assert_eq!(found.unwrap_err(), TokenError::UnknownKey(0));
+}
+
 }
