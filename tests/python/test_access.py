@@ -183,7 +183,7 @@ class World:
                         {"name": "lab", "api_key_sha256": [hashed(KEY), hashed(OTHER_KEY)]},
                         {"name": "idle", "api_key_sha256": hashed("sk-idle")},
                         {"name": "search", "certificates": [CLIENT, "search.example"]},
-                        {"name": "shop", "jwt": ["subject-1"]},
+                        {"name": "shop", "jwt": [f"{ISSUER}#subject-1", "by-url#subject-1"]},
                         {"name": "public"},
                     ],
                     allow=[
@@ -347,6 +347,8 @@ def test_a_token_of_a_key_in_a_file_is_its_tenants(world):
         assert error.code() == UNAUTHENTICATED and says in error.details(), (claims, error.details())
     stranger = Signer("r1").token()
     error, _ = call(world.node, metadata=bearer(stranger))
+        # A tenant that lists no claims is nobody's by a token, whatever it is called.
+        ({"sub": "lab"}, "[[tenant]]"),
     assert error.code() == UNAUTHENTICATED and "signature" in error.details()
 
 
@@ -538,6 +540,7 @@ def test_no_later_name_in_a_request_opens_a_model(world):
             assert "may not call model secret" in refused.value.details()
     stream = "inference.GRPCInferenceService/ModelStreamInfer"
     requests = [kserve.ModelInferRequest(model_name=name).SerializeToString() for name in ("llama-1", "secret")]
+        (jwt + jwt.replace('"i"', '"j"') + closed + 'jwt = ["s"]\n', 'write whose it is, as "i#s"'),
     credentials = grpc.ssl_channel_credentials(world.node.ca.read_bytes())
     with grpc.secure_channel(world.node.clients, credentials) as channel:
         with pytest.raises(grpc.RpcError):

@@ -123,7 +123,7 @@ impl Access {
             keys: ApiKeys::new(&tenants),
             certificates: Certificates::new(&tenants, mesh),
             fetch: Fetch::new(issuers.iter().any(Issuer::is_over_https))?,
-            tokens: Tokens::new(issuers, &tenants),
+            tokens: Tokens::new(issuers, &config.access, &tenants),
         })
     }
 

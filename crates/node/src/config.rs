@@ -24,7 +24,7 @@ pub use identity::{AuthorityConfig, IdentityConfig, IdentitySource};
 pub use load::{ConfigError, Fault, Place};
 pub use policy::{
     AccessConfig, AllowConfig, CertificateName, Claim, Glob, JwksSource, JwtConfig, KeyHash,
-    ServiceGlob, TenantConfig,
+    ServiceGlob, TenantClaim, TenantConfig,
 };
 pub use values::{
     BufferBytes, EngineUrl, HealthKind, HostPort, Latitude, Longitude, MethodPattern, Share,

@@ -350,7 +350,9 @@ impl Issuing {
         access(&format!(
             "[[access.jwt]]\nissuer = \"https://login.example\"\naudience = \"isobar\"\njwks = {:?}\n\
              [[access.jwt]]\nissuer = \"other\"\naudience = \"isobar\"\njwks = {:?}\ntenant_claim = \"tid\"\n\
-             [[tenant]]\nname = \"lab\"\napi_key_sha256 = \"{}\"\n[[tenant]]\nname = \"shop\"\njwt = [\"subject-1\", \"s2\"]\n",
+             [[tenant]]\nname = \"lab\"\napi_key_sha256 = \"{}\"\n[[tenant]]\nname = \"shop\"\n\
+             jwt = [\"https://login.example#subject-1\", \"https://login.example#s#2\", \"other#both\"]\n\
+             [[tenant]]\nname = \"club\"\njwt = [\"other#lab\", \"https://login.example#both\"]\n",
             self.path(),
             self.path(),
             hex(KEY),
@@ -434,13 +436,23 @@ async fn a_token_is_that_of_the_tenant_its_claim_stands_for() {
     );
     let mut other = with("iss", "other");
     other["tid"] = "lab".into();
+    let mut others = other.clone();
+    others["tid"] = "subject-1".into();
+    let mut both = other.clone();
+    both["tid"] = "both".into();
     for (claims, want) in [
-        (with("sub", "lab"), Ok("lab")),
+        (with("sub", "s#2"), Ok("shop")),
         (with("aud", json!(["x", "isobar"])), Ok("shop")),
         (with("exp", 1_800_000_000.5), Ok("shop")),
-        (other, Ok("lab")),
-        // Its own name does not stand for a tenant that lists others.
+        // What one issuer says is nothing to the tenants of another.
+        (other, Ok("club")),
+        (others, Err(TokenError::NoTenant)),
+        (both, Ok("shop")),
+        (with("sub", "both"), Ok("club")),
+        // No tenant goes by its name: not one that lists other claims, and not one that has only a key.
         (with("sub", "shop"), Err(TokenError::NoTenant)),
+        (with("sub", "lab"), Err(TokenError::NoTenant)),
+        (with("sub", "https://login.example#subject-1"), Err(TokenError::NoTenant)),
         (with("sub", json!(["lab"])), Err(TokenError::Malformed)),
         (without("sub"), Err(TokenError::NoTenant)),
     ] {
@@ -450,6 +462,24 @@ async fn a_token_is_that_of_the_tenant_its_claim_stands_for() {
     // Without a name, the one key that would do; here two issuers share it, each has one of each kind.
     let unnamed = issuing.token_of(&json!({ "alg": "ES256" }), &claims());
     assert_eq!(verdict(&access, &unnamed).unwrap(), "shop");
+}
+
+#[test]
+fn a_claim_without_an_issuer_is_the_only_issuers() {
+    let issuing = Issuing::new();
+    let jwt = |audience: &str| {
+        format!(
+            "[[access.jwt]]\nissuer = \"https://login.example\"\naudience = \"{audience}\"\njwks = {:?}\n",
+            issuing.path()
+        )
+    };
+    let tenant =
+        "[[tenant]]\nname = \"shop\"\njwt = [\"subject-1\", \"https://login.example#s2\"]\n";
+    let access = access(&format!("{}{}{tenant}", jwt("isobar"), jwt("more")));
+    for claims in [claims(), with("aud", "more"), with("sub", "s2")] {
+        let found = verdict(&access, &issuing.token("RS256", "r1", &claims));
+        assert_eq!(found, Ok("shop".to_owned()), "{claims}");
+    }
 }
 
 #[test]
@@ -568,6 +598,32 @@ async fn a_token_is_remembered_until_it_expires_or_its_keys_change() {
     assert_eq!(access.tokens.verify(&token, now()).unwrap_err(), TokenError::UnknownKey(0));
 }
 
+#[tokio::test]
+async fn an_issuer_that_withdraws_every_key_is_believed() {
+    let issuing = Issuing::new();
+    let access = issuing.access();
+    let token = issuing.token("RS256", "r1", &claims());
+    let unnamed = issuing.token_of(&json!({ "alg": "RS256" }), &claims());
+    let issuer = access.tokens.issuers().next().unwrap().clone();
+    // Nothing at all, and what is no use for signatures.
+    let encrypting = json!({ "keys": [{ "kty": "oct", "kid": "h1", "k": "AAAA" }] });
+    for empty in [json!({ "keys": [] }), encrypting] {
+        issuing.write(&[issuing.rsa_jwk("r1")]);
+        assert!(issuer.read(&access.fetch).await);
+        assert!(access.tokens.verify(&token, now()).is_ok());
+        std::fs::write(issuing.path(), empty.to_string()).unwrap();
+        assert!(issuer.read(&access.fetch).await, "{empty}");
+        for token in [&token, &unnamed] {
+            let found = access.tokens.verify(token, now());
+            assert_eq!(found.unwrap_err(), TokenError::UnknownKey(0), "{empty}");
+        }
+    }
+    // A node that starts then has none either.
+    std::fs::write(issuing.path(), "{\"keys\": []}").unwrap();
+    let found = issuing.access().tokens.verify(&token, now());
+    assert_eq!(found.unwrap_err(), TokenError::UnknownKey(0));
+}
+
 #[test]
 fn a_file_of_keys_must_be_there_and_be_of_signatures() {
     let issuing = Issuing::new();
@@ -598,30 +654,4 @@ fn three_parts_in_base64url_look_like_a_token() {
     for no in ["", "a.b", "a.b.c.d", "a..c", "a.b.", "a.b.c=", "sk-1", "a.b c.d"] {
         assert!(!tokens::looks_like_one(no.as_bytes()), "{no}");
     }
-#[tokio::test]
-async fn an_issuer_that_withdraws_every_key_is_believed() {
-    let issuing = Issuing::new();
-    let access = issuing.access();
-    let token = issuing.token("RS256", "r1", &claims());
-    let unnamed = issuing.token_of(&json!({ "alg": "RS256" }), &claims());
-    let issuer = access.tokens.issuers().next().unwrap().clone();
-    // Nothing at all, and what is no use for signatures.
-    let encrypting = json!({ "keys": [{ "kty": "oct", "kid": "h1", "k": "AAAA" }] });
-    for empty in [json!({ "keys": [] }), encrypting] {
-        issuing.write(&[issuing.rsa_jwk("r1")]);
-        assert!(issuer.read(&access.fetch).await);
-        assert!(access.tokens.verify(&token, now()).is_ok());
-        std::fs::write(issuing.path(), empty.to_string()).unwrap();
-        assert!(issuer.read(&access.fetch).await, "{empty}");
-        for token in [&token, &unnamed] {
-            let found = access.tokens.verify(token, now());
-            assert_eq!(found.unwrap_err(), TokenError::UnknownKey(0), "{empty}");
-        }
-    }
-    // A node that starts then has none either.
-    std::fs::write(issuing.path(), "{\"keys\": []}").unwrap();
-    let found = issuing.access().tokens.verify(&token, now());
-    assert_eq!(found.unwrap_err(), TokenError::UnknownKey(0));
-}
-
 }

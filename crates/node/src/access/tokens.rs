@@ -21,7 +21,7 @@ use super::{
     issuer::{Issuer, Keys},
     keys::NoKey,
 };
-use crate::config::TenantConfig;
+use crate::config::{AccessConfig, TenantConfig};
 
 /// Longest token.
 const TOKEN_BYTES_MAX: usize = 8 << 10;
@@ -62,7 +62,7 @@ pub(crate) enum TokenError {
     #[error("the token is not valid yet: check the clocks of its issuer and of this node")]
     NotYet,
     #[error(
-        "the tenant claim of the token stands for no tenant: list its value in `jwt` of a [[tenant]]"
+        "the tenant claim of the token stands for no tenant: list its value, with the issuer where there are several, in `jwt` of a [[tenant]]"
     )]
     NoTenant,
 }
@@ -73,7 +73,8 @@ type Claims = Map<String, Value>;
 #[derive(Debug)]
 pub(super) struct Tokens {
     issuers: Box<[Arc<Issuer>]>,
-    tenants: HashMap<String, Arc<Tenant>>,
+    /// Whom the values of the claim stand for, by issuer: what one says is nothing to another's tenants.
+    tenants: Box<[HashMap<String, Arc<Tenant>>]>,
     remembered: Mutex<LruCache<[u8; 32], Known>>,
 }
 
@@ -97,13 +98,24 @@ pub(super) fn looks_like_one(credential: &[u8]) -> bool {
 }
 
 impl Tokens {
-    pub(super) fn new(issuers: Vec<Arc<Issuer>>, tenants: &[(&TenantConfig, Arc<Tenant>)]) -> Self {
-        let tenants = tenants.iter().flat_map(|(config, tenant)| {
-            config.claims().map(|value| (value.to_owned(), tenant.clone()))
-        });
+    pub(super) fn new(
+        issuers: Vec<Arc<Issuer>>,
+        access: &AccessConfig,
+        tenants: &[(&TenantConfig, Arc<Tenant>)],
+    ) -> Self {
+        let of = |issuer: &Arc<Issuer>| {
+            let claims = tenants.iter().flat_map(|(config, tenant)| {
+                config.claims(access).map(move |(issuer, value)| (issuer, value, tenant))
+            });
+            claims
+                .filter(|(by, ..)| **by == issuer.config.issuer)
+                .map(|(_, value, tenant)| (value.as_str().to_owned(), tenant.clone()))
+                .collect()
+        };
+        let tenants: Vec<_> = issuers.iter().map(of).collect();
         Self {
             issuers: issuers.into(),
-            tenants: tenants.collect(),
+            tenants: tenants.into(),
             remembered: Mutex::new(LruCache::new(REMEMBERED_MAX)),
         }
     }
@@ -171,7 +183,7 @@ impl Tokens {
         }
         let tenant = claims.get(config.tenant_claim.as_str()).and_then(Value::as_str);
         let tenant =
-            tenant.and_then(|value| self.tenants.get(value)).ok_or(TokenError::NoTenant)?;
+            tenant.and_then(|value| self.tenants[issuer].get(value)).ok_or(TokenError::NoTenant)?;
         let generation = keys.generation;
         Ok(Known { tenant: tenant.clone(), expires_s, issuer, generation })
     }

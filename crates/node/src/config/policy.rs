@@ -31,6 +31,8 @@ const REFRESH_MIN: Duration = Duration::from_secs(1);
 const ISSUERS_MAX: usize = 16;
 /// Longest text of a glob, a claim or a name of a certificate.
 const TEXT_BYTES_MAX: usize = 512;
+/// Between an issuer and the value of a claim.
+const ISSUER_END: char = '#';
 /// How a tenant's keys are hashed.
 const HASH_REMEDY: &str = "it is not 64 hex digits: write the SHA-256 of the key, never the key itself, \
                            as `printf %s \"$KEY\" | sha256sum` prints it";
@@ -51,7 +53,8 @@ pub struct AccessConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct JwtConfig {
-    /// What the claim `iss` of its tokens must equal: a text of 1 to 512 bytes such as `https://login.example`. Required.
+    /// What the claim `iss` of its tokens must equal: a text of 1 to 512 bytes without `#`, such as `https://login.example`.
+    /// Required.
     pub issuer: Claim,
     /// What the claim `aud` of its tokens must contain: a text of 1 to 512 bytes such as "isobar". Required.
     pub audience: Claim,
@@ -81,10 +84,11 @@ pub struct TenantConfig {
     /// needs `tls.client_ca`. Default: none.
     #[serde(default)]
     pub certificates: Vec<CertificateName>,
-    /// Values of the tenant claim of its tokens, a list of texts of 1 to 512 bytes; needs `[[access.jwt]]`. Default: its
-    /// own name.
+    /// Values of the tenant claim of its tokens, a list of texts of 1 to 512 bytes such as "search-app"; with the issuer
+    /// before it, "https://login.example#search-app", where there are several or the value has a `#` in it. Needs
+    /// `[[access.jwt]]`. Default: none, no token is this tenant's.
     #[serde(default)]
-    pub jwt: Option<Vec<Claim>>,
+    pub jwt: Vec<TenantClaim>,
 }
 
 /// What tenants may call. Nothing else may be called.
@@ -133,6 +137,34 @@ impl FromStr for Claim {
 
     fn from_str(text: &str) -> Result<Self, ValueError> {
         plain_text(text).map(|text| Self(text.to_owned()))
+    }
+}
+
+/// A value of the claim that names the tenant, of one issuer (`issuer#value`) or of the only one (`value`).
+#[derive(Clone, PartialEq, Eq)]
+pub struct TenantClaim {
+    issuer: Option<Claim>,
+    value: Claim,
+}
+
+impl TenantClaim {
+    fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.issuer {
+            Some(issuer) => write!(f, "{issuer}{ISSUER_END}{}", self.value),
+            None => self.value.show(f),
+        }
+    }
+}
+
+impl FromStr for TenantClaim {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        // No issuer has one in its name, so the first ends it.
+        let Some((issuer, value)) = text.split_once(ISSUER_END) else {
+            return Ok(Self { issuer: None, value: text.parse()? });
+        };
+        Ok(Self { issuer: Some(issuer.parse()?), value: value.parse()? })
     }
 }
 
@@ -380,6 +412,7 @@ impl FromStr for ServiceGlob {
 
 super::values::text_value! {
     Claim "^[^\\x00-\\x1f\\x7f]{1,512}$"
+    TenantClaim "^([^#\\x00-\\x1f\\x7f]{1,512}#[^\\x00-\\x1f\\x7f]{1,512}|[^#\\x00-\\x1f\\x7f]{1,512})$"
     JwksSource "^[^\\x00-\\x1f\\x7f]{1,512}$"
     CertificateName "^[^\\x00-\\x20\\x7f]{1,512}$"
     Glob "^[^\\x00-\\x1f\\x7f]{1,512}$"
@@ -402,7 +435,7 @@ impl Config {
         }
         self.access.anonymous = Some(name.clone());
         let tenant_of_all =
-            TenantConfig { name, api_key_sha256: vec![], certificates: vec![], jwt: None };
+            TenantConfig { name, api_key_sha256: vec![], certificates: vec![], jwt: vec![] };
         self.tenants.push(tenant_of_all);
         self.allow.push(AllowConfig { tenant, models: None, services: None });
         let opened =
@@ -433,7 +466,10 @@ impl Config {
     /// Tenants that may call something and can be known.
     fn callers(&self) -> impl Iterator<Item = &TenantConfig> {
         let is_known = |tenant: &TenantConfig| {
-            let by_token = !self.access.jwt.is_empty() && tenant.claims().next().is_some();
+            let by_token =
+                self.access.jwt.iter().any(|jwt| {
+                    tenant.claims(&self.access).any(|(issuer, _)| *issuer == jwt.issuer)
+                });
             let is_anonymous = self.access.anonymous.as_ref() == Some(&tenant.name);
             let by_own = !tenant.api_key_sha256.is_empty() || !tenant.certificates.is_empty();
             by_token || is_anonymous || by_own
@@ -510,26 +546,23 @@ impl Faults {
                     );
                 }
             }
-            for value in tenant.claims() {
+            for claim in tenant.claims(&config.access) {
                 if let Some(other) =
-                    claims.insert(value.to_owned(), &tenant.name).filter(|o| **o != tenant.name)
+                    claims.insert(claim, &tenant.name).filter(|o| **o != tenant.name)
                 {
                     self.add(
                         format!("tenant[{index}].jwt"),
-                        format!("{value} stands for {other} already"),
+                        format!("{} stands for {other} already", claim.1),
                     );
                 }
+            }
+            if let Some(problem) = tenant.jwt.iter().find_map(|c| no_issuer(c, &config.access)) {
+                self.add(format!("tenant[{index}].jwt"), problem);
             }
             if !tenant.certificates.is_empty() && config.tls.client_ca.is_none() {
                 self.add(
                     format!("tenant[{index}].certificates"),
                     "clients are asked for a certificate only with tls.client_ca: set it",
-                );
-            }
-            if tenant.jwt.is_some() && config.access.jwt.is_empty() {
-                self.add(
-                    format!("tenant[{index}].jwt"),
-                    "nobody's tokens are believed: add [[access.jwt]]",
                 );
             }
         }
@@ -542,6 +575,12 @@ impl Faults {
                 self.add(
                     format!("access.jwt[{index}].issuer"),
                     format!("{} is listed twice for {}", jwt.issuer, jwt.audience),
+                );
+            }
+            if jwt.issuer.as_str().contains(ISSUER_END) {
+                self.add(
+                    format!("access.jwt[{index}].issuer"),
+                    format!("{} has a {ISSUER_END} in it, which ends an issuer's name in `jwt` of a [[tenant]]", jwt.issuer),
                 );
             }
             if Duration::from(jwt.refresh) < REFRESH_MIN {
@@ -575,10 +614,41 @@ impl Faults {
 }
 
 impl TenantConfig {
-    /// The values of the tenant claim that mean it.
-    pub(crate) fn claims(&self) -> impl Iterator<Item = &str> {
-        let own = self.jwt.is_none().then_some(self.name.as_str());
-        self.jwt.iter().flatten().map(Claim::as_str).chain(own)
+    /// The values of the tenant claim that mean it, each with the issuer that must say so.
+    pub(crate) fn claims<'a>(
+        &'a self,
+        access: &'a AccessConfig,
+    ) -> impl Iterator<Item = (&'a Claim, &'a Claim)> {
+        let only = access.only_issuer();
+        self.jwt.iter().filter_map(move |claim| {
+            claim.issuer.as_ref().or(only).map(|issuer| (issuer, &claim.value))
+        })
+    }
+}
+
+impl AccessConfig {
+    /// The one issuer whose tokens are believed, for however many audiences.
+    fn only_issuer(&self) -> Option<&Claim> {
+        let first = &self.jwt.first()?.issuer;
+        self.jwt.iter().all(|jwt| jwt.issuer == *first).then_some(first)
+    }
+}
+
+/// Why no issuer, or not just one, can make the claim.
+fn no_issuer(claim: &TenantClaim, access: &AccessConfig) -> Option<String> {
+    let first = match access.jwt.first() {
+        Some(first) => &first.issuer,
+        None => return Some("nobody's tokens are believed: add [[access.jwt]]".to_owned()),
+    };
+    match &claim.issuer {
+        Some(issuer) if access.jwt.iter().all(|jwt| jwt.issuer != *issuer) => Some(format!(
+            "{claim} is of the issuer {issuer}, whose tokens are not believed: add an [[access.jwt]], or write the issuer as \
+             it stands there; a value with {ISSUER_END} in it needs its issuer before it: \"{first}{ISSUER_END}{claim}\""
+        )),
+        None if access.only_issuer().is_none() => Some(format!(
+            "any of several issuers could say {claim}: write whose it is, as \"{first}{ISSUER_END}{claim}\""
+        )),
+        _ => None,
     }
 }
 

@@ -140,6 +140,7 @@ const WRONG_IN_ACCESS: [(&str, &str, &str, &str); 10] = [
     ("allow[0].services", ALLOW, "services = [\"/p.S\"]", "package.Service"),
 ];
 const JWT: &str = "[[access.jwt]]\nissuer = \"i\"\naudience = \"a\"\njwks = \"k.json\"\n";
+const JWT_OF_J: &str = "[[access.jwt]]\nissuer = \"j\"\naudience = \"a\"\njwks = \"k.json\"\n";
 const TENANT: &str = "[[tenant]]\nname = \"lab\"\n";
 const ALLOW: &str = "[[allow]]\ntenant = \"lab\"\n";
 
@@ -498,8 +499,20 @@ fn who_may_call_contradicts_itself() {
         ),
         (format!("{TENANT}jwt = [\"s\"]"), "tenant[0].jwt: nobody's tokens are believed".to_owned()),
         (
-            format!("{JWT}{TENANT}{other}jwt = [\"lab\"]"),
-            "node.toml:11: tenant[1].jwt: lab stands for lab already".to_owned(),
+            format!("{JWT}{TENANT}jwt = [\"s\"]\n{other}jwt = [\"i#s\"]"),
+            "node.toml:12: tenant[1].jwt: s stands for lab already".to_owned(),
+        ),
+        (
+            format!("{JWT}{JWT_OF_J}{TENANT}jwt = [\"i#s\", \"s\"]"),
+            "node.toml:13: tenant[0].jwt: any of several issuers could say s: write whose it is, as \"i#s\"".to_owned(),
+        ),
+        (
+            format!("{JWT}{TENANT}jwt = [\"k#s\"]"),
+            "node.toml:9: tenant[0].jwt: k#s is of the issuer k, whose tokens are not believed".to_owned(),
+        ),
+        (
+            JWT.replace("\"i\"", "\"i#j\""),
+            "node.toml:4: access.jwt[0].issuer: i#j has a # in it".to_owned(),
         ),
         (format!("{JWT}{JWT}"), "access.jwt[1].issuer: i is listed twice for a".to_owned()),
         (format!("{JWT}refresh = \"10ms\""), "access.jwt[0].refresh: 10ms is shorter than 1s".to_owned()),
@@ -540,7 +553,9 @@ fn a_file_that_says_who_may_call_is_not_opened() {
         "anonymous may call (callers who show nothing are anonymous)"
     );
     assert!(silent.open_for_development().is_empty(), "it says so now");
-    for says in [TENANT, "[tls]\nclient_ca = \"c\"", JWT, &format!("{TENANT}{ALLOW}")] {
+    // An issuer speaks for nobody by itself.
+    let silent = format!("{JWT}{TENANT}{ALLOW}");
+    for says in [TENANT, &silent, "[tls]\nclient_ca = \"c\"", JWT, &format!("{TENANT}{ALLOW}")] {
         let mut config = load(&format!("{name}{says}")).unwrap();
         assert!(config.open_for_development().is_empty(), "{says}");
         assert!(config.is_closed(), "{says}");
@@ -548,6 +563,11 @@ fn a_file_that_says_who_may_call_is_not_opened() {
     let known =
         load(&format!("{name}{TENANT}api_key_sha256 = \"{}\"\n{ALLOW}", hash('a'))).unwrap();
     assert_eq!(known.who_may_call(), "lab may call");
+    let claims = [(JWT, "[\"s\"]"), (JWT, "[\"i#s\"]"), (&[JWT, JWT_OF_J].concat(), "[\"j#s\"]")];
+    for (issuers, claims) in claims {
+        let known = load(&format!("{name}{issuers}{TENANT}jwt = {claims}\n{ALLOW}")).unwrap();
+        assert_eq!(known.who_may_call(), "lab may call", "{claims}");
+    }
 }
 
 #[test]
