@@ -127,6 +127,11 @@ impl Access {
         })
     }
 
+    /// Whether callers who show nothing have a tenant.
+    pub(crate) fn knows_anonymous(&self) -> bool {
+        self.anonymous.is_some()
+    }
+
     /// What keeps the keys of issuers fresh: one endless task for each.
     pub(crate) fn tasks(&self) -> impl Iterator<Item = impl Future<Output = ()> + Send + use<>> {
         let fetch = self.fetch.clone();

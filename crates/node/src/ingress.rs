@@ -1,7 +1,7 @@
 //! Calls from clients: the layers, in order.
 //!
 //! ```text
-//!  1 probes       /livez, /readyz and /room for load balancers, over any HTTP
+//!  1 probes       /livez, /readyz and, where anybody may call, /room for load balancers, over any HTTP
 //!  2 recorded     in flight until its last byte
 //!  3 gRPC         anything else is answered with 415
 //!  4 hop          what only a node may say is stripped; a call that comes back is refused

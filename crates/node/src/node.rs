@@ -215,7 +215,7 @@ impl Node {
         let router = control.watch_engines(&plan);
         let scrape = Scrape {
             metrics: plan.metrics.clone(),
-            probes: Probes { ready: ready.clone(), router },
+            probes: Probes { ready: ready.clone(), router, tells_room: true },
         };
         // The metrics port stays up while the node drains: that is when it is looked at.
         control.tasks.spawn(scrape.serve(metrics, CancellationToken::new()));
@@ -659,7 +659,11 @@ impl Plan {
             own: self.own.clone(),
             who: self.who.clone(),
             access: self.access.clone(),
-            probes: Probes { ready: self.ready.clone(), router: router.clone() },
+            probes: Probes {
+                ready: self.ready.clone(),
+                router: router.clone(),
+                tells_room: self.access.knows_anonymous(),
+            },
             services: Services {
                 reflection: self.reflection(Scope::Mesh, &worker),
                 health: Some(Health {

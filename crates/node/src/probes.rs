@@ -1,5 +1,5 @@
-//! Questions of load balancers, over plain HTTP on every port: is the node alive, does it take calls, is there room for a
-//! model.
+//! Questions of load balancers, over plain HTTP: is the node alive, does it take calls, is there room for a model. The last
+//! says what the mesh has, so it is told only where anybody may ask that: not on every port.
 
 use std::sync::{
     Arc,
@@ -17,12 +17,17 @@ use crate::{model::Wanted, offer::Ask, refusal::Refusal, router::Router};
 /// Longest method that is asked for.
 const METHOD_BYTES_MAX: usize = 512;
 
+const NOT_HERE: &str =
+    "here /room is answered only where access.anonymous has a tenant: ask on the metrics port\n";
+
 /// Answers probes. Cloneable.
 #[derive(Clone, Debug)]
 pub(crate) struct Probes {
     /// Whether the node takes calls. Never depends on load: a busy node is not a broken one.
     pub(crate) ready: Arc<AtomicBool>,
     pub(crate) router: Router,
+    /// Whether everybody who reaches the port may know what the mesh has.
+    pub(crate) tells_room: bool,
 }
 
 impl Probes {
@@ -35,6 +40,7 @@ impl Probes {
             "/livez" => Some(text(StatusCode::OK, "ok\n")),
             "/readyz" if self.ready.load(Ordering::Relaxed) => Some(text(StatusCode::OK, "ok\n")),
             "/readyz" => Some(text(StatusCode::SERVICE_UNAVAILABLE, "draining\n")),
+            "/room" if !self.tells_room => Some(text(StatusCode::NOT_FOUND, NOT_HERE)),
             "/room" if !self.ready.load(Ordering::Relaxed) => {
                 let why = json!({ "room": false, "reason": "draining", "why": "this node drains" });
                 Some(json_answer(StatusCode::SERVICE_UNAVAILABLE, &why))
