@@ -8,6 +8,8 @@ import re
 import ssl
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -29,6 +31,8 @@ ISSUER = "https://login.example"
 CLIENT = "spiffe://mesh.test/client/eu/search"
 INFER = "inference.GRPCInferenceService/ModelInfer"
 READY = "inference.GRPCInferenceService/ModelReady"
+HEALTH = "grpc.health.v1.Health/"
+KINDS = "isobar.test.v1.Kinds"
 REFLECTION = "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
 
@@ -251,6 +255,7 @@ def for_model(model: str) -> bytes:
 
 OK = grpc.StatusCode.OK
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 DENIED = grpc.StatusCode.PERMISSION_DENIED
 
 
@@ -342,13 +347,13 @@ def test_a_token_of_a_key_in_a_file_is_its_tenants(world):
         ({"aud": "other"}, "aud"),
         ({"iss": "other"}, "iss"),
         ({"sub": "nobody"}, "[[tenant]]"),
+        # A tenant that lists no claims is nobody's by a token, whatever it is called.
+        ({"sub": "lab"}, "[[tenant]]"),
     ):
         error, _ = call(world.node, metadata=bearer(signer.token(**claims)))
         assert error.code() == UNAUTHENTICATED and says in error.details(), (claims, error.details())
     stranger = Signer("r1").token()
     error, _ = call(world.node, metadata=bearer(stranger))
-        # A tenant that lists no claims is nobody's by a token, whatever it is called.
-        ({"sub": "lab"}, "[[tenant]]"),
     assert error.code() == UNAUTHENTICATED and "signature" in error.details()
 
 
@@ -371,13 +376,6 @@ def test_keys_that_come_over_http_may_change(world):
     waits("the new key", lambda: code_of(world.node, metadata=bearer(new.token(iss="by-url"))) == OK)
     # A key that was withdrawn opens nothing, though its tokens were good.
     assert code_of(world.node, metadata=bearer(world.url_signer.token(iss="by-url"))) == UNAUTHENTICATED
-
-
-def test_keys_come_over_https_from_who_this_machine_believes(tmp_path):
-    authority, signer = Authority(), Signer("h1")
-    secret, certificate = authority.client(x509.DNSName("localhost"))
-    (tmp_path / "server.pem").write_bytes(secret + certificate)
-    (tmp_path / "roots.pem").write_bytes(authority.pem())
     # No key is an answer too, and not a failure.
     world.server.text = key_set()
     unknown = Signer("u3").token(iss="by-url")
@@ -388,6 +386,13 @@ def test_keys_come_over_https_from_who_this_machine_believes(tmp_path):
 
     waits("no key", withdrawn)
     assert "lists no key that can be used" in world.node.err.read_text()
+
+
+def test_keys_come_over_https_from_who_this_machine_believes(tmp_path):
+    authority, signer = Authority(), Signer("h1")
+    secret, certificate = authority.client(x509.DNSName("localhost"))
+    (tmp_path / "server.pem").write_bytes(secret + certificate)
+    (tmp_path / "roots.pem").write_bytes(authority.pem())
     (tmp_path / "others.pem").write_bytes(Authority().pem())
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(tmp_path / "server.pem")
@@ -413,14 +418,33 @@ def test_keys_come_over_https_from_who_this_machine_believes(tmp_path):
         server.stop()
 
 
-def test_health_and_probes_are_open_and_reflection_needs_a_tenant(tmp_path):
+def health_of(service: str) -> bytes:
+    """A HealthCheckRequest."""
+    return bytes([0x0A, len(service)]) + service.encode() if service else b""
+
+
+def test_everybody_learns_whether_the_node_serves_and_tenants_what_it_has(tmp_path):
     tenants = [{"name": "lab", "api_key_sha256": hashed(KEY)}]
     service = Service(tmp_path, reflection=True)
-    node = Node(tmp_path, "a", "eu", tmp_path / "ca", [service.engine()], tenants=tenants)
+    node = Node(tmp_path, "a", "eu", tmp_path / "ca", [service.engine()], plaintext=True, tenants=tenants)
+    known, stranger = [("x-api-key", KEY)], [("x-api-key", "sk-lab-3")]
     try:
-        assert code_of(node, "grpc.health.v1.Health/Check") == OK
         assert code_of(node) == UNAUTHENTICATED
-        assert code_of(node, metadata=[("x-api-key", KEY)]) == DENIED
+        assert code_of(node, metadata=known) == DENIED
+        for metadata in ([], known, stranger):
+            assert code_of(node, HEALTH + "Check", metadata=metadata) == OK
+        check, named = HEALTH + "Check", health_of(KINDS)
+        wait_for("the service", lambda: code_of(node, check, named, known) == OK)
+        assert code_of(node, HEALTH + "List", metadata=known) == OK
+        for name in (KINDS, "no.Such", HEALTH.strip("/")):
+            error, _ = call(node, check, health_of(name))
+            assert error.code() == UNAUTHENTICATED and "x-api-key" in error.details(), error
+            assert code_of(node, check, health_of(name), stranger) == UNAUTHENTICATED
+        # Protobuf's last name counts.
+        assert code_of(node, check, health_of("x") + b"\x0a\x00") == OK
+        assert code_of(node, check, b"\x0a\x00" + named) == UNAUTHENTICATED
+        for method, request in (("List", b""), ("Watch", b""), ("Watch", named)):
+            assert code_of(node, HEALTH + method, request) == UNAUTHENTICATED
 
         def services(metadata):
             credentials = grpc.ssl_channel_credentials(node.ca.read_bytes())
@@ -431,14 +455,53 @@ def test_health_and_probes_are_open_and_reflection_needs_a_tenant(tmp_path):
             reply = reflection_pb2.ServerReflectionResponse.FromString(replies[0])
             return [service.name for service in reply.list_services_response.service]
 
-        assert "grpc.health.v1.Health" in services([("x-api-key", KEY)])
+        assert "grpc.health.v1.Health" in services(known)
         with pytest.raises(grpc.RpcError) as refused:
             services([])
         assert refused.value.code() == UNAUTHENTICATED
-        assert node.get("/livez")[0] == 200
+        assert probe(node, "/livez") == (200, "ok\n") and probe(node, "/readyz") == (200, "ok\n")
+        for path in ("/room", f"/room?method=/{UNARY}", "/room?model=m"):
+            status, why = probe(node, path)
+            assert status == 404 and "metrics port" in why
+        assert node.get("/livez")[0] == 200 and node.get(f"/room?method=/{UNARY}")[0] == 200
     finally:
         node.kill()
         service.kill()
+
+
+def probe(node, path) -> tuple[int, str]:
+    """Status and body of a page of the port without TLS."""
+    try:
+        with urllib.request.urlopen(f"http://{node.plaintext}{path}", timeout=LONG) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_room_is_told_where_callers_who_show_nothing_have_a_tenant(world):
+    assert probe(world.node, "/room?model=llama-1")[0] == 200
+
+
+def test_a_client_that_checks_health_by_itself_calls_with_what_its_channel_shows(world):
+    """With `healthCheckConfig` gRPC sends nothing where a Watch of the name does not say SERVING."""
+    wait_for("the service", lambda: code_of(world.node, HEALTH + "Check", health_of(KINDS)) == OK)
+    config = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": KINDS}}
+    options = [("grpc.service_config", json.dumps(config))]
+    root = world.node.ca.read_bytes()
+    token = grpc.access_token_call_credentials(KEY)
+    with_key = grpc.composite_channel_credentials(grpc.ssl_channel_credentials(root), token)
+    of_client = world.authority.client(x509.UniformResourceIdentifier(CLIENT))
+    with_certificate = grpc.ssl_channel_credentials(root, *of_client)
+    nobody = world.authority.client(x509.UniformResourceIdentifier("spiffe://mesh.test/client/eu/other"))
+    with_none = grpc.ssl_channel_credentials(root, *nobody)
+    for credentials, wanted in ((with_key, OK), (with_certificate, OK), (with_none, UNAVAILABLE)):
+        with grpc.secure_channel(world.node.clients, credentials, options=options) as channel:
+            try:
+                channel.unary_unary(f"/{UNARY}")(b"", timeout=LONG)
+                code = OK
+            except grpc.RpcError as error:
+                code = error.code()
+        assert code == wanted
 
 
 def test_what_dev_opens_is_said_and_a_file_that_says_something_stays_closed(tmp_path):
@@ -477,6 +540,7 @@ def test_check_says_who_may_call(tmp_path):
         assert done.returncode == 0 and says in done.stdout and done.stderr == "", done
     for text, says in (
         (jwt, "gone.json cannot be read"),
+        (jwt + jwt.replace('"i"', '"j"') + closed + 'jwt = ["s"]\n', 'write whose it is, as "i#s"'),
         ('[tls]\nclient_ca = "gone.pem"', "gone.pem does not exist"),
         ('[[tenant]]\nname = "lab"\napi_key_sha256 = "sk-1"', "sha256sum"),
     ):
@@ -540,7 +604,6 @@ def test_no_later_name_in_a_request_opens_a_model(world):
             assert "may not call model secret" in refused.value.details()
     stream = "inference.GRPCInferenceService/ModelStreamInfer"
     requests = [kserve.ModelInferRequest(model_name=name).SerializeToString() for name in ("llama-1", "secret")]
-        (jwt + jwt.replace('"i"', '"j"') + closed + 'jwt = ["s"]\n', 'write whose it is, as "i#s"'),
     credentials = grpc.ssl_channel_credentials(world.node.ca.read_bytes())
     with grpc.secure_channel(world.node.clients, credentials) as channel:
         with pytest.raises(grpc.RpcError):

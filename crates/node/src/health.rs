@@ -1,7 +1,8 @@
 //! Health of the mesh, in gRPC's own terms: can anybody serve this service, or this model?
 //!
 //! The name asked for is a service or a model; none means this node. Busy is not unhealthy: a server without room serves.
-//! A node that drains serves nothing. Source: gRPC `doc/health-checking.md`.
+//! A node that drains serves nothing. A stranger is told whether this node serves, and nothing of what there is.
+//! Source: gRPC `doc/health-checking.md`.
 
 use std::{
     collections::BTreeMap,
@@ -43,6 +44,10 @@ pub(crate) struct Health {
     /// Ends watches.
     pub(crate) drain: CancellationToken,
 }
+
+/// Goes with a check that no tenant makes: what such a caller gets who asks for more than whether the node serves.
+#[derive(Clone, Debug)]
+pub(crate) struct Stranger(pub(crate) Status);
 
 impl Health {
     /// The status of a service or a model; `None`: nobody has it.
@@ -129,7 +134,12 @@ impl health_server::Health for Health {
         &self,
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<HealthCheckResponse>, Status> {
-        let status = self.status(&name(request.into_inner())?);
+        let stranger = request.extensions().get::<Stranger>().cloned();
+        let name = name(request.into_inner())?;
+        if let Some(Stranger(status)) = stranger.filter(|_| !name.is_empty()) {
+            return Err(status);
+        }
+        let status = self.status(&name);
         let status = status.ok_or_else(|| {
             Status::not_found("nobody in the mesh has a service or model of this name")
         })?;

@@ -6,7 +6,7 @@
 //!  3 gRPC         anything else is answered with 415
 //!  4 hop          what only a node may say is stripped; a call that comes back is refused
 //!  5 deadline     over everything below, headers and body
-//!  6 who          which tenant calls, and whether it may call this; health is open to everybody
+//!  6 who          which tenant calls, and whether it may call this; whether the node serves is told everybody
 //!  7 own services health and reflection are answered for the whole mesh
 //!  8 memory       a node that holds back as much as it may is busy
 //!  9 model        a bounded look at the front of the body, where who serves it or who may call it depends on it
@@ -31,6 +31,7 @@ use crate::{
     attempt::{Answer, Attempt},
     buffers::Buffers,
     config::MethodPattern,
+    health::Stranger,
     hop::{self, Pseudonym},
     metrics::{Metrics, Side, To},
     model::{self, Wanted},
@@ -163,13 +164,18 @@ impl Ingress {
         record: &mut Record,
     ) -> Result<Option<Arc<Tenant>>, Refusal> {
         let own = services::own(request.uri().path());
-        if own == Some(Own::Health) {
-            return Ok(None);
-        }
         let info = request.extensions().get::<CallInfo>();
         let shown = info.map(|info| info.certificates.clone()).unwrap_or_default();
         let access = &self.0.access;
-        let tenant = access.who(request.headers_mut(), &shown, deadline, clock::wall()).await?;
+        let tenant = access.who(request.headers_mut(), &shown, deadline, clock::wall()).await;
+        let tenant = match tenant {
+            Err(refusal) if own == Some(Own::Check) => {
+                let status = refusal.status(&self.0.who);
+                request.extensions_mut().insert(Stranger(status));
+                return Ok(None);
+            }
+            tenant => tenant?,
+        };
         record.tenant(tenant.name());
         let path = request.uri().path();
         match tenant.may_call(path) {

@@ -22,6 +22,8 @@ pub(crate) const REFLECTION: [&str; 2] =
     ["grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"];
 /// What health is called.
 pub(crate) const HEALTH: &str = "grpc.health.v1.Health";
+/// The method of health that says whether the node serves.
+const CHECK: &str = "Check";
 /// The method of reflection.
 pub(crate) const REFLECTION_METHOD: &str = "ServerReflectionInfo";
 /// Longest request that is read: a name.
@@ -43,6 +45,9 @@ pub(crate) struct Services {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Own {
     Reflection,
+    /// Health's method for one answer.
+    Check,
+    /// Its others.
     Health,
 }
 
@@ -51,8 +56,10 @@ pub(crate) fn own(path: &str) -> Option<Own> {
     let (service, method) = path.trim_start_matches('/').split_once('/').unwrap_or_default();
     if REFLECTION.contains(&service) && method == REFLECTION_METHOD {
         Some(Own::Reflection)
+    } else if service == HEALTH {
+        Some(if method == CHECK { Own::Check } else { Own::Health })
     } else {
-        (service == HEALTH).then_some(Own::Health)
+        None
     }
 }
 
@@ -63,7 +70,8 @@ impl Services {
         request: Request<Body>,
     ) -> Result<Response<Body>, Request<Body>> {
         let own = own(request.uri().path());
-        let health = self.health.as_ref().filter(|_| own == Some(Own::Health));
+        let is_health = matches!(own, Some(Own::Check | Own::Health));
+        let health = self.health.as_ref().filter(|_| is_health);
         if own == Some(Own::Reflection) {
             let reflection = self.reflection.clone();
             let mut gzip = EnabledCompressionEncodings::default();
