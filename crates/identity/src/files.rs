@@ -4,9 +4,13 @@
 //! step, so nothing here needs them to: see [`crate::DevCa`].
 
 use std::{
+    ffi::OsStr,
     fs::{self, DirBuilder, File, Permissions},
     io::{self, ErrorKind, Read, Write},
-    os::unix::fs::{DirBuilderExt, PermissionsExt, symlink},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{DirBuilderExt, PermissionsExt, symlink},
+    },
     path::Path,
 };
 
@@ -124,9 +128,10 @@ fn done_unless_absent(result: io::Result<()>) -> io::Result<bool> {
 }
 
 /// Puts several files into `dir` at once: they are written into a directory of their own, and a link that all of them are
-/// reached through is turned to it in one step.
+/// reached through is turned to it in one step. Nobody else does so meanwhile, where the file system knows locks.
 pub(crate) fn replace_all(dir: &Path, files: &[(&str, u32, &str)]) -> Result<(), IdentityError> {
     create_secret_directory(dir)?;
+    let lock = File::open(dir).and_then(|dir| dir.lock().map(|()| dir));
     let fresh = tempfile::Builder::new()
         .prefix(GENERATION)
         .permissions(Permissions::from_mode(0o700))
@@ -138,15 +143,29 @@ pub(crate) fn replace_all(dir: &Path, files: &[(&str, u32, &str)]) -> Result<(),
     let current = dir.join(CURRENT);
     let before = fs::read_link(&current).ok();
     let fresh = fresh.keep();
-    link(Path::new(fresh.file_name().unwrap_or_default()), &current)?;
+    let fresh = fresh.file_name().unwrap_or_default();
+    link(Path::new(fresh), &current)?;
     for (name, ..) in files {
         link(&Path::new(CURRENT).join(name), &dir.join(name))?;
     }
-    // What nobody can reach any more; a leftover hurts nobody.
-    if let Some(before) = before {
-        drop(fs::remove_dir_all(dir.join(before)));
-    }
+    // Without the lock another one may be about to be turned to.
+    sweep(dir, |name| {
+        name != fresh && (lock.is_ok() || before.as_deref() == Some(Path::new(name)))
+    });
     Ok(())
+}
+
+/// Removes of the directories that [`replace_all`] made in `dir` those that are `stale`, with the keys in them: the one
+/// before, and what was left by whoever was cut short. A link is neither followed nor removed. One that stays hurts
+/// nobody, and the next time it is tried again.
+fn sweep(dir: &Path, stale: impl Fn(&OsStr) -> bool) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let ours = name.as_bytes().starts_with(GENERATION.as_bytes());
+        if ours && stale(&name) && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            drop(fs::remove_dir_all(entry.path()));
+        }
+    }
 }
 
 /// Makes `path` a link to `target`, in the place of what was there.
@@ -235,4 +254,85 @@ fn parse_key(file: File, path: &Path) -> Result<PrivateKeyDer<'static>, Identity
 
 pub(crate) fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> IdentityError {
     move |source| IdentityError::File { action, path: path.into(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{path::PathBuf, thread};
+
+    use super::*;
+
+    fn put(dir: &Path, contents: &str) {
+        replace_all(dir, &[("key.pem", SECRET, contents), ("cert.pem", PUBLIC, contents)]).unwrap();
+        assert_eq!(fs::read_to_string(dir.join("key.pem")).unwrap(), contents);
+    }
+
+    fn generations(dir: &Path) -> Vec<PathBuf> {
+        let found = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+        found
+            .filter(|path| path.file_name().unwrap().as_bytes().starts_with(GENERATION.as_bytes()))
+            .collect()
+    }
+
+    #[test]
+    fn files_that_are_replaced_together_leave_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        for contents in ["one", "two", "three"] {
+            put(dir.path(), contents);
+            assert_eq!(generations(dir.path()).len(), 1);
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 4);
+        }
+    }
+
+    #[test]
+    fn what_somebody_else_made_the_link_point_to_stays() {
+        let outer = tempfile::tempdir().unwrap();
+        let (dir, other) = (outer.path().join("identity"), outer.path().join(".identity-other"));
+        for target in [other.clone(), "../.identity-other".into(), "mine".into(), ".".into()] {
+            fs::create_dir_all(dir.join("mine")).unwrap();
+            fs::create_dir_all(&other).unwrap();
+            fs::write(other.join("precious"), "").unwrap();
+            drop(fs::remove_file(dir.join(CURRENT)));
+            symlink(&target, dir.join(CURRENT)).unwrap();
+            put(&dir, "new");
+            assert!(other.join("precious").exists(), "{}", target.display());
+            assert!(dir.join("mine").exists(), "{}", target.display());
+        }
+    }
+
+    #[test]
+    fn what_was_left_by_whoever_was_cut_short_is_swept_and_nothing_else() {
+        let outer = tempfile::tempdir().unwrap();
+        let (dir, other) = (outer.path().join("identity"), outer.path().join("other"));
+        for made in [dir.join(".identity-dead"), dir.join(".identical"), other.clone()] {
+            fs::create_dir_all(&made).unwrap();
+            fs::write(made.join("key.pem"), "").unwrap();
+        }
+        symlink(&other, dir.join(".identity-link")).unwrap();
+        symlink(&other, dir.join(".identity-dead/link")).unwrap();
+        fs::write(dir.join(".identity-file"), "").unwrap();
+        put(&dir, "new");
+        assert!(!dir.join(".identity-dead").exists());
+        for kept in [".identical/key.pem", ".identity-link/key.pem", ".identity-file"] {
+            assert!(dir.join(kept).exists(), "{kept}");
+        }
+        assert!(other.join("key.pem").exists());
+    }
+
+    #[test]
+    fn those_that_replace_at_once_do_not_sweep_what_the_other_has_written() {
+        let dir = tempfile::tempdir().unwrap();
+        thread::scope(|scope| {
+            for name in ["a", "b", "c"] {
+                let dir = dir.path();
+                scope.spawn(move || {
+                    let files = [("key.pem", SECRET, name), ("cert.pem", PUBLIC, name)];
+                    (0..20).for_each(|_| replace_all(dir, &files).unwrap());
+                });
+            }
+        });
+        let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+        assert_eq!(read("key.pem"), read("cert.pem"));
+        assert_eq!(generations(dir.path()).len(), 1);
+    }
 }
