@@ -8,6 +8,7 @@
 //! DIR/authority/tokens/<id>.json        join tokens: hash, scope, uses (0600)
 //! DIR/authority/revoked.pb              who is not believed any more, signed
 //! DIR/authority/audit.log               what was done for whom
+//! DIR/authority/refused.log             what was refused whom
 //! ```
 //!
 //! A running node holds an [`Authority`] and opens it anew when [`Authority::has_changed`]; commands change the
@@ -178,7 +179,11 @@ impl Authority {
         }
         let key = requested_key(csr)?;
         let revoked_at = self.list()?.revoked_at(id);
-        self.issuing.certify(&key, Terms { id, ips, life, revoked_at }, now)
+        let chain = self.issuing.certify(&key, Terms { id, ips, life, revoked_at }, now)?;
+        let (outcome, who) = (audit::DONE, id.to_string());
+        let entry = audit::Entry { event: "issue", outcome, who, ..Default::default() };
+        audit::record(&self.place, &entry, now);
+        Ok(chain)
     }
 
     /// A certificate of the role `authority` with a key that is never on disk: what proves this authority to whoever

@@ -174,5 +174,5 @@ impl Authority {
 }
 
 fn label<T>(outcome: &Result<T, Refusal>) -> &'static str {
-    outcome.as_ref().err().map_or("done", Refusal::label)
+    outcome.as_ref().err().map_or(audit::DONE, Refusal::label)
 }

@@ -42,8 +42,9 @@ impl Authority {
         let at = UNIX_EPOCH + Duration::from_millis(milliseconds(now));
         list.add(id.clone(), Revoked { at, forget_at: at + self.forget_after(id.role) });
         let version = self.publish(list, now)?;
-        let entry = audit::Entry { event: "revoke", outcome: "done", ..Default::default() };
-        audit::record(&self.place, &audit::Entry { who: id.to_string(), ..entry }, now);
+        let (outcome, who) = (audit::DONE, id.to_string());
+        let entry = audit::Entry { event: "revoke", outcome, who, ..Default::default() };
+        audit::record(&self.place, &entry, now);
         Ok(version)
     }
 

@@ -85,6 +85,10 @@ impl Place {
         self.0.join("audit.log")
     }
 
+    pub(crate) fn refused(&self) -> PathBuf {
+        self.0.join("refused.log")
+    }
+
     /// Waits until nobody else changes the directory; they do not until the result is dropped.
     pub(crate) fn lock(&self) -> Result<Lock, IdentityError> {
         let path = self.0.join(".lock");

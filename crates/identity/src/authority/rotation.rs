@@ -70,7 +70,8 @@ impl Authority {
             Rotated::RootRemoved => "old root removed",
         };
         let who = who.into();
-        let entry = audit::Entry { event: "rotate", outcome: "done", who, ..Default::default() };
+        let entry =
+            audit::Entry { event: "rotate", outcome: audit::DONE, who, ..Default::default() };
         audit::record(&rotation.place, &entry, now);
         Ok(done)
     }
@@ -92,7 +93,8 @@ impl Authority {
         }
         rotation.replace_issuer_only(now)?;
         let who = "issuer replaced, under the same root".into();
-        let entry = audit::Entry { event: "rotate", outcome: "done", who, ..Default::default() };
+        let entry =
+            audit::Entry { event: "rotate", outcome: audit::DONE, who, ..Default::default() };
         audit::record(&rotation.place, &entry, now);
         Ok(())
     }

@@ -231,18 +231,22 @@ fn what_was_done_for_whom_is_on_record_without_secrets() {
     join(&authority, &token.reveal(), "a", now()).unwrap();
     join(&authority, &token.reveal(), "a", now()).unwrap_err();
     authority.revoke(&id(Role::Node, "a"), now()).unwrap();
-    let path = mesh.path("authority/audit.log");
-    assert_eq!(mode(&path), 0o600);
-    let log = fs::read_to_string(path).unwrap();
-    let lines: Vec<serde_json::Value> =
-        log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    let outcomes: Vec<_> =
-        lines.iter().map(|line| (line["event"].clone(), line["outcome"].clone())).collect();
-    let want = [("token", "done"), ("join", "done"), ("join", "replayed"), ("revoke", "done")];
-    assert_eq!(outcomes, want.map(|(event, outcome)| (event.into(), outcome.into())));
-    assert_eq!(lines[1]["remote"], "192.0.2.7");
-    assert_eq!(lines[1]["token"], token.id());
-    assert!(!log.contains(&token.reveal()[20..60]), "{log}");
+    let done = [("token", "done"), ("join", "done"), ("revoke", "done")];
+    for (file, want) in [("audit.log", &done[..]), ("refused.log", &[("join", "replayed")])] {
+        let path = mesh.path("authority").join(file);
+        assert_eq!(mode(&path), 0o600);
+        let log = fs::read_to_string(path).unwrap();
+        let lines: Vec<serde_json::Value> =
+            log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let said = |line: &serde_json::Value| (line["event"].clone(), line["outcome"].clone());
+        let want: Vec<_> =
+            want.iter().map(|(event, how)| ((*event).into(), (*how).into())).collect();
+        assert_eq!(lines.iter().map(said).collect::<Vec<_>>(), want);
+        let join = lines.iter().find(|line| line["event"] == "join").unwrap();
+        assert_eq!(join["remote"], "192.0.2.7");
+        assert_eq!(join["token"], token.id());
+        assert!(!log.contains(&token.reveal()[20..60]), "{log}");
+    }
 }
 
 #[test]
