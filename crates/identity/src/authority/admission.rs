@@ -12,7 +12,7 @@ use super::{
     Ask, Authority, Refusal, TokenScope, TokenStatus, audit,
     csr::requested_key,
     issuing::Terms,
-    store::{self, Kept},
+    store::{self, Kept, Origin},
 };
 use crate::{
     IdentityError, Role, SpiffeId, Token,
@@ -21,8 +21,8 @@ use crate::{
 };
 
 impl Authority {
-    /// Makes a token that is good for `scope`; its text can only be had from the result. Tokens that expired a day ago are
-    /// forgotten.
+    /// Makes a token that is good for `scope`, and in this directory only, not in a copy of it; its text can only be had
+    /// from the result. Tokens that expired a day ago are forgotten.
     ///
     /// # Errors
     /// The scope is refused, there are 4,096 tokens, or the directory cannot be written.
@@ -45,14 +45,16 @@ impl Authority {
         };
         let _lock = self.place.lock()?;
         store::sweep(&self.place, now)?;
-        store::write(&self.place, &token.id(), &Kept::new(&token, scope.uses, now))?;
+        let kept = Kept::new(&token, scope.uses, Origin::of(&self.place)?, now);
+        store::write(&self.place, &token.id(), &kept)?;
         let who = store::describe(&token);
-        let entry = audit::Entry { event: "token", outcome: "done", who, ..Default::default() };
+        let entry =
+            audit::Entry { event: "token", outcome: audit::DONE, who, ..Default::default() };
         audit::record(&self.place, &audit::Entry { token: Some(token.id()), ..entry }, now);
         Ok(token)
     }
 
-    /// The tokens it knows, in the order in which they end.
+    /// The tokens that were made in this directory, in the order in which they end.
     ///
     /// # Errors
     /// The directory cannot be read.
@@ -93,7 +95,7 @@ impl Authority {
         self.check_mesh(&token.trust_domain)?;
         let lock = self.place.lock()?;
         let mut kept = store::read(&self.place, token)?.ok_or(Refusal::Unknown)?;
-        kept.admit(token, ask, now)?;
+        kept.admit(token, ask, Origin::of(&self.place)?, now)?;
         let id = self.node_id(ask.region, ask.name);
         let revoked_at = self.list()?.revoked_at(&id);
         if let Some(at) = revoked_at

@@ -50,6 +50,12 @@ pub enum Refusal {
          use it where it was issued, or ask for a new one (`isobar ca token`)"
     )]
     Unknown,
+    /// Kept here, in the copy of a directory it was made in.
+    #[error(
+        "the token was made at another copy of this authority, where it may have been used: \
+         use it there, or ask for a new one (`isobar ca token`)"
+    )]
+    OtherCopy,
     /// Too late.
     #[error("the token expired on {}: ask for a new one (`isobar ca token`)", text(*.at))]
     Expired {
@@ -105,16 +111,14 @@ pub enum Refusal {
     },
     /// Used as often as it is good for.
     #[error(
-        "all {uses} uses of the token are taken, the last by `{name}` on {}: ask for a new one (`isobar ca token`)",
-        text(*.at)
+        "all {uses} uses of the token are taken{}: ask for a new one (`isobar ca token`)",
+        last_use(.last.as_ref())
     )]
     UsedUp {
-        /// How often it was good.
+        /// How often it was used.
         uses: u32,
-        /// Who was last.
-        name: NodeName,
-        /// When.
-        at: SystemTime,
+        /// Who was last, and when; `None`: it was withdrawn before anybody was.
+        last: Option<(NodeName, SystemTime)>,
     },
     /// Excluded.
     #[error("{id} was revoked on {}: to let it in again, join with a token that is issued from now on", text(*.at))]
@@ -151,7 +155,7 @@ impl Refusal {
     pub fn label(&self) -> &'static str {
         match self {
             Self::Tampered => "tampered",
-            Self::Unknown => "unknown",
+            Self::Unknown | Self::OtherCopy => "unknown",
             Self::Expired { .. } => "expired",
             Self::WrongName { .. } => "wrong_name",
             Self::WrongRegion { .. } => "wrong_region",
@@ -176,6 +180,10 @@ impl Refusal {
             _ => None,
         }
     }
+}
+
+fn last_use(last: Option<&(NodeName, SystemTime)>) -> String {
+    last.map(|(name, at)| format!(", the last by `{name}` on {}", text(*at))).unwrap_or_default()
 }
 
 impl From<CsrError> for Refusal {

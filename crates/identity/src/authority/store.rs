@@ -5,6 +5,7 @@
 
 use std::{
     fs,
+    os::unix::fs::MetadataExt as _,
     path::PathBuf,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -123,6 +124,8 @@ pub struct TokenStatus {
 /// One file.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Kept {
+    /// The directory it was made in: what is found in a copy of that was not made there.
+    origin: Origin,
     /// SHA-256 of the text, in hexadecimal.
     sha256: String,
     names: String,
@@ -134,6 +137,31 @@ pub(crate) struct Kept {
     redemptions: Vec<Used>,
 }
 
+/// Which directory `tokens` is. It is the same wherever it is moved to, and none of its copies is: each of those would
+/// let the same token in once more.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+pub(crate) struct Origin {
+    inode: u64,
+    /// In nanoseconds, where the file system knows it: inodes of two machines can have one number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    born_ns: Option<u64>,
+}
+
+impl Origin {
+    pub(crate) fn of(place: &Place) -> Result<Self, IdentityError> {
+        let path = place.tokens();
+        let found = fs::metadata(&path).map_err(files::failed("look at", &path))?;
+        let born = found.created().ok().and_then(|born| born.duration_since(UNIX_EPOCH).ok());
+        let born_ns = born.and_then(|born| u64::try_from(born.as_nanos()).ok());
+        Ok(Self { inode: found.ino(), born_ns })
+    }
+
+    fn is(self, other: Self) -> bool {
+        let born = self.born_ns.zip(other.born_ns);
+        self.inode == other.inode && born.is_none_or(|(one, other)| one == other)
+    }
+}
+
 #[derive(Clone, Debug, Deserialize, Serialize)]
 struct Used {
     name: NodeName,
@@ -142,9 +170,10 @@ struct Used {
 }
 
 impl Kept {
-    pub(crate) fn new(token: &Token, uses: u32, now: SystemTime) -> Self {
+    pub(crate) fn new(token: &Token, uses: u32, origin: Origin, now: SystemTime) -> Self {
         let expires = token.expires_at.duration_since(UNIX_EPOCH).unwrap_or_default();
         Self {
+            origin,
             sha256: HEXLOWER.encode(digest(&SHA256, token.reveal().as_bytes()).as_ref()),
             names: token.names.to_string(),
             region: token.region.clone(),
@@ -164,16 +193,20 @@ impl Kept {
         UNIX_EPOCH + Duration::from_secs(self.expires_at_s)
     }
 
-    /// Whether `ask` may use the token, of which it has shown `token`.
+    /// Whether `ask` may use the token, of which it has shown `token`, in the directory `here`.
     pub(crate) fn admit(
         &self,
         token: &Token,
         ask: &Ask<'_>,
+        here: Origin,
         now: SystemTime,
     ) -> Result<(), Refusal> {
         let shown = HEXLOWER.encode(digest(&SHA256, token.reveal().as_bytes()).as_ref());
         verify_slices_are_equal(shown.as_bytes(), self.sha256.as_bytes())
             .map_err(|_| Refusal::Tampered)?;
+        if !self.origin.is(here) {
+            return Err(Refusal::OtherCopy);
+        }
         if now >= self.expires_at() {
             return Err(Refusal::Expired { at: self.expires_at() });
         }
@@ -192,14 +225,13 @@ impl Kept {
         if let Some(used) = self.redemptions.iter().find(|used| used.name == *name) {
             return Err(Refusal::Replayed { name: name.clone(), at: used.at() });
         }
-        match self.redemptions.last() {
-            Some(last) if self.uses_left == 0 => Err(Refusal::UsedUp {
-                uses: self.redemptions.len().try_into().unwrap_or(USES_MAX),
-                name: last.name.clone(),
-                at: last.at(),
-            }),
-            _ => Ok(()),
+        if self.uses_left > 0 {
+            return Ok(());
         }
+        Err(Refusal::UsedUp {
+            uses: self.redemptions.len().try_into().unwrap_or(USES_MAX),
+            last: self.redemptions.last().map(|used| (used.name.clone(), used.at())),
+        })
     }
 
     pub(crate) fn take_use(&mut self, ask: &Ask<'_>, now: SystemTime) {
@@ -291,13 +323,16 @@ pub(crate) fn sweep(place: &Place, now: SystemTime) -> Result<(), IdentityError>
     )))
 }
 
-/// Every token that is kept and can be read, in the order in which they end.
+/// Every token that was made here and can be read, in the order in which they end.
 pub(crate) fn list(place: &Place) -> Result<Vec<TokenStatus>, IdentityError> {
     let mut found = Vec::new();
+    let here = files::exists(&place.tokens())?.then(|| Origin::of(place)).transpose()?;
     for path in files_of(place)? {
         let id = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let Some(bytes) = files::read_if_there(&path)? else { continue };
-        found.extend(parse(&bytes, path).ok().and_then(|kept| kept.status(id)));
+        let kept =
+            parse(&bytes, path).ok().filter(|kept| here.is_some_and(|it| kept.origin.is(it)));
+        found.extend(kept.and_then(|kept| kept.status(id)));
     }
     found.sort_by(|a, b| (a.expires_at, &a.id).cmp(&(b.expires_at, &b.id)));
     Ok(found)

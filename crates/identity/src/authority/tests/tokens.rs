@@ -141,6 +141,61 @@ fn of_many_that_redeem_a_token_at_once_one_gets_in() {
     }
 }
 
+/// Like `cp -a` of the online part: the files are the same in every way.
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let there = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy(&entry.path(), &there),
+            false => drop(fs::copy(entry.path(), there).unwrap()),
+        }
+    }
+}
+
+#[test]
+fn a_copy_of_an_authority_lets_nobody_in_with_the_tokens_of_the_first() {
+    let mesh = Mesh::new();
+    let authority = mesh.open(now());
+    let tokens =
+        ["a", "b"].map(|name| authority.issue_token(&scope(name, 1), now()).unwrap().reveal());
+    copy(&mesh.path("authority"), &mesh.path("second"));
+    let second = Authority::open(&mesh.path("second"), now()).unwrap();
+    assert_eq!(outcome(join(&authority, &tokens[0], "a", now())), "joined");
+    for (token, node) in tokens.iter().zip(["a", "b"]) {
+        let refused = join(&second, token, node, now()).unwrap_err();
+        assert_eq!(refused.label(), "unknown");
+        assert!(refused.to_string().contains("another copy"), "{refused}");
+    }
+    assert!(second.tokens().unwrap().is_empty(), "none of them is good there");
+    let own = second.issue_token(&scope("c", 1), now()).unwrap().reveal();
+    assert_eq!(outcome(join(&second, &own, "c", now())), "joined");
+    assert_eq!(outcome(join(&authority, &own, "c", now())), "unknown");
+}
+
+#[test]
+fn an_authority_that_is_moved_keeps_its_tokens() {
+    let mesh = Mesh::new();
+    let token = mesh.open(now()).issue_token(&scope("a", 1), now()).unwrap().reveal();
+    fs::rename(mesh.path("authority"), mesh.path("moved")).unwrap();
+    let moved = Authority::open(&mesh.path("moved"), now()).unwrap();
+    assert_eq!(outcome(join(&moved, &token, "a", now())), "joined");
+}
+
+#[test]
+fn a_token_without_uses_lets_nobody_in_though_nobody_has_used_it() {
+    let mesh = Mesh::new();
+    let authority = mesh.open(now());
+    let token = authority.issue_token(&scope("a", 1), now()).unwrap();
+    let path = mesh.path(&format!("authority/tokens/{}.json", token.id()));
+    let kept = fs::read_to_string(&path).unwrap();
+    fs::write(&path, kept.replace("\"uses_left\": 1", "\"uses_left\": 0")).unwrap();
+    let refused = join(&authority, &token.reveal(), "a", now()).unwrap_err();
+    assert_eq!(refused.label(), "used_up");
+    assert!(refused.to_string().contains("taken: ask"), "{refused}");
+}
+
 #[test]
 fn tokens_that_would_let_in_too_much_are_not_made() {
     let mesh = Mesh::new();
