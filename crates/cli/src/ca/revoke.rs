@@ -8,6 +8,10 @@ use serde_json::json;
 use super::{Place, failure, node_id, role};
 use crate::{Failure, output};
 
+/// What a list of names cannot do.
+const KEY_HOLDER: &str = "a node that holds the issuing key can certify itself again: \
+                          only a new issuing certificate and root exclude it (`isobar ca rotate`)";
+
 /// Options of `isobar ca revoke`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -48,13 +52,18 @@ pub(super) fn run(options: &Options) -> Result<(), Failure> {
     let trust_domain = authority.trust_domain().clone();
     let id = SpiffeId { trust_domain, role: options.role, region, name };
     let version = authority.revoke(&id, now).map_err(failure)?;
+    // Authorities certify themselves. Records that cannot be read say nothing against the name.
+    let known = id.role == Role::Authority || authority.has_issued_to(&id).unwrap_or(true);
     if options.json {
         output::json_line(&json!({ "revoked": id.to_string(), "version": version }))?;
-        return Ok(());
+    } else {
+        output::text(&format!(
+            "revoked {id}\n  nodes learn of it from the authority within seconds; \
+             to let it in again, give it a new token (`isobar ca token`)\n  {KEY_HOLDER}"
+        ))?;
     }
-    output::text(&format!(
-        "revoked {id}\n  nodes learn of it from the authority within seconds; \
-         to let it in again, give it a new token (`isobar ca token`)"
-    ))?;
+    if !known {
+        output::note(&format!("{id}: nothing was ever issued to it here: is the name right?"));
+    }
     Ok(())
 }

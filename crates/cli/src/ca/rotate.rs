@@ -34,6 +34,7 @@ pub(super) fn run(options: &Options) -> Result<(), Failure> {
             "issuer_replaced",
             None,
             "certificates are issued by a new issuer now",
+            "soon",
         );
     }
     match Authority::rotate(dir, options.now, now).map_err(failure)? {
@@ -43,6 +44,7 @@ pub(super) fn run(options: &Options) -> Result<(), Failure> {
             Some(text(next_at)),
             "1 of 3: there is a new root, which nodes will believe besides the old one as they renew; \
              its key is in root.next.key",
+            "before the next step",
         ),
         Rotated::IssuerReplaced { next_at } => said(
             options,
@@ -50,12 +52,14 @@ pub(super) fn run(options: &Options) -> Result<(), Failure> {
             Some(text(next_at)),
             "2 of 3: certificates are issued under the new root now; \
              those that `isobar ca issue` made have to be issued anew before the next step",
+            "before the next step",
         ),
         Rotated::RootRemoved => said(
             options,
             "root_removed",
             None,
             "3 of 3: the old root is gone; move root.key away from this machine, and destroy the retired one",
+            "before the next rotation",
         ),
     }
 }
@@ -65,12 +69,16 @@ fn said(
     done: &str,
     next_at: Option<String>,
     sentence: &str,
+    copies_when: &str,
 ) -> Result<(), Failure> {
     if options.json {
         output::json_line(&json!({ "done": done, "next_at": next_at }))?;
         return Ok(());
     }
-    let mut text = sentence.to_owned();
+    let mut text = format!(
+        "{sentence}\n  other copies of authority/ must be brought up to date {copies_when}: \
+         copy issuer.* and roots.pem there"
+    );
     if let Some(at) = next_at {
         text.push_str(&format!("\n  run this again for the next step from {at}"));
     }

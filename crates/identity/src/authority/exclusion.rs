@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::{
-    Authority, audit, certify_new_key,
+    Authority, TokenStatus, audit, certify_new_key,
     issuing::{Issuing, Terms},
     place::{Place, Settings},
 };
@@ -46,6 +46,21 @@ impl Authority {
         let entry = audit::Entry { event: "revoke", outcome, who, ..Default::default() };
         audit::record(&self.place, &entry, now);
         Ok(version)
+    }
+
+    /// Whether a certificate, or a token for its name alone, was made for `id` here, as far back as the records go: a
+    /// member that is to be excluded and is not known may be misspelt, or known at another copy of this authority.
+    ///
+    /// # Errors
+    /// A record cannot be read.
+    pub fn has_issued_to(&self, id: &SpiffeId) -> Result<bool, IdentityError> {
+        let meant = |token: &TokenStatus| {
+            token.region == id.region
+                && (token.names.only_name().as_ref() == Some(&id.name)
+                    || token.redemptions.iter().any(|used| used.name == id.name))
+        };
+        let joined = id.role == Role::Node && self.tokens()?.iter().any(meant);
+        Ok(joined || audit::has_issued(&self.place, id)?)
     }
 
     /// Takes in what another authority of the mesh has revoked; whether there was anything new. The caller has verified
