@@ -36,6 +36,9 @@ const FRAME_BYTES: usize = 256;
 const LATEST_MS: u64 = 247_000_000_000_000;
 /// What is signed begins with this, so that the signature is good for nothing else.
 const CONTEXT: &[u8] = b"isobar revocations 1\0";
+/// How far the version of a list may be ahead of the second in which it is signed: far more than an authority ever has
+/// to say, and little enough that the clock catches up.
+const VERSION_AHEAD: u64 = 24 * 60 * 60;
 /// How far the clocks of a mesh may be apart.
 const CLOCK_SKEW: Duration = Duration::from_secs(5 * 60);
 
@@ -162,6 +165,14 @@ impl Revocations {
         let entry = self.entries.entry(id).or_insert(revoked);
         entry.at = entry.at.max(revoked.at);
         entry.forget_at = entry.forget_at.max(revoked.forget_at);
+    }
+
+    /// Gives the list the version under which it is signed at `now`. It follows the clock and stays near it: see
+    /// [`SignedRevocations::can_be_superseded`].
+    pub(crate) fn raise_version(&mut self, now: SystemTime) {
+        let second = milliseconds(now) / 1_000;
+        let next = self.version.saturating_add(1).max(second);
+        self.version = next.min(second.saturating_add(VERSION_AHEAD));
     }
 
     /// Drops what is not needed any more.
@@ -308,6 +319,11 @@ impl SignedRevocations {
         {
             return Err(RevocationError::FromTheFuture(ahead));
         }
+        if !self.can_be_superseded() {
+            return Err(RevocationError::Damaged(
+                "its version is more than a day ahead of the moment it was signed at, so that no list could follow it",
+            ));
+        }
         self.verify_signer(roots)?;
         Ok(self.claimed.clone())
     }
@@ -336,6 +352,13 @@ impl SignedRevocations {
                 )
             })
             .map_err(|_| RevocationError::Forged)
+    }
+
+    /// Whether the next list of an authority whose clock is right will take the place of this one: whoever signs a list
+    /// under the greatest version there is would have the last word for good.
+    pub(crate) fn can_be_superseded(&self) -> bool {
+        let second = milliseconds(self.signed_at) / 1_000;
+        self.claimed.version <= second.saturating_add(VERSION_AHEAD)
     }
 
     /// What it says, whoever says so: for a list from this node's own disk, which was verified when it was stored, and to see

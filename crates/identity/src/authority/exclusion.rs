@@ -81,7 +81,7 @@ impl Authority {
     /// Gives the list its next version, signs it and writes it. Under the lock.
     fn publish(&self, mut list: Revocations, now: SystemTime) -> Result<u64, IdentityError> {
         list.forget(now);
-        list.version = list.version.saturating_add(1).max(milliseconds(now) / 1_000);
+        list.raise_version(now);
         let signed = sign_list(&list, &self.settings, &self.issuing, now)?;
         files::replace_durably(&self.place.revoked(), files::PUBLIC, signed.encode())?;
         Ok(list.version)
@@ -124,10 +124,10 @@ pub(super) fn current_list(
     let entries = list.len();
     list.forget(now);
     let issuer = issuing.chain.first().unwrap_or(&issuing.root);
-    if kept.is_under(issuer) && list.len() == entries {
+    if kept.is_under(issuer) && list.len() == entries && kept.can_be_superseded() {
         return Ok(kept);
     }
-    list.version = list.version.saturating_add(1).max(milliseconds(now) / 1_000);
+    list.raise_version(now);
     let signed = sign_list(&list, settings, issuing, now)?;
     files::replace_durably(&place.revoked(), files::PUBLIC, signed.encode())?;
     Ok(signed)

@@ -203,9 +203,60 @@ fn a_version_that_leaves_no_room_for_the_next_is_refused() {
     let key = KeyPair::generate().unwrap();
     let signed = SignedRevocations::sign(&list(u64::MAX, &[]), &domain(), &[], &key, now());
     assert!(signed.unwrap_err().to_string().contains("version"));
-    assert!(authority.adopt(&list(9_000_000_000, &["a"]), now()).unwrap());
-    assert_eq!(verified(&mesh.open(now()), now()).version(), 9_000_000_001);
-    assert_eq!(authority.revoke(&id(Role::Node, "b"), now()).unwrap(), 9_000_000_002);
+    let most = 1_800_000_000 + 86_400;
+    let roots = store(authority.roots());
+    let sign = |version| signed_by(&mesh, &id(Role::Authority, "x"), &list(version, &["a"]));
+    assert_eq!(sign(most).verify(&roots, &domain(), now()).unwrap().version(), most);
+    let error = sign(most + 1).verify(&roots, &domain(), now()).unwrap_err();
+    assert!(error.to_string().contains("more than a day ahead"), "{error}");
+    let error = sign(most + 1).verify(&roots, &domain(), now() + DAY * 9).unwrap_err();
+    assert!(
+        error.to_string().contains("more than a day ahead"),
+        "the age of a list is no help: {error}"
+    );
+}
+
+#[test]
+fn an_authority_keeps_its_versions_where_they_are_believed() {
+    let mesh = Mesh::new();
+    let authority = mesh.open(now());
+    let most = 1_800_000_000 + 86_400;
+    assert!(authority.adopt(&list(most - 1, &["a"]), now()).unwrap());
+    assert_eq!(verified(&mesh.open(now()), now()).version(), most);
+    assert_eq!(authority.revoke(&id(Role::Node, "b"), now()).unwrap(), most);
+    let later = now() + Duration::from_secs(1);
+    assert_eq!(authority.revoke(&id(Role::Node, "c"), later).unwrap(), most + 1);
+    assert_eq!(verified(&mesh.open(later), later).len(), 3);
+}
+
+#[test]
+fn a_list_on_disk_that_nobody_would_believe_is_signed_anew() {
+    let mesh = Mesh::new();
+    mesh.open(now()).revoke(&id(Role::Node, "a"), now() + DAY * 9).unwrap();
+    let kept = signed_by(&mesh, &id(Role::Authority, "x"), &list(9_000_000_000, &["a"]));
+    fs::write(mesh.path("authority/revoked.pb"), kept.encode()).unwrap();
+    let list = verified(&mesh.open(now()), now());
+    assert_eq!((list.len(), list.version()), (1, 1_800_000_000 + 86_400));
+}
+
+#[test]
+fn whoever_was_given_something_here_is_known() {
+    let mesh = Mesh::new();
+    let authority = mesh.open(now());
+    let known = |role, name: &str| authority.has_issued_to(&id(role, name)).unwrap();
+    assert!(!known(Role::Node, "a"));
+    let token = authority.issue_token(&scope("a", 1), now()).unwrap().reveal();
+    assert!(known(Role::Node, "a") && !known(Role::Client, "a") && !known(Role::Node, "b"));
+    join(&authority, &token, "b", now()).unwrap_err();
+    assert!(!known(Role::Node, "b"), "a refusal gives nothing");
+    authority.revoke(&id(Role::Node, "b"), now()).unwrap();
+    assert!(!known(Role::Node, "b"), "nor does a revocation");
+    let group = authority.issue_token(&scope("*", 9), now()).unwrap().reveal();
+    join(&authority, &group, "c", now()).unwrap();
+    fs::remove_dir_all(mesh.path("authority/tokens")).unwrap();
+    assert!(known(Role::Node, "c") && !known(Role::Node, "a") && !known(Role::Node, "d"));
+    authority.sign(&id(Role::Client, "me"), &csr(), &[], now()).unwrap();
+    assert!(known(Role::Client, "me") && !known(Role::Client, "m"));
 }
 
 #[test]
