@@ -27,6 +27,9 @@ pub(crate) struct Options {
     /// Directory for cert.pem, key.pem and ca.pem, made when it does not exist
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Certify the key.pem that is in the directory already, instead of a new one: not after it may have been stolen
+    #[arg(long)]
+    keep_key: bool,
     /// How long it lives [default: 24h; for nodes as long as the certificates of all nodes]
     #[arg(long, value_name = "DURATION", value_parser = target::duration)]
     ttl: Option<Duration>,
@@ -55,8 +58,9 @@ pub(super) fn run(options: &Options) -> Result<(), Failure> {
     };
     let usual = if options.role == Role::Node { authority.life() } else { DAY };
     let ttl = options.ttl.unwrap_or(usual);
-    authority.issue_to(&options.out, &id, &options.ips, ttl, now).map_err(failure)?;
-    let out = absolute(&options.out)?;
+    let (out, keep_key) = (&options.out, options.keep_key);
+    authority.issue_to(out, keep_key, &id, &options.ips, ttl, now).map_err(failure)?;
+    let out = absolute(out)?;
     if options.json {
         let file = |name: &str| out.join(name);
         output::json_line(&json!({

@@ -13,7 +13,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::{
     Authority,
-    csr::make_request,
+    csr::{make_key, make_request},
     issuing::Issuing,
     place::{Place, Settings, check_life},
 };
@@ -29,6 +29,7 @@ const ROOT_LIFE: Duration = YEAR.saturating_mul(10);
 const ISSUER_LIFE: Duration = YEAR;
 
 const KEY_REMEDY: &str = "run the command again to have it made anew";
+const KEPT_KEY_REMEDY: &str = "leave out --keep-key to have one made";
 
 impl Authority {
     /// Makes an authority in `dir`: a root, whose key belongs offline, and what signs for nodes under it in
@@ -77,24 +78,36 @@ impl Authority {
         made.finish(&settings, now)
     }
 
-    /// Writes `out/key.pem` (0600; kept if it is there), `out/cert.pem` for it, and `out/ca.pem` with the roots: the
-    /// identity of a member that gets it by hand. `life` as with [`Self::sign_for`].
+    /// Writes `out/key.pem` (0600) with a new key, or keeps the one that is there if it is told to, `out/cert.pem` for it,
+    /// and `out/ca.pem` with the roots: the identity of a member that gets it by hand. `life` as with
+    /// [`Self::sign_for`]. While the key changes there is no certificate, so that none is ever beside another's key.
     ///
     /// # Errors
-    /// As [`Self::sign_for`], or `out` cannot be written.
+    /// As [`Self::sign_for`], there is no key to keep, or `out` cannot be written.
     pub fn issue_to(
         &self,
         out: &Path,
+        keep_key: bool,
         id: &SpiffeId,
         ips: &[IpAddr],
         life: Duration,
         now: SystemTime,
     ) -> Result<(), IdentityError> {
-        files::create_secret_directory(out)?;
-        let key = read_or_make_key(&out.join("key.pem"), KEY_REMEDY)?;
+        let [cert_path, key_path, ca_path] =
+            ["cert.pem", "key.pem", "ca.pem"].map(|name| out.join(name));
+        let key = match keep_key {
+            true => files::read_secret_key(&key_path, KEPT_KEY_REMEDY)?,
+            false => make_key()?,
+        };
         let chain = self.sign_for(id, &make_request(&key)?, ips, life, now)?;
-        files::replace(&out.join("cert.pem"), files::PUBLIC, &pem_of(&chain))?;
-        files::replace(&out.join("ca.pem"), files::PUBLIC, &pem_of(self.roots()))
+        files::create_secret_directory(out)?;
+        if !keep_key {
+            files::remove_if_there(&cert_path)?;
+            let pem = files::pem(files::key_label(&key), [key.secret_der()].into_iter());
+            files::replace_durably(&key_path, files::SECRET, pem.as_bytes())?;
+        }
+        files::replace_durably(&ca_path, files::PUBLIC, pem_of(self.roots()).as_bytes())?;
+        files::replace_durably(&cert_path, files::PUBLIC, pem_of(&chain).as_bytes())
     }
 }
 

@@ -8,6 +8,7 @@ use crate::{
     CsrError,
     authority::csr::requested_key,
     certificate::{names, peer_id},
+    node::{Paths, check_key},
 };
 
 #[test]
@@ -337,9 +338,25 @@ fn an_identity_by_hand_is_three_files() {
     let mesh = Mesh::new();
     let authority = mesh.open(now());
     let out = mesh.path("out");
-    for _ in 0..2 {
-        authority.issue_to(&out, &id(Role::Operator, "me"), &[], HOUR, now()).unwrap();
-    }
+    let issue = |keep_key, now| {
+        authority.issue_to(&out, keep_key, &id(Role::Operator, "me"), &[], HOUR, now)
+    };
+    assert!(message(issue(true, now())).contains("--keep-key"), "there is none to keep");
+    assert!(!out.exists());
+    let issued = |keep_key| {
+        issue(keep_key, now()).unwrap();
+        let [cert, key] = ["cert.pem", "key.pem"].map(|name| out.join(name));
+        let secret = crate::files::read_secret_key(&key, "").unwrap();
+        let paths = Paths { ca: &cert, cert: &cert, key: &key };
+        check_key(paths, &read_roots(&cert), &secret).unwrap();
+        secret
+    };
+    let (first, second) = (issued(false), issued(false));
+    assert_ne!(first, second, "whoever took the first has nothing of the second");
+    assert_eq!(issued(true), second);
+    let before = fs::read(out.join("cert.pem")).unwrap();
+    assert!(issue(false, now() + DAY * 365).is_err());
+    assert_eq!(fs::read(out.join("cert.pem")).unwrap(), before, "a refusal changes nothing");
     assert_eq!(mode(&out.join("key.pem")), 0o600);
     let chain = read_roots(&out.join("cert.pem"));
     assert!(believed(&chain, &read_roots(&out.join("ca.pem")), now()));
