@@ -1,6 +1,7 @@
 """`isobar ca`: what an operator does with the authority of a mesh, as the shell sees it."""
 
 import json
+import shutil
 import stat
 import subprocess
 
@@ -86,6 +87,48 @@ def test_a_revoked_node_is_shown(mesh):
     assert [one["id"] for one in shown["entries"]] == [first["revoked"], second["revoked"]]
     assert isobar(mesh, "revoke", "a").returncode == 2
     assert isobar(mesh, "revoke", "eu/a", "--region", "eu").returncode == 2
+
+
+def test_revoking_says_what_it_cannot_do_and_doubts_names_that_are_unknown(mesh):
+    unknown = done(mesh, "revoke", "eu/gpu-l")
+    assert "only a new issuing certificate and root" in unknown.stdout
+    assert "eu/gpu-l: nothing was ever issued to it here: is the name right?" in unknown.stderr
+    (entry,) = answer(mesh, "show")["revocations"]["entries"]
+    assert entry["id"] == "spiffe://mesh.example/node/eu/gpu-l"
+    done(mesh, "token", "--node", "gpu-1", "--region", "eu")
+    assert done(mesh, "revoke", "eu/gpu-1").stderr == ""
+    who = ["--role", "client", "--region", "eu"]
+    done(mesh, "issue", *who, "--name", "search", "--out", "search")
+    assert done(mesh, "revoke", "search", *who).stderr == ""
+
+
+def test_a_copy_of_an_authority_does_not_have_its_tokens(mesh):
+    done(mesh, "token", "--node", "a", "--region", "eu")
+    shutil.copytree(mesh / "ca/authority", mesh / "second")
+    assert answer(mesh, "show", "--dir", "second")["tokens"] == []
+    assert len(answer(mesh, "show")["tokens"]) == 1
+    (mesh / "ca/authority").rename(mesh / "moved")
+    assert len(answer(mesh, "show", "--dir", "moved")["tokens"]) == 1
+
+
+def test_a_certificate_issued_again_has_a_new_key_unless_the_old_one_is_wanted(mesh):
+    def issue(*options):
+        done(mesh, "issue", "--role", "client", "--name", "c", "--region", "eu", "--out", "c", *options)
+        return tuple((mesh / "c" / name).read_text() for name in ("key.pem", "cert.pem"))
+
+    (first, _), (second, before) = issue(), issue()
+    kept, after = issue("--keep-key")
+    assert first != second and kept == second and before != after
+    log = [json.loads(line) for line in (mesh / "ca/authority/audit.log").read_text().splitlines()]
+    assert [(e["event"], e["who"]) for e in log] == [("issue", "spiffe://mesh.example/client/eu/c")] * 3
+    nothing = isobar(mesh, "issue", "--role", "client", "--name", "c", "--region", "eu", "--out", "d", "--keep-key")
+    assert nothing.returncode == 2 and "--keep-key" in nothing.stderr and not (mesh / "d").exists()
+
+
+def test_a_rotation_reminds_of_the_copies_of_the_authority(mesh):
+    for when in ["before the next step", "before the next step", "before the next rotation"]:
+        said = done(mesh, "rotate", "--now").stdout
+        assert f"other copies of authority/ must be brought up to date {when}" in said
 
 
 def test_a_certificate_by_hand_is_three_files(mesh):
