@@ -171,6 +171,10 @@ impl Trust {
     pub(crate) async fn keep_lists(&self) {
         let Some(path) = self.kept.clone() else { return };
         let mut lists = self.revocations();
+        // What came before this began.
+        if !lists.borrow().is_empty() {
+            lists.mark_changed();
+        }
         while lists.changed().await.is_ok() {
             let kept = KeptRevocations {
                 lists: lists.borrow_and_update().iter().map(|l| l.encode().to_vec()).collect(),
@@ -416,7 +420,7 @@ mod tests {
         };
         tokio::select! {
             () = trust.keep_lists() => panic!("it keeps them for ever"),
-            () = working => {}
+            done = tokio::time::timeout(Duration::from_secs(20), working) => done.unwrap(),
         }
         let again = mesh.trust();
         assert!(again.identity().revocations().revokes(b.id(), b.certificate().from));
