@@ -11,15 +11,12 @@ use std::{
 };
 
 use aws_lc_rs::digest;
-use base::clock;
 use parking_lot::RwLock;
 use rustls::{RootCertStore, pki_types::CertificateDer, sign::CertifiedKey};
 
 use crate::{
     CertificateSummary, IdentityError, NodeIdentity, Revocations, Role, SpiffeId,
-    certificate::{Side, peer_id, unix_time, verify_chain},
-    revocation::milliseconds,
-    tls,
+    certificate::peer_id, revocation::milliseconds,
 };
 
 /// The identity of a running node. Clones are the same identity.
@@ -106,15 +103,6 @@ impl Identity {
         }
         let hash = context.finish();
         hash.as_ref().iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
-    }
-
-    /// Whether our roots of now vouch for these certificates of a member, its own first.
-    #[must_use]
-    pub fn vouches_for(&self, chain: &[CertificateDer<'_>]) -> bool {
-        let Some((leaf, intermediates)) = chain.split_first() else { return false };
-        let algorithms = tls::provider().signature_verification_algorithms;
-        let now = unix_time(clock::wall());
-        verify_chain(leaf, intermediates, &self.roots(), &algorithms, Side::Client, now).is_ok()
     }
 
     /// Takes a newer list of revocations; what it says of open connections is the caller's to see to. Who was on an earlier list

@@ -218,7 +218,6 @@ impl Renewer {
     fn show(&self, identity: NodeIdentity) -> Result<(), String> {
         let certificate = identity.certificate().clone();
         self.trust.identity().replace(identity).map_err(|error| error.to_string())?;
-        self.trust.renewed();
         self.books.done.fetch_add(1, Ordering::Relaxed);
         *self.books.failing.lock() = None;
         let until = humantime::format_rfc3339_seconds(certificate.until);

@@ -39,7 +39,7 @@ use crate::{config::PeerConfig, throttle::Throttle, trust::Trust};
 /// Longest question.
 const QUESTION_BYTES_MAX: usize = 16 << 10;
 /// How often the directory is looked at.
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(500);
 /// What does not work is tried again after this.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 /// Peers a joiner is told of at most.

@@ -81,7 +81,6 @@ struct Open {
 struct Held {
     peer: SpiffeId,
     issued: SystemTime,
-    chain: Vec<CertificateDer<'static>>,
     withdrawn: CancellationToken,
 }
 
@@ -157,14 +156,9 @@ impl Trust {
         let list = signed.verify(current.roots(), &self.identity.id().trust_domain, now)?;
         tracing::info!(version = list.version(), members = list.len(), "a list of revocations");
         self.identity.revoke(&list, now);
-        self.withdraw(|held| self.identity.revocations().revokes(&held.peer, held.issued));
+        self.withdraw();
         self.lists.send_modify(|lists| *lists = with(lists, signed, now));
         Ok(true)
-    }
-
-    /// The identity was replaced: whoever our roots do not vouch for any more is let go.
-    pub(crate) fn renewed(&self) {
-        self.withdraw(|held| !self.identity.vouches_for(&held.chain));
     }
 
     /// Keeps the lists on disk, beside everything else: whoever is on one must not wait for a disk.
@@ -192,10 +186,11 @@ impl Trust {
     }
 
     /// Ends the connections of everybody who is not believed any more.
-    fn withdraw(&self, is_out: impl Fn(&Held) -> bool) {
+    fn withdraw(&self) {
+        let list = self.identity.revocations();
         for held in self.open.lock().connections.values() {
-            if !held.withdrawn.is_cancelled() && is_out(held) {
-                tracing::warn!(peer = %held.peer, "a connection ends: its certificate is not believed any more");
+            if !held.withdrawn.is_cancelled() && list.revokes(&held.peer, held.issued) {
+                tracing::warn!(peer = %held.peer, "a connection ends: its certificate was revoked");
                 held.withdrawn.cancel();
             }
         }
@@ -234,8 +229,7 @@ impl Trust {
         };
         let left = validity.until.duration_since(clock::wall()).unwrap_or_default();
         let (peer, issued) = (validity.peer, validity.issued);
-        let chain = certificates.to_vec();
-        let held = Held { peer: peer.clone(), issued, chain, withdrawn: withdrawn.clone() };
+        let held = Held { peer: peer.clone(), issued, withdrawn: withdrawn.clone() };
         let entry: Arc<dyn Any + Send + Sync> = Arc::new(self.register(held));
         // Between the handshake and this line the list may have changed.
         if self.identity.revocations().revokes(&peer, issued) {
@@ -452,17 +446,6 @@ mod tests {
         trust.adopt(mesh.authority().revocations().clone()).unwrap();
         assert_eq!(trust.revocations().borrow().len(), 1);
         assert_eq!(trust.identity().revocations_digest(), digest);
-    }
-
-    #[test]
-    fn whoever_is_under_a_root_that_has_gone_is_let_go() {
-        let (mesh, foreign) = (Mesh::new(), Mesh::new());
-        let trust = mesh.trust();
-        let (ours, theirs) = (mesh.node("b"), foreign.node("c"));
-        let lease = |node: &NodeIdentity| trust.lease_of(&node.server_cert().0);
-        let (of_ours, of_theirs) = (lease(&ours), lease(&theirs));
-        trust.renewed();
-        assert!(!of_ours.is_withdrawn() && of_theirs.is_withdrawn());
     }
 
     #[test]
