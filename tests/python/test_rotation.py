@@ -209,6 +209,8 @@ def authority_away_for_longer(three):
     assert set(alarmed) == {"b", "c"}
     for node in (b, c):
         check_alarm(node, refused)
+    # A certificate is good for the whole of its last second.
+    wait_for("the very end", lambda: all(node.site.age() > 1.06 for node in (b, c)))
     a = three.meshes.start(three.a.site)
     for node in (b, c):
         node.stop()
