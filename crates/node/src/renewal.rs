@@ -30,9 +30,9 @@ use crate::{
 const LOOK: Duration = Duration::from_secs(5);
 /// How long one authority may take to answer, at least and at most.
 const PATIENCE_MIN: Duration = Duration::from_secs(2);
-/// And when little is left.
-const PATIENCE_LAST: Duration = Duration::from_millis(500);
 const PATIENCE_MAX: Duration = Duration::from_secs(10);
+/// How long at least when little is left of the certificate.
+const PATIENCE_LAST: Duration = Duration::from_millis(500);
 /// How often files kept by somebody else are looked at.
 const FILES: Duration = Duration::from_secs(2);
 

@@ -85,7 +85,7 @@ pub struct TenantConfig {
     #[serde(default)]
     pub certificates: Vec<CertificateName>,
     /// Values of the tenant claim of its tokens, a list of texts of 1 to 512 bytes such as "search-app"; with the issuer
-    /// before it, "https://login.example#search-app", where there are several or the value has a `#` in it. Needs
+    /// before it, `https://login.example#search-app`, where there are several or the value has a `#` in it. Needs
     /// `[[access.jwt]]`. Default: none, no token is this tenant's.
     #[serde(default)]
     pub jwt: Vec<TenantClaim>,
