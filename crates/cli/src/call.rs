@@ -93,7 +93,7 @@ async fn with(options: &Options, caller: &Caller) -> Result<(), Failure> {
     let preparing = async {
         channel.connect().await.map_err(|error| Failure::Failed(error.into()))?;
         let connect = base::clock::now() - began;
-        Ok::<_, Failure>((connect, Schema::load(&options.schema, &channel).await?))
+        Ok::<_, Failure>((connect, Schema::load(&options.schema, &channel, &metadata).await?))
     };
     let within = options.deadline.unwrap_or(DEADLINE);
     let prepared = tokio::time::timeout(within, preparing).await;

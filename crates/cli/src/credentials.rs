@@ -73,7 +73,7 @@ fn own_authority(config: &Config, dir: &Path) -> Result<(NodeIdentity, Signer), 
         )));
     }
     let kept = IdentityConfig::dir(&node.state_dir);
-    let identity = signer.own_identity(&kept, &config.listen.addresses());
+    let identity = signer.own_identity(&kept, &config.listen.reachable());
     Ok((identity.map_err(Failure::usage)?, signer))
 }
 

@@ -113,6 +113,11 @@ fn plan(options: &Options) -> Result<Plan, Failure> {
         refuse_needless(&dir, now)?;
     }
     let seeds = seeds(options, &token)?;
+    can_be_written(&dir)?;
+    if writes_config {
+        let beside = absolute(&options.config)?;
+        can_be_written(beside.parent().unwrap_or_else(|| Path::new("/")))?;
+    }
     Ok(Plan { token, name, seeds, dir, state_dir, writes_config })
 }
 
@@ -184,13 +189,21 @@ fn configured(options: &Options, token: &Token, name: &NodeName) -> Result<PathB
     Ok(config.node.state_dir)
 }
 
+/// A token is not spent where its certificate cannot be kept.
+fn can_be_written(dir: &Path) -> Result<(), Failure> {
+    let tried = fs::create_dir_all(dir).and_then(|()| tempfile::tempfile_in(dir));
+    tried.map(drop).map_err(|error| {
+        usage(format!("cannot write to {}: {error}: nothing was done", dir.display()))
+    })
+}
+
 /// A token is not spent on a node that needs none.
 fn refuse_needless(dir: &Path, now: SystemTime) -> Result<(), Failure> {
     let Ok(identity) = IdentityFiles::in_dir(dir).load() else { return Ok(()) };
     let left = humantime::format_duration(whole_seconds(identity.certificate().until, now));
     Err(usage(format!(
         "{} holds a good certificate of {} for another {left}, which the node renews by itself: nothing was done. \
-         Add --replace to join again all the same",
+         Add --replace to join again all the same, as after a revocation",
         dir.display(),
         identity.id(),
     )))
@@ -284,8 +297,11 @@ fn report(options: &Options, plan: &Plan, identity: &NodeIdentity) -> Result<(),
     }
     let kept = if plan.writes_config { "written" } else { "kept as it was" };
     output::text(&format!(
-        "joined as {id}\n  certificate  until {until}, in {}\n  config       {config}, {kept}\n  start it:    isobar node -c {config}",
+        "joined as {id}\n  certificate  until {until}, in {}\n  config       {config}, {kept}\n  start it:    isobar node -c {config}\n\
+         The others send it calls once they list it as [[mesh.peer]]: name = \"{}\", region = \"{}\", and its ports.",
         plan.dir.display(),
+        plan.name,
+        plan.token.region(),
     ))?;
     Ok(())
 }

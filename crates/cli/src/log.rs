@@ -1,5 +1,7 @@
 //! What is logged, and how: to standard error, as `ISOBAR_LOG` asks for.
 
+use std::io::IsTerminal as _;
+
 use anyhow::Context as _;
 use tracing_subscriber::EnvFilter;
 
@@ -16,7 +18,10 @@ pub(crate) fn to_stderr(level: tracing::Level, as_json: bool) -> Result<(), Fail
         .from_env()
         .context("ISOBAR_LOG is not a list of directives such as info,transport=debug")
         .map_err(Failure::Usage)?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     if as_json {
         builder.json().init();
     } else {

@@ -5,7 +5,7 @@ use std::{path::PathBuf, thread};
 use anyhow::Context as _;
 use clap::Args;
 use prost_reflect::{DescriptorPool, Kind, MessageDescriptor, MethodDescriptor, ServiceDescriptor};
-use tonic::Code;
+use tonic::{Code, metadata::MetadataMap};
 use transport::Channel;
 
 use crate::{Failure, output};
@@ -40,8 +40,12 @@ pub(crate) struct Schema {
 }
 
 impl Schema {
-    /// Reads the files, or asks the server.
-    pub(crate) async fn load(options: &SchemaOptions, channel: &Channel) -> Result<Self, Failure> {
+    /// Reads the files, or asks the server as the call will: with its `metadata`.
+    pub(crate) async fn load(
+        options: &SchemaOptions,
+        channel: &Channel,
+        metadata: &MetadataMap,
+    ) -> Result<Self, Failure> {
         let built_in = DescriptorPool::decode(proto::FILE_DESCRIPTOR_SET)
             .context("the built-in declarations are damaged")?;
         if !options.protos.is_empty() {
@@ -49,7 +53,7 @@ impl Schema {
             let services = pool.services().map(|service| service.full_name().to_owned()).collect();
             return Ok(Self { services, pools: vec![pool, built_in], unknown: None });
         }
-        match node::reflect(channel).await {
+        match node::reflect(channel, metadata).await {
             Ok(reflected) => {
                 let groups = reflected.declarations.iter();
                 let mut pools: Vec<_> =

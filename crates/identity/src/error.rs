@@ -230,7 +230,7 @@ pub enum IdentityError {
     },
     /// Whoever answered is not under the root the token names.
     #[error(
-        "who answered is not an authority of the mesh the token is for: it showed no certificate under the root {wanted}…;          check the address, or make a new token if the mesh's root was changed since"
+        "who answered is not an authority of the mesh the token is for: it showed no certificate under the root {wanted}…; check the address, or make a new token if the mesh's root was changed since"
     )]
     OtherRoot {
         /// The beginning of the root's fingerprint.

@@ -11,7 +11,7 @@ use std::{
         ffi::OsStrExt,
         fs::{DirBuilderExt, PermissionsExt, symlink},
     },
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
@@ -166,6 +166,12 @@ fn sweep(dir: &Path, stale: impl Fn(&OsStr) -> bool) {
             drop(fs::remove_dir_all(entry.path()));
         }
     }
+}
+
+/// Which of the identities that were put into `dir` lies there now: another one has another name. `None`: none was put there.
+#[must_use]
+pub fn generation(dir: &Path) -> Option<PathBuf> {
+    fs::read_link(dir.join(CURRENT)).ok()
 }
 
 /// Makes `path` a link to `target`, in the place of what was there.

@@ -28,7 +28,7 @@ pub use certificate::{CertificateSummary, hex_fingerprint, peer_id};
 pub use client::{ClientNames, ClientRoots};
 pub use dev::DevCa;
 pub use error::IdentityError;
-pub use files::write_file;
+pub use files::{generation, write_file};
 pub use id::{Role, SpiffeId};
 pub use live::{Identity, Renewal, Urgency, Validity};
 pub use node::{IdentityFiles, NodeIdentity};

@@ -7,7 +7,9 @@ use std::{sync::Arc, time::Duration};
 
 use inference::{Collector, Reflected};
 use proto::grpc::reflection::v1::{ServerReflectionRequest, ServerReflectionResponse};
-use tonic::{Code, Request, Status, client::Grpc, codegen::http::uri::PathAndQuery};
+use tonic::{
+    Code, Request, Status, client::Grpc, codegen::http::uri::PathAndQuery, metadata::MetadataMap,
+};
 use tonic_prost::ProstCodec;
 use transport::Channel;
 
@@ -42,7 +44,7 @@ pub(crate) async fn engine(
         }
         // Read first: one that comes back meanwhile is asked again.
         let returns = engine.returns();
-        let wait = match reflect(&channel).await {
+        let wait = match reflect(&channel, &MetadataMap::new()).await {
             Ok(reflected) => {
                 tracing::debug!(engine = %engine.name, services = ?reflected.services, "an engine reflects");
                 catalog.engine_reflects(index, reflected);
@@ -76,7 +78,7 @@ pub(crate) async fn peer(index: usize, channel: Channel, board: Arc<Board>, cata
             continue;
         }
         let reflected = if board.has_services(index) {
-            reflect(&channel).await
+            reflect(&channel, &MetadataMap::new()).await
         } else {
             Ok(Reflected::default())
         };
@@ -98,15 +100,15 @@ fn doubling(retry: &mut Duration) -> Duration {
     std::mem::replace(retry, (*retry * 2).min(AGAIN))
 }
 
-/// Asks a server for everything it reflects, by v1 or else v1alpha, within ten seconds.
+/// Asks a server for everything it reflects, by v1 or else v1alpha, within ten seconds; `metadata` goes along.
 ///
 /// # Errors
 /// UNIMPLEMENTED when it offers no reflection; otherwise what went wrong.
-pub async fn reflect(channel: &Channel) -> Result<Reflected, Status> {
+pub async fn reflect(channel: &Channel, metadata: &MetadataMap) -> Result<Reflected, Status> {
     let asking = async {
-        match reflect_by(channel, REFLECTION[0]).await {
+        match reflect_by(channel, REFLECTION[0], metadata).await {
             Err(status) if status.code() == Code::Unimplemented => {
-                reflect_by(channel, REFLECTION[1]).await
+                reflect_by(channel, REFLECTION[1], metadata).await
             }
             other => other,
         }
@@ -117,7 +119,11 @@ pub async fn reflect(channel: &Channel) -> Result<Reflected, Status> {
 }
 
 /// A stream of its own for each question it answers with the end of one.
-async fn reflect_by(channel: &Channel, service: &'static str) -> Result<Reflected, Status> {
+async fn reflect_by(
+    channel: &Channel,
+    service: &'static str,
+    metadata: &MetadataMap,
+) -> Result<Reflected, Status> {
     let path = PathAndQuery::try_from(format!("/{service}/{REFLECTION_METHOD}"))
         .map_err(|error| Status::internal(error.to_string()))?;
     let mut collector = Collector::default();
@@ -127,9 +133,10 @@ async fn reflect_by(channel: &Channel, service: &'static str) -> Result<Reflecte
         let sent = ask.send(first).await;
         sent.map_err(|_| Status::internal("the questions have no taker"))?;
         let questions = tokio_stream::wrappers::ReceiverStream::new(questions);
+        let mut request = Request::new(questions);
+        *request.metadata_mut() = metadata.clone();
         let codec = ProstCodec::<ServerReflectionRequest, ServerReflectionResponse>::default();
-        let mut answers =
-            grpc.streaming(Request::new(questions), path.clone(), codec).await?.into_inner();
+        let mut answers = grpc.streaming(request, path.clone(), codec).await?.into_inner();
         loop {
             match answers.message().await {
                 Ok(Some(answer)) => collector.answer(answer).map_err(bad)?,

@@ -311,6 +311,24 @@ impl ListenConfig {
     }
 }
 
+impl ListenConfig {
+    /// Those, or where it listens on all, the address from which this machine would call others: nothing is sent.
+    #[must_use]
+    pub fn reachable(&self) -> Vec<IpAddr> {
+        let outside = || -> std::io::Result<IpAddr> {
+            let socket = std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+            // A documentation address (RFC 5737): any that is not on this machine will do.
+            socket.connect((Ipv4Addr::new(192, 0, 2, 1), 9))?;
+            Ok(socket.local_addr()?.ip())
+        };
+        let mut all = self.addresses();
+        if self.clients.ip().is_unspecified() || self.peers.ip().is_unspecified() {
+            all.extend(outside());
+        }
+        all
+    }
+}
+
 impl Default for MeshConfig {
     #[expect(clippy::expect_used, reason = "a literal, and a test reads it")]
     fn default() -> Self {

@@ -31,7 +31,9 @@ pub enum EnrolError {
         retry_after: Duration,
     },
     /// Nobody answered there, or not who should.
-    #[error("cannot reach an authority: {0}")]
+    #[error(
+        "cannot reach an authority: {0}; give the gossip port (by default 8445, UDP) of a node that runs and holds the authority"
+    )]
     Unreachable(#[from] TransportError),
     /// An authority took too long.
     #[error("an authority did not answer in time")]

@@ -331,7 +331,7 @@ impl Control {
         let state_dir = &config.node.state_dir;
         let hurry = Arc::new(Notify::new());
         let source = match (&plan.signer, config.identity.source) {
-            (Some(signer), _) => Source::Own(signer.clone(), config.listen.addresses()),
+            (Some(signer), _) => Source::Own(signer.clone(), config.listen.reachable()),
             (None, IdentitySource::Mesh) => Source::Authorities(authorities(config)),
             (None, IdentitySource::Files) => Source::Files,
             (None, IdentitySource::Spire) => Source::Spire(config.identity.socket.clone()),
@@ -341,6 +341,7 @@ impl Control {
             source,
             links,
             files: config.identity.files(state_dir),
+            generation: identity::generation(&IdentityConfig::dir(state_dir)),
             dir: IdentityConfig::dir(state_dir),
             books: plan.renewals.clone(),
             hurry: hurry.clone(),

@@ -75,6 +75,8 @@ pub(crate) struct Renewer {
     /// Where the identity is stored, and found when somebody else keeps it.
     pub(crate) files: IdentityFiles,
     pub(crate) dir: PathBuf,
+    /// What lies there, as far as this node knows.
+    pub(crate) generation: Option<PathBuf>,
     pub(crate) books: Arc<Renewals>,
     /// Woken when a new certificate is wanted at once: the authority changed.
     pub(crate) hurry: Arc<Notify>,
@@ -116,6 +118,10 @@ impl Renewer {
             *self.books.due.lock() = Some(renewal.due());
             let is_hurried = self.wait_for(&renewal).await;
             let now = clock::wall();
+            if let Some(until) = self.found_on_disk().await {
+                renewal = Renewal::new(clock::wall(), until);
+                continue;
+            }
             if !is_hurried && !renewal.is_due(now) {
                 continue;
             }
@@ -125,10 +131,6 @@ impl Renewer {
                     renewal = Renewal::new(clock::wall(), until);
                 }
                 Err(why) => {
-                    if let Some(until) = self.found_on_disk().await {
-                        renewal = Renewal::new(clock::wall(), until);
-                        continue;
-                    }
                     self.books.failed.fetch_add(1, Ordering::Relaxed);
                     renewal.failed(now, self.rng.random_range(0.0..1.0));
                     let since = renewal.failing_since().unwrap_or(now);
@@ -160,11 +162,18 @@ impl Renewer {
                 "the renewed certificate cannot be kept: it is lost when the node stops"
             );
         }
+        self.generation = identity::generation(&self.dir);
         Ok(until)
     }
 
-    /// An operator may have joined the node again while it runs: then what lies on disk is better than what we have.
-    async fn found_on_disk(&self) -> Option<SystemTime> {
+    /// An operator may have joined the node again while it runs, for it was revoked or its certificate has ended: then what lies
+    /// on disk is better than what we have.
+    async fn found_on_disk(&mut self) -> Option<SystemTime> {
+        let generation = identity::generation(&self.dir);
+        if generation == self.generation {
+            return None;
+        }
+        self.generation = generation;
         let files = self.files.clone();
         let found = tokio::task::spawn_blocking(move || files.load()).await.ok()?.ok()?;
         let until = found.certificate().until;

@@ -190,7 +190,7 @@ impl Incoming {
 pub struct NoLink {
     /// In words.
     pub why: String,
-    /// Whether one end did not accept what the other showed, rather than the network having failed.
+    /// Whether this end did not accept what the other showed, rather than the other end or the network having failed.
     pub is_refusal: bool,
 }
 

@@ -186,13 +186,14 @@ pub(crate) fn certificates(connection: &quinn::Connection) -> Vec<CertificateDer
     identity.and_then(Result::ok).map(|certificates| *certificates).unwrap_or_default()
 }
 
-/// Whether a handshake failed because one end did not accept what the other showed (a TLS alert), not because of the network.
+/// Whether a handshake failed because this end did not accept what the other showed (a TLS alert of ours), not because of the
+/// network or the other end.
 pub(crate) fn is_refusal(error: &quinn::ConnectionError) -> bool {
-    // RFC 9001 §4.8: an alert is the error 0x100 and its number.
-    let is_alert = |code: quinn::TransportErrorCode| (0x100..0x200).contains(&u64::from(code));
     match error {
-        quinn::ConnectionError::TransportError(error) => is_alert(error.code),
-        quinn::ConnectionError::ConnectionClosed(close) => is_alert(close.error_code),
+        // RFC 9001 §4.8: an alert is the error 0x100 and its number.
+        quinn::ConnectionError::TransportError(error) => {
+            (0x100..0x200).contains(&u64::from(error.code))
+        }
         _ => false,
     }
 }

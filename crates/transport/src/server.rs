@@ -396,6 +396,12 @@ impl QuicConnection {
     }
 }
 
+/// Whether a handshake failed because this end did not accept what the other showed.
+fn is_refusal(error: &io::Error) -> bool {
+    let tls = error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>());
+    tls.is_some_and(|error| !matches!(error, rustls::Error::AlertReceived(_)))
+}
+
 /// A handshake failed.
 fn refused(lessor: Option<&dyn Lessor>, remote: SocketAddr, why: &dyn std::fmt::Display) {
     match lessor {
@@ -444,10 +450,7 @@ impl TcpConnection {
         let stream = match accepted {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => {
-                let lessor = self
-                    .lessor
-                    .as_deref()
-                    .filter(|_| error.get_ref().is_some_and(|e| e.is::<rustls::Error>()));
+                let lessor = self.lessor.as_deref().filter(|_| is_refusal(&error));
                 return refused(lessor, remote, &error);
             }
             Err(_) => return refused(None, remote, &"it took too long"),

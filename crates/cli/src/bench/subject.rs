@@ -69,7 +69,7 @@ impl Subject {
             let caller = Caller::new()?;
             let channel = caller.channel(&whom, 0);
             channel.connect().await.map_err(|error| Failure::Failed(error.into()))?;
-            let schema = Schema::load(&options.schema, &channel).await;
+            let schema = Schema::load(&options.schema, &channel, &metadata).await;
             caller.close().await;
             schema
         })?;

@@ -57,9 +57,14 @@ pub(super) fn run(options: &Options) -> Result<(), Failure> {
     if options.json {
         output::json_line(&json!({ "revoked": id.to_string(), "version": version }))?;
     } else {
+        let again = match id.role {
+            Role::Node => "give it a new token (`isobar ca token`)",
+            _ => "issue it another certificate (`isobar ca issue`)",
+        };
+        let about_keys =
+            if id.role == Role::Node { format!("\n  {KEY_HOLDER}") } else { String::new() };
         output::text(&format!(
-            "revoked {id}\n  nodes learn of it from the authority within seconds; \
-             to let it in again, give it a new token (`isobar ca token`)\n  {KEY_HOLDER}"
+            "revoked {id}\n  nodes learn of it from the authority within seconds; to let it in again, {again}{about_keys}"
         ))?;
     }
     if !known {
