@@ -6,6 +6,7 @@
 use std::{
     fs,
     io::{ErrorKind, Write as _},
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     time::SystemTime,
 };
@@ -191,7 +192,8 @@ fn configured(options: &Options, token: &Token, name: &NodeName) -> Result<PathB
 
 /// A token is not spent where its certificate cannot be kept.
 fn can_be_written(dir: &Path) -> Result<(), Failure> {
-    let tried = fs::create_dir_all(dir).and_then(|()| tempfile::tempfile_in(dir));
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    let tried = made.and_then(|()| tempfile::tempfile_in(dir));
     tried.map(drop).map_err(|error| {
         usage(format!("cannot write to {}: {error}: nothing was done", dir.display()))
     })

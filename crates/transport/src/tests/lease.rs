@@ -17,7 +17,7 @@ use rustls::pki_types::CertificateDer;
 use tokio_util::sync::CancellationToken;
 
 use super::world::{Handler, Way, World, collect, echo, fed, full, next, request, soon};
-use crate::{CallInfo, Lease, Lessor, Limits};
+use crate::{CallInfo, Lease, Lessor, Limits, QuicKeys};
 
 const TLS: [Way; 2] = [Way::H3, Way::H2];
 
@@ -146,8 +146,38 @@ async fn a_withdrawn_connection_ends_at_once_with_its_calls() {
     }
 }
 
+/// A client that speaks nothing the server does; returns whether it was turned away.
+async fn knock(world: &World, way: Way) -> bool {
+    let mut tls = world.client_tls();
+    tls.alpn_protocols = vec![b"nothing".to_vec()];
+    if way == Way::H2 {
+        let stream = tokio::net::TcpStream::connect(world.address).await.unwrap();
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(tls));
+        return connector.connect("localhost".try_into().unwrap(), stream).await.is_err();
+    }
+    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
+    let config = quinn::ClientConfig::new(Arc::new(crypto));
+    let endpoint = crate::quic::dialing_endpoint(&QuicKeys::random(), 9).unwrap();
+    endpoint.connect_with(config, world.address, "localhost").unwrap().await.is_err()
+}
+
 #[tokio::test]
-async fn a_handshake_that_fails_is_told_to_the_lessor() {
+async fn whoever_is_turned_away_is_told_to_the_lessor() {
+    for way in TLS {
+        let landlord = Landlord::new(Duration::from_secs(3600));
+        let world = World::leasing(way, Limits::clients(), echo(), landlord.clone());
+        assert!(soon(knock(&world, way)).await);
+        let told = async {
+            while landlord.refused.lock().is_empty() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        soon(told).await;
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_turns_away_the_server_is_not() {
     for way in TLS {
         let landlord = Landlord::new(Duration::from_secs(3600));
         let world = World::leasing(way, Limits::clients(), echo(), landlord.clone());
@@ -155,11 +185,14 @@ async fn a_handshake_that_fails_is_told_to_the_lessor() {
         // It believes another server's certificate.
         let target = other.at("server", world.address);
         assert!(soon(world.pool.channel(target).connect()).await.is_err());
+        // The next one is told: what came before would be too by then.
+        assert!(soon(knock(&world, way)).await);
         let told = async {
             while landlord.refused.lock().is_empty() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
         soon(told).await;
+        assert_eq!(landlord.refused.lock().len(), 1, "{way:?}");
     }
 }
