@@ -212,12 +212,10 @@ def test_a_token_of_another_mesh_is_refused_and_not_even_sent(gate):
     token = other.token("b")
     gate.tokens.append(token)
     site = place(gate, trust_domain="other.test")
-    turned_away, asked = gate.node.strangers("gossip"), len(gate.authority.audit(event="join"))
+    asked = len(gate.authority.audit(event="join"))
+    # The joiner hangs up before it has said anything: nobody turned it away.
     cli_refuses(site, token, "not an authority of the mesh the token is for", seed=gate.site, code=1)
-    # The joiner hung up before it said anything, which the port sees as a handshake that failed.
-    wait_for("the count", lambda: gate.node.strangers("gossip") == turned_away + 1)
     assert len(gate.authority.audit(event="join")) == asked
-    assert gate.node.lines("a stranger was turned away")
     gate.answers("wrong_mesh", token)
 
 
