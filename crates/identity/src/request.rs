@@ -1,14 +1,17 @@
 //! What a node hands to an authority to get a certificate: its new public key, and the proof that it has the private one.
 
-use rcgen::{CertificateParams, KeyPair};
+use std::fmt;
+
 use rustls::pki_types::PrivateKeyDer;
 
-use crate::IdentityError;
+use crate::{
+    IdentityError,
+    authority::{make_key, make_request},
+};
 
 /// A key made just now, and the request to certify it. The key never leaves this machine.
-#[derive(Debug)]
 pub struct CertificateRequest {
-    key: KeyPair,
+    key: PrivateKeyDer<'static>,
     csr: Vec<u8>,
 }
 
@@ -18,8 +21,8 @@ impl CertificateRequest {
     /// # Errors
     /// The crypto library fails.
     pub fn new() -> Result<Self, IdentityError> {
-        let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
-        let csr = CertificateParams::new([])?.serialize_request(&key)?.der().to_vec();
+        let key = make_key()?;
+        let csr = make_request(&key)?;
         Ok(Self { key, csr })
     }
 
@@ -32,6 +35,12 @@ impl CertificateRequest {
     /// The key, once it is certified.
     #[must_use]
     pub fn into_key(self) -> PrivateKeyDer<'static> {
-        self.key.into()
+        self.key
+    }
+}
+
+impl fmt::Debug for CertificateRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CertificateRequest").finish_non_exhaustive()
     }
 }
