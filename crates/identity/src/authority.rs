@@ -39,18 +39,21 @@ use base::{NodeName, RegionName, TrustDomain};
 use rcgen::KeyPair;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
-pub(crate) use self::issuing::fingerprint;
+pub use self::{
+    csr::CsrError,
+    refusal::{Ask, Refusal},
+    rotation::Rotated,
+    store::{Redemption, TokenScope, TokenStatus},
+};
 use self::{
     csr::requested_key,
     exclusion::current_list,
     issuing::{Issuing, Terms},
     place::{Place, Seen, Settings},
 };
-pub use self::{
-    csr::{CsrError, make_key, make_request},
-    refusal::{Ask, Refusal},
-    rotation::Rotated,
-    store::{Redemption, TokenScope, TokenStatus},
+pub(crate) use self::{
+    csr::{make_key, make_request},
+    issuing::fingerprint,
 };
 use crate::{IdentityError, Role, SignedRevocations, SpiffeId, certificate::validity};
 

@@ -22,7 +22,7 @@ mod token;
 
 pub use authority::{
     Ask, Authority, AuthorityStatus, CsrError, Redemption, Refusal, Rotated, TokenScope,
-    TokenStatus, make_key, make_request,
+    TokenStatus,
 };
 pub use certificate::{CertificateSummary, hex_fingerprint, peer_id};
 pub use client::{ClientNames, ClientRoots};

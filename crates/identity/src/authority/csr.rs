@@ -84,7 +84,7 @@ fn is_strong(key: &Spki<'_>) -> bool {
 ///
 /// # Errors
 /// The machine has no randomness.
-pub fn make_key() -> Result<PrivateKeyDer<'static>, IdentityError> {
+pub(crate) fn make_key() -> Result<PrivateKeyDer<'static>, IdentityError> {
     let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
     Ok(PrivateKeyDer::Pkcs8(key.serialize_der().into()))
 }
@@ -93,7 +93,7 @@ pub fn make_key() -> Result<PrivateKeyDer<'static>, IdentityError> {
 ///
 /// # Errors
 /// The key is of a kind that cannot sign requests.
-pub fn make_request(key: &PrivateKeyDer<'_>) -> Result<Vec<u8>, IdentityError> {
+pub(crate) fn make_request(key: &PrivateKeyDer<'_>) -> Result<Vec<u8>, IdentityError> {
     let mut params = CertificateParams::new([])?;
     params.distinguished_name = rcgen::DistinguishedName::new();
     let request = params.serialize_request(&KeyPair::try_from(key)?)?;
