@@ -172,6 +172,8 @@ impl Engine {
             service_time: self.service_time.value(),
             drain_rate: self.ended.value(now),
             unusable: self.standing(now) != Standing::Usable,
+            step_time: Duration::ZERO,
+            kv_use: None,
         }
     }
 

@@ -17,6 +17,10 @@ pub struct Load {
     pub drain_rate: f64,
     /// Whether it fails: it should be sent nothing.
     pub unusable: bool,
+    /// Time from one message of a streamed answer to the next, as a moving average; zero: not known.
+    pub step_time: Duration,
+    /// Share of its key-value cache in use, 0 to 1, as the engine reports it; `None`: it does not.
+    pub kv_use: Option<f64>,
 }
 
 /// Slots assumed of an engine that has not said: only the order among engines matters.

@@ -7,13 +7,24 @@
 //! So far the others are listed in the configuration. Finding them, and noticing their death by other means than silence,
 //! will fill the same view.
 
+mod card;
+mod id;
+mod mesh;
 mod report;
 mod view;
 mod wire;
 
+pub use card::{Card, Facts, Judge, Judged};
+pub use id::{NodeId, Pair};
+pub use mesh::{
+    Candidate, Event, Input, Liveness, MemberStatus, Mesh, Output, Own, Peer, RegionOffer,
+    RegionView, Seed, Status, Target, Transport, Way,
+};
 pub use report::Reporter;
 pub use view::{Presence, Seen, View};
 pub use wire::{
-    DATAGRAM_BYTES_MAX, Descriptor, EngineDescriptor, Frame, Hello, LoadFrame, PROTOCOL_VERSION,
-    STREAM_BYTES_MAX, WireError, decode, encode, is_service,
+    ASKED_MAX, CARD_BYTES_MAX, DATAGRAM_BYTES_MAX, DESCRIPTOR_BYTES_MAX, Descriptor, Digest,
+    EngineDescriptor, Frame, Hello, LoadFrame, PROTOCOL_OLDEST, PROTOCOL_VERSION, Pool,
+    STREAM_BYTES_MAX, SWIM_BYTES_MAX, WireError, decode, decode_card, decode_descriptor, encode,
+    encode_card, encode_descriptor, is_service,
 };

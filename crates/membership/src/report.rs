@@ -86,6 +86,7 @@ impl Reporter {
             next,
             draining,
             engines: loads.to_vec(),
+            arrivals: vec![],
         }
     }
 }

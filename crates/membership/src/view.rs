@@ -297,6 +297,8 @@ mod tests {
             protocol: "kserve-v2".into(),
             models: vec![],
             services: vec![],
+            id: None,
+            slots: None,
         };
         Descriptor { version: 1, engines: (0..engines).map(engine).collect() }
     }
@@ -314,6 +316,7 @@ mod tests {
             next: 200 * MS,
             draining: false,
             engines: vec![load(in_flight)],
+            arrivals: vec![],
         }
     }
 

@@ -2,12 +2,16 @@
 
 use std::time::Duration;
 
-use base::{EngineName, Load, ModelName, NodeName, RegionName, TrustDomain};
+use base::{EngineName, Load, ModelName, NodeName, RegionName, TrustDomain, ZoneName};
 use prost::Message as _;
 use proto::isobar::mesh::v1::{self as wire, frame::Body};
 
-/// The version of the protocol we speak; the one before is understood too, once there is one.
-pub const PROTOCOL_VERSION: u32 = 1;
+use crate::{Candidate, Facts, NodeId, RegionOffer};
+
+/// The version of the protocol we speak.
+pub const PROTOCOL_VERSION: u32 = 2;
+/// The version before, which is understood too.
+pub const PROTOCOL_OLDEST: u32 = 1;
 /// Longest frame sent as a datagram: fits every path that carries QUIC.
 pub const DATAGRAM_BYTES_MAX: usize = 1150;
 /// Longest frame sent as a stream.
@@ -21,6 +25,26 @@ const MODELS_MAX: usize = 4096;
 /// Services one engine may list, and the longest name of one.
 const SERVICES_MAX: usize = 1024;
 const SERVICE_BYTES_MAX: usize = 256;
+/// Longest packet of SWIM.
+pub const SWIM_BYTES_MAX: usize = 1134;
+/// Longest signed card: three certificates and a few addresses.
+pub const CARD_BYTES_MAX: usize = 12 << 10;
+/// Longest encoded descriptor: a frame holds it and what is around it.
+pub const DESCRIPTOR_BYTES_MAX: usize = STREAM_BYTES_MAX - 64;
+/// Nodes or descriptors one frame may ask for.
+pub const ASKED_MAX: usize = 256;
+/// Regions one load frame may count attempts of.
+const ARRIVALS_MAX: usize = 64;
+/// Models of one digest frame, candidates of one model, and frames of one digest.
+const OFFERS_MAX: usize = 64;
+pub(crate) const CANDIDATES_MAX: usize = 8;
+const PARTS_MAX: u32 = 64;
+/// Longest host and port.
+const ADDRESS_BYTES_MAX: usize = 262;
+/// Longest name of a release or a protocol.
+const WORD_BYTES_MAX: usize = 64;
+/// Nobody has more slots: what is claimed beyond is not believed.
+const SLOTS_MAX: u32 = 1 << 20;
 /// What a frame may claim about time: nobody is silent on purpose for longer.
 const NEXT_MAX: Duration = Duration::from_secs(10);
 
@@ -61,6 +85,50 @@ pub enum Frame {
     Load(LoadFrame),
     /// Who is not believed any more: signed, and not looked into here.
     Revocations(Vec<u8>),
+    /// A packet of SWIM.
+    Swim(Pool, Vec<u8>),
+    /// Asks for the cards of these nodes, or where there are none of the whole pool.
+    CardsAsk(Pool, Vec<NodeId>),
+    /// Signed cards, encoded.
+    Cards(Pool, Vec<Vec<u8>>),
+    /// Asks for descriptors by their SHA-256.
+    DescriptorsAsk(Vec<[u8; 32]>),
+    /// Descriptors, encoded.
+    Descriptors(Vec<Vec<u8>>),
+    /// Load frames are wanted, or not any more.
+    Subscribe(bool),
+    /// Load frames will not come, and it is of no use to ask again for so long.
+    NotSubscribed(Duration),
+    /// What a region has.
+    Digest(Digest),
+}
+
+/// A set of nodes that watch each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Pool {
+    /// The nodes of a region.
+    Region,
+    /// The relays of all regions.
+    Relays,
+}
+
+/// What a region has, as one of its relays sums it up.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Digest {
+    /// The relay that made it; `None`: whoever sent it.
+    pub relay: Option<NodeId>,
+    /// The region it is about.
+    pub region: RegionName,
+    /// The relay's process.
+    pub epoch: u64,
+    /// Counts up with every digest within an epoch.
+    pub sequence: u64,
+    /// How old the figures were when the frame left.
+    pub age: Duration,
+    /// Which part of the digest this is, and how many there are.
+    pub part: (u32, u32),
+    /// One per model.
+    pub offers: Vec<RegionOffer>,
 }
 
 /// The first frame of either end.
@@ -80,6 +148,8 @@ pub struct Hello {
     pub revocations: u64,
     /// What is on it, in short; 0: nobody.
     pub revocations_digest: u64,
+    /// Its card, signed and encoded; `None`: it speaks version 1.
+    pub card: Option<Vec<u8>>,
 }
 
 impl Hello {
@@ -88,7 +158,7 @@ impl Hello {
     pub fn version(&self) -> Option<u32> {
         let (oldest, newest) = self.protocol;
         let version = newest.min(PROTOCOL_VERSION);
-        (version >= oldest.max(1)).then_some(version)
+        (version >= oldest.max(PROTOCOL_OLDEST)).then_some(version)
     }
 }
 
@@ -112,6 +182,10 @@ pub struct EngineDescriptor {
     pub models: Vec<ModelName>,
     /// The gRPC services it reflects; empty: none are known.
     pub services: Vec<String>,
+    /// What several nodes that front the same engine all call it; `None`: nobody else fronts it.
+    pub id: Option<EngineName>,
+    /// Its slots in all; `None`: not known.
+    pub slots: Option<u32>,
 }
 
 /// How pressed a node is.
@@ -131,6 +205,8 @@ pub struct LoadFrame {
     pub draining: bool,
     /// One per engine.
     pub engines: Vec<Load>,
+    /// Attempts that came since the process began, by the region of the node they came from.
+    pub arrivals: Vec<(RegionName, u64)>,
 }
 
 /// A frame as bytes.
@@ -146,12 +222,10 @@ pub fn encode(frame: &Frame) -> Vec<u8> {
             epoch: hello.epoch,
             revocations: hello.revocations,
             revocations_digest: hello.revocations_digest,
+            card: hello.card.as_ref().and_then(|card| wire::SignedCard::decode(&**card).ok()),
         }),
         Frame::Revocations(signed) => Body::Revocations(signed.clone()),
-        Frame::Descriptor(descriptor) => Body::Descriptor(wire::Descriptor {
-            version: descriptor.version,
-            engines: descriptor.engines.iter().map(engine_to_wire).collect(),
-        }),
+        Frame::Descriptor(descriptor) => Body::Descriptor(descriptor_to_wire(descriptor)),
         Frame::Load(load) => Body::Load(wire::Load {
             epoch: load.epoch,
             sequence: load.sequence,
@@ -160,9 +234,249 @@ pub fn encode(frame: &Frame) -> Vec<u8> {
             next_ms: whole(load.next.as_millis()),
             draining: load.draining,
             engines: load.engines.iter().map(load_to_wire).collect(),
+            arrivals: load
+                .arrivals
+                .iter()
+                .map(|(region, n)| wire::Arrivals { region: region.to_string(), attempts: *n })
+                .collect(),
         }),
+        Frame::Swim(pool, packet) => {
+            Body::Swim(wire::Swim { pool: pool_to_wire(*pool), packet: packet.clone() })
+        }
+        Frame::CardsAsk(pool, nodes) => Body::CardsAsk(wire::CardsAsk {
+            pool: pool_to_wire(*pool),
+            nodes: nodes.iter().map(|node| node.0.to_vec()).collect(),
+        }),
+        Frame::Cards(pool, cards) => Body::Cards(wire::Cards {
+            pool: pool_to_wire(*pool),
+            cards: cards.iter().filter_map(|c| wire::SignedCard::decode(&**c).ok()).collect(),
+        }),
+        Frame::DescriptorsAsk(hashes) => Body::DescriptorsAsk(wire::DescriptorsAsk {
+            sha256: hashes.iter().map(|hash| hash.to_vec()).collect(),
+        }),
+        Frame::Descriptors(descriptors) => {
+            Body::Descriptors(wire::Descriptors { descriptors: descriptors.clone() })
+        }
+        Frame::Subscribe(wanted) => Body::Subscribe(wire::Subscribe { wanted: *wanted }),
+        Frame::NotSubscribed(wait) => {
+            Body::NotSubscribed(wire::NotSubscribed { wait_ms: whole(wait.as_millis()) })
+        }
+        Frame::Digest(digest) => Body::Digest(digest_to_wire(digest)),
     };
     wire::Frame { body: Some(body) }.encode_to_vec()
+}
+
+/// A descriptor as bytes: what its hash is of.
+#[must_use]
+pub fn encode_descriptor(descriptor: &Descriptor) -> Vec<u8> {
+    descriptor_to_wire(descriptor).encode_to_vec()
+}
+
+/// Reads a descriptor.
+///
+/// # Errors
+/// [`WireError`].
+pub fn decode_descriptor(bytes: &[u8]) -> Result<Descriptor, WireError> {
+    if bytes.len() > DESCRIPTOR_BYTES_MAX {
+        return Err(WireError::TooLong(bytes.len()));
+    }
+    descriptor_from_wire(&wire::Descriptor::decode(bytes)?)
+}
+
+/// The facts of a card as bytes: what is signed.
+#[must_use]
+pub fn encode_card(facts: &Facts) -> Vec<u8> {
+    wire::Card {
+        epoch: facts.epoch,
+        bump: facts.bump.into(),
+        peers: facts.peers.clone(),
+        gossip: facts.gossip.clone(),
+        zone: facts.zone.as_ref().map(ToString::to_string).unwrap_or_default(),
+        descriptor_sha256: facts.descriptor.to_vec(),
+        release: facts.release.clone(),
+        protocol_max: facts.protocol_max,
+    }
+    .encode_to_vec()
+}
+
+/// Reads the facts of a card.
+///
+/// # Errors
+/// [`WireError`].
+pub fn decode_card(bytes: &[u8]) -> Result<Facts, WireError> {
+    if bytes.len() > CARD_BYTES_MAX {
+        return Err(WireError::TooLong(bytes.len()));
+    }
+    let card = wire::Card::decode(bytes)?;
+    let zone = match &*card.zone {
+        "" => None,
+        zone => Some(zone.parse::<ZoneName>().map_err(|e| invalid("zone", e))?),
+    };
+    Ok(Facts {
+        epoch: card.epoch,
+        bump: card.bump.try_into().map_err(|_| invalid("bump", "more than 65535"))?,
+        peers: address("peers", card.peers)?,
+        gossip: address("gossip", card.gossip)?,
+        zone,
+        descriptor: hash("descriptor_sha256", &card.descriptor_sha256)?,
+        release: word("release", card.release)?,
+        protocol_max: card.protocol_max,
+    })
+}
+
+fn address(field: &'static str, text: String) -> Result<String, WireError> {
+    let is_one = text.len() <= ADDRESS_BYTES_MAX
+        && text.rsplit_once(':').is_some_and(|(host, port)| {
+            !host.is_empty()
+                && port.parse::<u16>().is_ok_and(|port| port > 0)
+                && host.bytes().all(|b| b.is_ascii_graphic() && !b"/@?#\\".contains(&b))
+        });
+    if is_one { Ok(text) } else { Err(invalid(field, "no host and port")) }
+}
+
+fn word(field: &'static str, text: String) -> Result<String, WireError> {
+    let is_one = text.len() <= WORD_BYTES_MAX && text.bytes().all(|b| b.is_ascii_graphic());
+    if is_one { Ok(text) } else { Err(invalid(field, "no short word")) }
+}
+
+fn hash(field: &'static str, bytes: &[u8]) -> Result<[u8; 32], WireError> {
+    bytes.try_into().map_err(|_| invalid(field, "not 32 bytes"))
+}
+
+fn descriptor_to_wire(descriptor: &Descriptor) -> wire::Descriptor {
+    wire::Descriptor {
+        version: descriptor.version,
+        engines: descriptor.engines.iter().map(engine_to_wire).collect(),
+    }
+}
+
+fn descriptor_from_wire(descriptor: &wire::Descriptor) -> Result<Descriptor, WireError> {
+    bounded("engines", descriptor.engines.len(), ENGINES_MAX)?;
+    let engines = descriptor.engines.iter().map(engine_from_wire);
+    Ok(Descriptor { version: descriptor.version, engines: engines.collect::<Result<_, _>>()? })
+}
+
+fn bounded(field: &'static str, count: usize, most: usize) -> Result<(), WireError> {
+    if count > most { Err(invalid(field, format!("more than {most}"))) } else { Ok(()) }
+}
+
+fn pool_to_wire(pool: Pool) -> i32 {
+    match pool {
+        Pool::Region => wire::Pool::Region.into(),
+        Pool::Relays => wire::Pool::Relays.into(),
+    }
+}
+
+fn pool_from_wire(pool: i32) -> Result<Pool, WireError> {
+    match wire::Pool::try_from(pool) {
+        Ok(wire::Pool::Region) => Ok(Pool::Region),
+        Ok(wire::Pool::Relays) => Ok(Pool::Relays),
+        Ok(wire::Pool::Unspecified) | Err(_) => Err(invalid("pool", "neither region nor relays")),
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "a rate loses digits nobody reads")]
+fn digest_to_wire(digest: &Digest) -> wire::Digest {
+    let offer = |offer: &RegionOffer| wire::Offer {
+        model: offer.model.as_ref().map(ToString::to_string).unwrap_or_default(),
+        protocol: offer.protocol.clone(),
+        free: offer.free,
+        slots: offer.slots,
+        drain_rate: offer.drain_rate as f32,
+        wait_p50_ms: whole(offer.wait.0.as_millis()),
+        wait_p90_ms: whole(offer.wait.1.as_millis()),
+        kv_free_permille: offer.kv_free.map_or(0, |free| permille(free).max(1)),
+        candidates: offer
+            .candidates
+            .iter()
+            .map(|c| wire::Candidate {
+                node: c.node.to_string(),
+                peers: c.peers.clone(),
+                free: c.free,
+                slots: c.slots,
+            })
+            .collect(),
+    };
+    wire::Digest {
+        relay: digest.relay.map(|relay| relay.0.to_vec()).unwrap_or_default(),
+        region: digest.region.to_string(),
+        epoch: digest.epoch,
+        sequence: digest.sequence,
+        age_ms: whole(digest.age.as_millis()),
+        part: digest.part.0,
+        parts: digest.part.1,
+        offers: digest.offers.iter().map(offer).collect(),
+    }
+}
+
+fn digest_from_wire(digest: wire::Digest) -> Result<Digest, WireError> {
+    bounded("offers", digest.offers.len(), OFFERS_MAX)?;
+    if digest.parts == 0 || digest.parts > PARTS_MAX || digest.part >= digest.parts {
+        return Err(invalid("part", format!("{} of {}", digest.part, digest.parts)));
+    }
+    let relay = match &*digest.relay {
+        [] => None,
+        relay => Some(node_id("relay", relay)?),
+    };
+    let offers = digest.offers.into_iter().map(offer_from_wire);
+    Ok(Digest {
+        relay,
+        region: digest.region.parse().map_err(|e| invalid("region", e))?,
+        epoch: digest.epoch,
+        sequence: digest.sequence,
+        age: Duration::from_millis(digest.age_ms.into()),
+        part: (digest.part, digest.parts),
+        offers: offers.collect::<Result<_, _>>()?,
+    })
+}
+
+fn offer_from_wire(offer: wire::Offer) -> Result<RegionOffer, WireError> {
+    bounded("candidates", offer.candidates.len(), CANDIDATES_MAX)?;
+    let model = match &*offer.model {
+        "" => None,
+        model => Some(model.parse().map_err(|e| invalid("model", e))?),
+    };
+    let candidates = offer.candidates.into_iter().map(|c| {
+        Ok(Candidate {
+            node: c.node.parse().map_err(|e| invalid("candidate", e))?,
+            peers: address("candidate", c.peers)?,
+            free: c.free.min(SLOTS_MAX),
+            slots: c.slots.min(SLOTS_MAX),
+        })
+    });
+    let kv = offer.kv_free_permille.min(1000);
+    Ok(RegionOffer {
+        model,
+        protocol: word("protocol", offer.protocol)?,
+        free: offer.free,
+        slots: offer.slots,
+        drain_rate: Load::rate(f64::from(offer.drain_rate)),
+        wait: (
+            Duration::from_millis(offer.wait_p50_ms.into()),
+            Duration::from_millis(offer.wait_p90_ms.into()),
+        ),
+        kv_free: (kv > 0).then(|| f64::from(kv) / 1000.0),
+        candidates: candidates.collect::<Result<_, WireError>>()?,
+    })
+}
+
+fn node_id(field: &'static str, bytes: &[u8]) -> Result<NodeId, WireError> {
+    NodeId::from_slice(bytes).ok_or_else(|| invalid(field, "not 16 bytes"))
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 1000")]
+fn permille(share: f64) -> u32 {
+    (share.clamp(0.0, 1.0) * 1000.0).round() as u32
+}
+
+fn cards_from_wire(cards: &[wire::SignedCard]) -> Result<Vec<Vec<u8>>, WireError> {
+    cards.iter().map(card_from_wire).collect()
+}
+
+fn card_from_wire(card: &wire::SignedCard) -> Result<Vec<u8>, WireError> {
+    let bytes = card.encode_to_vec();
+    bounded("card", bytes.len(), CARD_BYTES_MAX)?;
+    Ok(bytes)
 }
 
 fn whole(number: u128) -> u32 {
@@ -175,6 +489,8 @@ fn engine_to_wire(engine: &EngineDescriptor) -> wire::Engine {
         protocol: engine.protocol.clone(),
         models: engine.models.iter().map(ToString::to_string).collect(),
         services: engine.services.clone(),
+        id: engine.id.as_ref().map(ToString::to_string).unwrap_or_default(),
+        slots: engine.slots,
     }
 }
 
@@ -187,6 +503,8 @@ fn load_to_wire(load: &Load) -> wire::EngineLoad {
         service_time_us: whole(load.service_time.as_micros()),
         drain_rate: load.drain_rate as f32,
         unusable: load.unusable,
+        step_time_us: whole(load.step_time.as_micros()),
+        kv_use_permille: load.kv_use.map(permille),
     }
 }
 
@@ -207,23 +525,20 @@ pub fn decode(bytes: &[u8]) -> Result<Frame, WireError> {
             epoch: hello.epoch,
             revocations: hello.revocations,
             revocations_digest: hello.revocations_digest,
+            card: hello.card.as_ref().map(card_from_wire).transpose()?,
         })),
         Body::Revocations(signed) if signed.len() > REVOCATIONS_BYTES_MAX => {
             Err(invalid("revocations", format!("more than {REVOCATIONS_BYTES_MAX} bytes")))
         }
         Body::Revocations(signed) => Ok(Frame::Revocations(signed)),
-        Body::Descriptor(descriptor) => {
-            if descriptor.engines.len() > ENGINES_MAX {
-                return Err(invalid("engines", format!("more than {ENGINES_MAX}")));
-            }
-            let engines = descriptor.engines.iter().map(engine_from_wire);
-            let engines = engines.collect::<Result<_, _>>()?;
-            Ok(Frame::Descriptor(Descriptor { version: descriptor.version, engines }))
-        }
+        Body::Descriptor(descriptor) => descriptor_from_wire(&descriptor).map(Frame::Descriptor),
         Body::Load(load) => {
-            if load.engines.len() > ENGINES_MAX {
-                return Err(invalid("engines", format!("more than {ENGINES_MAX}")));
-            }
+            bounded("engines", load.engines.len(), ENGINES_MAX)?;
+            bounded("arrivals", load.arrivals.len(), ARRIVALS_MAX)?;
+            let arrivals = load.arrivals.iter().map(|arrivals| {
+                let region = arrivals.region.parse().map_err(|e| invalid("arrivals", e))?;
+                Ok((region, arrivals.attempts))
+            });
             Ok(Frame::Load(LoadFrame {
                 epoch: load.epoch,
                 sequence: load.sequence,
@@ -232,8 +547,32 @@ pub fn decode(bytes: &[u8]) -> Result<Frame, WireError> {
                 next: Duration::from_millis(load.next_ms.into()).min(NEXT_MAX),
                 draining: load.draining,
                 engines: load.engines.iter().map(load_from_wire).collect(),
+                arrivals: arrivals.collect::<Result<_, WireError>>()?,
             }))
         }
+        Body::Swim(swim) => {
+            bounded("packet", swim.packet.len(), SWIM_BYTES_MAX)?;
+            Ok(Frame::Swim(pool_from_wire(swim.pool)?, swim.packet))
+        }
+        Body::CardsAsk(ask) => {
+            bounded("nodes", ask.nodes.len(), ASKED_MAX)?;
+            let nodes = ask.nodes.iter().map(|node| node_id("nodes", node));
+            Ok(Frame::CardsAsk(pool_from_wire(ask.pool)?, nodes.collect::<Result<_, _>>()?))
+        }
+        Body::Cards(cards) => {
+            Ok(Frame::Cards(pool_from_wire(cards.pool)?, cards_from_wire(&cards.cards)?))
+        }
+        Body::DescriptorsAsk(ask) => {
+            bounded("sha256", ask.sha256.len(), ASKED_MAX)?;
+            let hashes = ask.sha256.iter().map(|bytes| hash("sha256", bytes));
+            Ok(Frame::DescriptorsAsk(hashes.collect::<Result<_, _>>()?))
+        }
+        Body::Descriptors(all) => Ok(Frame::Descriptors(all.descriptors)),
+        Body::Subscribe(subscribe) => Ok(Frame::Subscribe(subscribe.wanted)),
+        Body::NotSubscribed(refused) => {
+            Ok(Frame::NotSubscribed(Duration::from_millis(refused.wait_ms.into())))
+        }
+        Body::Digest(digest) => digest_from_wire(digest).map(Frame::Digest),
     }
 }
 
@@ -253,6 +592,11 @@ fn engine_from_wire(engine: &wire::Engine) -> Result<EngineDescriptor, WireError
         protocol: engine.protocol.clone(),
         models: models.collect::<Result<_, _>>()?,
         services: engine.services.clone(),
+        id: match &*engine.id {
+            "" => None,
+            id => Some(id.parse().map_err(|e| invalid("id", e))?),
+        },
+        slots: engine.slots.map(|slots| slots.min(SLOTS_MAX)),
     })
 }
 
@@ -274,6 +618,8 @@ fn load_from_wire(load: &wire::EngineLoad) -> Load {
         service_time: Duration::from_micros(load.service_time_us.into()),
         drain_rate,
         unusable: load.unusable,
+        step_time: Duration::from_micros(load.step_time_us.into()),
+        kv_use: load.kv_use_permille.map(|permille| f64::from(permille.min(1000)) / 1000.0),
     }
 }
 
@@ -292,12 +638,15 @@ mod tests {
             epoch: 1 << 60,
             revocations: 1_795_000_000,
             revocations_digest: u64::MAX,
+            card: None,
         };
         let engine = EngineDescriptor {
             name: "gpu-0".parse().unwrap(),
             protocol: "kserve-v2".into(),
             models: vec!["llama".parse().unwrap(), "meta/Llama:fp8".parse().unwrap()],
             services: vec!["inference.GRPCInferenceService".into()],
+            id: Some("shared".parse().unwrap()),
+            slots: Some(64),
         };
         let load = Load {
             in_flight: 40,
@@ -306,6 +655,8 @@ mod tests {
             service_time: Duration::from_micros(1_500_000),
             drain_rate: 21.5,
             unusable: true,
+            step_time: Duration::from_micros(20_000),
+            kv_use: Some(0.5),
         };
         [
             Frame::Hello(hello),
@@ -318,6 +669,7 @@ mod tests {
                 next: Duration::from_millis(200),
                 draining: true,
                 engines: vec![load, Load::default()],
+                arrivals: vec![("eu".parse().unwrap(), 7)],
             }),
             Frame::Revocations(vec![7; 300]),
         ]
@@ -333,7 +685,9 @@ mod tests {
     #[test]
     fn a_load_frame_of_eight_engines_is_below_two_hundred_bytes() {
         let [.., Frame::Load(mut frame), _] = frames() else { unreachable!() };
-        frame.engines = vec![frame.engines[0]; 8];
+        frame.engines =
+            vec![Load { kv_use: None, step_time: Duration::ZERO, ..frame.engines[0] }; 8];
+        frame.arrivals.clear();
         frame.epoch = 1_795_000_000_000;
         assert!(encode(&Frame::Load(frame)).len() < 200);
     }
@@ -399,7 +753,7 @@ mod tests {
     fn versions_agree_on_the_lower_of_the_two_newest() {
         let [Frame::Hello(hello), ..] = frames() else { unreachable!() };
         for (protocol, want) in
-            [((1, 1), Some(1)), ((1, 5), Some(1)), ((2, 5), None), ((0, 0), None)]
+            [((1, 1), Some(1)), ((1, 5), Some(2)), ((3, 5), None), ((0, 0), None)]
         {
             assert_eq!(Hello { protocol, ..hello.clone() }.version(), want, "{protocol:?}");
         }

@@ -73,6 +73,8 @@ impl Engine {
             protocol: self.offer.protocol.to_string(),
             models: self.offer.models.clone(),
             services: Vec::new(),
+            id: None,
+            slots: None,
         }
     }
 

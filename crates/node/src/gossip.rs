@@ -114,6 +114,7 @@ impl Gossip {
             epoch: voice.epoch,
             revocations: 0,
             revocations_digest: 0,
+            card: None,
         };
         let own = Own { hello: Arc::new(hello), trust };
         let mut listening = JoinSet::new();
@@ -558,6 +559,7 @@ async fn hear(
             Ok(Frame::Revocations(signed)) => own.take(&signed, &mut disbelieved)?,
             Ok(Frame::Load(_)) => return Err("a load frame of another epoch".to_owned()),
             Ok(Frame::Hello(_)) => return Err("a second hello".to_owned()),
+            Ok(_) => {}
             // A newer node may say more.
             Err(WireError::Unknown) => {}
             Err(error) => return Err(error.to_string()),
@@ -607,6 +609,7 @@ mod tests {
             epoch,
             revocations: 0,
             revocations_digest: 0,
+            card: None,
         }
     }
 
@@ -619,6 +622,7 @@ mod tests {
             next: Duration::from_millis(200),
             draining: false,
             engines: vec![],
+            arrivals: vec![],
         })
     }
 

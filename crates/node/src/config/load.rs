@@ -531,6 +531,8 @@ fn descriptor_bytes(config: &Config) -> usize {
         protocol: engine.protocol.to_string(),
         models: engine.models.clone(),
         services: Vec::new(),
+        id: None,
+        slots: None,
     });
     let descriptor = Descriptor { version: u32::MAX, engines: engines.collect() };
     membership::encode(&Frame::Descriptor(descriptor)).len()

@@ -1,0 +1,82 @@
+//! Cards: where a node is and what it is, in its own words and under its own signature.
+
+use std::sync::Arc;
+
+use base::{NodeName, RegionName, ZoneName};
+
+use crate::{NodeId, Pair};
+
+/// A card that somebody vouched for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Card {
+    /// Whose it is, by its certificate.
+    pub id: NodeId,
+    /// The owner's name, by its certificate.
+    pub node: NodeName,
+    /// The owner's region, by its certificate.
+    pub region: RegionName,
+    /// What the owner says.
+    pub facts: Facts,
+    /// The card as it is handed on: a `SignedCard`, encoded.
+    pub signed: Arc<[u8]>,
+}
+
+impl Card {
+    /// The node as it stands on this card.
+    #[must_use]
+    pub fn pair(&self) -> Pair {
+        Pair { id: self.id, epoch: self.facts.epoch, bump: self.facts.bump }
+    }
+}
+
+/// What a node says on its card.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// The process: greater after each start.
+    pub epoch: u64,
+    /// Counts up with every card of an epoch.
+    pub bump: u16,
+    /// Where its port for peers is reached, host and port.
+    pub peers: String,
+    /// Where its gossip port is reached, host and port.
+    pub gossip: String,
+    /// Its zone.
+    pub zone: Option<ZoneName>,
+    /// SHA-256 of its encoded descriptor.
+    pub descriptor: [u8; 32],
+    /// The release it runs, for people.
+    pub release: String,
+    /// Newest version of the protocol it speaks.
+    pub protocol_max: u32,
+}
+
+/// Who signs this node's cards and judges those of others. Certificates are not known here.
+pub trait Judge {
+    /// Signs this node's card; the result is a `SignedCard`, encoded.
+    ///
+    /// # Errors
+    /// Why it cannot be signed.
+    fn sign(&mut self, card: &[u8]) -> Result<Vec<u8>, String>;
+
+    /// Judges a `SignedCard`, encoded: whose it is by its certificates, and the `Card` they signed, encoded.
+    ///
+    /// # Errors
+    /// Why it is not believed.
+    fn judge(&mut self, signed: &[u8]) -> Result<Judged, String>;
+
+    /// SHA-256, for descriptors.
+    fn sha256(&self, bytes: &[u8]) -> [u8; 32];
+}
+
+/// A card whose signature and certificates are good.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Judged {
+    /// Whose it is.
+    pub id: NodeId,
+    /// The owner's name.
+    pub node: NodeName,
+    /// The owner's region.
+    pub region: RegionName,
+    /// What the owner signed: a `Card`, encoded.
+    pub card: Vec<u8>,
+}
