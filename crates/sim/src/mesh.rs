@@ -79,7 +79,8 @@ impl Config {
     /// Simulated time.
     #[must_use]
     pub fn duration(&self) -> Duration {
-        self.time.unwrap_or(Duration::from_secs(if self.nodes > LARGE { 30 } else { 90 }))
+        let usual_s = if self.nodes > LARGE { 30 } else { 90 };
+        self.time.unwrap_or(const { Duration::from_secs(1) } * usual_s)
     }
 
     fn check(&self) -> Result<(), ConfigError> {

@@ -82,7 +82,7 @@ impl World {
             return;
         };
         let age = process.view.seen(*place, 0, on.clock(origin, now)).map(|seen| seen.age);
-        let age = age.unwrap_or(Duration::from_nanos(now - since));
+        let age = age.unwrap_or_else(|| Duration::from_nanos(now - since));
         self.measures.load_ages.push(micros(age));
     }
 
@@ -104,7 +104,7 @@ impl World {
         match (is_own, known) {
             (true, None) => {}
             (true, Some(_)) => {
-                self.measures.own_digest_ages.push(micros(Duration::from_nanos(age)))
+                self.measures.own_digest_ages.push(micros(Duration::from_nanos(age)));
             }
             (false, known) => {
                 self.measures.digests_missing += u64::from(known.is_none());
@@ -132,17 +132,11 @@ impl World {
     pub(super) fn check(&mut self) {
         self.garbage();
         let now = self.now;
-        if self.measures.join_agreed.is_none()
-            && self.plan.over.is_none_or(|over| now < over || self.measures.heal_agreed.is_none())
-            && self.agree()
-        {
+        let over = self.plan.over.unwrap_or(Nanos::MAX);
+        if now < over && self.measures.join_agreed.is_none() && self.agree() {
             self.measures.join_agreed = Some(now - self.plan.joined);
         }
-        if let Some(over) = self.plan.over
-            && now >= over
-            && self.measures.heal_agreed.is_none()
-            && self.agree()
-        {
+        if now >= over && self.measures.heal_agreed.is_none() && self.agree() {
             self.measures.heal_agreed = Some(now - over);
         }
         let next = if self.config.nodes > super::LARGE { SECOND } else { SECOND / 4 };
@@ -226,7 +220,7 @@ impl World {
         } else {
             self.measures.join_agreed
         };
-        let late = agreed.map_or(self.plan.end.saturating_sub(since), |took| took);
+        let late = agreed.unwrap_or_else(|| self.plan.end.saturating_sub(since));
         if late > CONVERGES || (agreed.is_none() && self.plan.end >= since + CONVERGES) {
             let why = self.measures.disagreement.clone();
             self.violated(format!(

@@ -345,7 +345,7 @@ impl World {
 
     fn sample(&mut self, host: u32, life: u32, is_jump: bool) {
         let now = self.now;
-        let other = self.regions.get(1).or(self.regions.first()).cloned();
+        let other = self.regions.get(1).or_else(|| self.regions.first()).cloned();
         let Some(on) = self.hosts.get_mut(host as usize).filter(|on| on.life == life) else {
             return;
         };
