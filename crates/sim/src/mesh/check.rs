@@ -46,6 +46,7 @@ impl World {
     }
 
     pub(super) fn warm(&mut self) {
+        self.account_all();
         self.measures.bytes = self.hosts.iter().map(|host| (host.sent, host.received)).collect();
     }
 
@@ -240,6 +241,7 @@ impl World {
     fn measure_bytes(&mut self) {
         let length = seconds(self.plan.end.saturating_sub(self.plan.warm)).max(1.0);
         let (mut ordinary, mut relays) = (vec![], vec![]);
+        self.account_all();
         for host in 0..u32::try_from(self.measures.bytes.len()).unwrap_or(0) {
             let Some(status) = self.guarded(host, |mesh, now| mesh.status(now)) else { continue };
             let Some(on) = self.host(host) else { continue };

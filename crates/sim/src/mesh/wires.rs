@@ -269,6 +269,12 @@ impl World {
         self.push(at, What::Frame { link, side, bytes });
     }
 
+    /// Counts what kept links alive until now.
+    pub(super) fn account_all(&mut self) {
+        let all: Vec<_> = self.links.all().map(|(link, _)| link).collect();
+        all.into_iter().for_each(|link| self.account_silence(link));
+    }
+
     fn account_silence(&mut self, link: LinkRef) {
         let times = self.links.used(link, self.now);
         if times == 0 {

@@ -457,15 +457,16 @@ impl World {
 
     fn end_process(&mut self, host: u32, with_power: bool) -> Vec<(LinkRef, usize)> {
         let now = self.now;
-        let kept = self.guarded(host, |mesh, _| mesh.cards(KEPT)).unwrap_or_default();
         let Some(on) = self.hosts.get_mut(host as usize) else { return vec![] };
-        on.kept = kept.iter().map(|card| card.signed.to_vec()).collect();
         on.touched = now;
         on.has_power &= !with_power;
         on.life += 1;
         on.paused = None;
         on.buffered.clear();
         let Some(process) = on.process.take() else { return vec![] };
+        // One that has panicked may do so again.
+        let kept = catch_unwind(AssertUnwindSafe(|| process.mesh.cards(KEPT))).unwrap_or_default();
+        on.kept = kept.iter().map(|card| card.signed.to_vec()).collect();
         let links = process.links.values();
         links.filter_map(|link| Some((*link, self.links.get(*link)?.side(host)))).collect()
     }
