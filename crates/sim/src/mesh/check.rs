@@ -76,13 +76,7 @@ impl World {
         if is_idle || self.is_liar(*node) || now < since + YOUNG || !self.is_settled(host, *node) {
             return;
         }
-        let Some(place) = process.places.get(node) else {
-            if process.places.len() < 100 {
-                self.measures.unseen += 1;
-            }
-            return;
-        };
-        let age = process.view.seen(*place, 0, on.clock(origin, now)).map(|seen| seen.age);
+        let Some(age) = process.views.age(*node, on.clock(origin, now)) else { return };
         let age = age.unwrap_or_else(|| Duration::from_nanos(now - since));
         self.measures.load_ages.push(micros(age));
     }

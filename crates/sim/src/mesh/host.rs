@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use membership::{Mesh, NodeId, Own, Peer, View};
+use membership::{Descriptor, LoadFrame, Mesh, NodeId, Own, Peer, View};
 
 use super::{links::LinkRef, load::Engine, network::Nanos, toy::Toy};
 
@@ -87,9 +87,7 @@ pub(super) struct Process {
     /// When the next tick is on the heap.
     pub(super) armed: Nanos,
     pub(super) ticked: Nanos,
-    pub(super) view: View,
-    /// Places in the view, by node.
-    pub(super) places: BTreeMap<u32, usize>,
+    pub(super) views: Views,
     /// Since when it has asked for whose loads.
     pub(super) subscribed: BTreeMap<u32, Nanos>,
     pub(super) known: Bits,
@@ -106,26 +104,56 @@ impl Process {
             links: BTreeMap::new(),
             armed: Nanos::MAX,
             ticked: 0,
-            view: View::new(VIEWED_MAX.min(nodes as usize)),
-            places: BTreeMap::new(),
+            views: Views::new(nodes),
             subscribed: BTreeMap::new(),
             known: Bits::new(nodes),
             described: Bits::new(nodes),
             regions: vec![None; regions as usize],
         }
     }
+}
 
-    /// The place of a node in the view, unless that is full; and whether it is new.
-    pub(super) fn place(&mut self, node: u32) -> Option<(usize, bool)> {
-        if let Some(place) = self.places.get(&node) {
-            return Some((*place, false));
+/// Loads of others, as routing sees them.
+#[derive(Debug)]
+pub(super) struct Views {
+    view: View,
+    /// Places in the view, by node.
+    places: BTreeMap<u32, usize>,
+}
+
+impl Views {
+    fn new(nodes: u32) -> Self {
+        Self { view: View::new(VIEWED_MAX.min(nodes as usize)), places: BTreeMap::new() }
+    }
+
+    /// A node said how pressed it is. What it serves is asked for where that is not known.
+    pub(super) fn frame(
+        &mut self,
+        node: u32,
+        frame: &LoadFrame,
+        (rtt, now): (Duration, Instant),
+        descriptor: impl FnOnce() -> Descriptor,
+    ) {
+        let free = self.places.len();
+        let place = match self.places.get(&node) {
+            Some(place) => *place,
+            None if free < VIEWED_MAX => *self.places.entry(node).or_insert(free),
+            None => return,
+        };
+        if self.view.described(place).map(|(epoch, _)| epoch) != Some(frame.epoch) {
+            self.view.greet(place, frame.epoch);
+            self.view.describe(place, frame.epoch, descriptor());
         }
-        let place = self.places.len();
-        if place >= VIEWED_MAX {
-            return None;
+        self.view.frame(place, frame, rtt, now);
+    }
+
+    /// How old the load of a node's engine is, if anything came. `None`: there was no room to keep it.
+    pub(super) fn age(&self, node: u32, now: Instant) -> Option<Option<Duration>> {
+        match self.places.get(&node) {
+            Some(place) => Some(self.view.seen(*place, 0, now).map(|seen| seen.age)),
+            None if self.places.len() < VIEWED_MAX => Some(None),
+            None => None,
         }
-        self.places.insert(node, place);
-        Some((place, true))
     }
 }
 

@@ -101,7 +101,6 @@ pub(super) struct Measures {
     pub(super) events: u64,
     pub(super) panics: u64,
     pub(super) load_frames: u64,
-    pub(super) unseen: u64,
     /// In microseconds.
     pub(super) load_ages: Vec<u32>,
     pub(super) digest_ages: Vec<u32>,

@@ -118,14 +118,10 @@ impl World {
         if !process.described.has(node) {
             return;
         }
-        let Some((place, _)) = process.place(node) else { return };
-        let known = process.view.described(place).map(|(epoch, _)| epoch);
-        if known != Some(frame.epoch) {
+        process.views.frame(node, frame, (rtt, clock), || {
             let name = if nodes > super::LARGE { "gpu".to_owned() } else { format!("gpu-{node}") };
-            process.view.greet(place, frame.epoch);
-            process.view.describe(place, frame.epoch, load::descriptor(&name, node % models));
-        }
-        process.view.frame(place, frame, rtt, clock);
+            load::descriptor(&name, node % models)
+        });
         self.measures.load_frames += 1;
     }
 
