@@ -8,9 +8,17 @@
 //! will fill the same view.
 
 mod card;
+#[cfg_attr(not(test), expect(dead_code, reason = "the machine calls it"))]
+mod descriptors;
+#[cfg_attr(not(test), expect(dead_code, reason = "the machine calls it"))]
+mod digest;
 mod id;
 mod mesh;
+#[cfg_attr(not(test), expect(dead_code, reason = "the machine calls it"))]
+mod regions;
 mod report;
+#[cfg_attr(not(test), expect(dead_code, reason = "the machine calls it"))]
+mod subscribe;
 mod view;
 mod wire;
 

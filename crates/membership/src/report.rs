@@ -3,7 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use base::Load;
+use base::{Load, RegionName};
+use bytes::Bytes;
 
 use crate::LoadFrame;
 
@@ -74,6 +75,39 @@ impl Reporter {
     pub fn first_frame(&mut self, loads: &[Load], draining: bool) -> LoadFrame {
         let next = self.last.as_ref().map_or(ACTIVE, |last| last.next);
         self.make(loads, draining, next)
+    }
+
+    /// The engines were looked at: loads in the order of the descriptor, attempts that came by source region.
+    pub fn sampled(&mut self, now: Instant, loads: Vec<Load>, arrivals: Vec<(RegionName, u64)>) {
+        drop((now, loads, arrivals));
+    }
+
+    /// From now on frames say that the node takes no new calls.
+    pub fn drain(&mut self) {}
+
+    /// The frame for all `subscribers`, encoded once, if one is due. Without subscribers nothing is made.
+    pub fn poll(&mut self, now: Instant, subscribers: usize) -> Option<Bytes> {
+        let _ = (now, subscribers);
+        None
+    }
+
+    /// The frame for a subscriber that has just come, encoded. `None`: the figures are too old, and `poll` has one soon.
+    pub fn first(&mut self, now: Instant) -> Option<Bytes> {
+        let _ = now;
+        None
+    }
+
+    /// When [`Self::poll`] is due; `None`: nobody subscribes.
+    #[must_use]
+    pub fn next_deadline(&self, subscribers: usize) -> Option<Instant> {
+        let _ = subscribers;
+        None
+    }
+
+    /// How often the engines should be looked at; `None`: nobody subscribes.
+    #[must_use]
+    pub fn sample_interval(&self, subscribers: usize) -> Option<Duration> {
+        (subscribers > 0).then_some(GAP_MIN)
     }
 
     fn make(&mut self, loads: &[Load], draining: bool, next: Duration) -> LoadFrame {

@@ -85,6 +85,21 @@ impl View {
         Self { nodes: vec![Node::default(); nodes] }
     }
 
+    /// A node of which nothing is known yet: its index, perhaps that of one that was removed.
+    pub fn add(&mut self) -> usize {
+        0
+    }
+
+    /// Node `index` is forgotten; its index may be given to another.
+    pub fn remove(&mut self, index: usize) {
+        let _ = index;
+    }
+
+    /// Whether node `index` can be reached: it is silent while it cannot.
+    pub fn reachable(&mut self, index: usize, is: bool) {
+        let _ = (index, is);
+    }
+
     /// A new link to node `index` begins, to its process `epoch`. If that is another than before, all that was known is
     /// forgotten: the certificate is proof enough, whatever the clocks say.
     pub fn greet(&mut self, index: usize, epoch: u64) {
