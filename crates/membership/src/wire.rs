@@ -34,7 +34,7 @@ pub const DESCRIPTOR_BYTES_MAX: usize = STREAM_BYTES_MAX - 64;
 /// Nodes or descriptors one frame may ask for.
 pub const ASKED_MAX: usize = 256;
 /// Regions one load frame may count attempts of.
-const ARRIVALS_MAX: usize = 64;
+pub(crate) const ARRIVALS_MAX: usize = 64;
 /// Models of one digest frame, candidates of one model, and frames of one digest.
 const OFFERS_MAX: usize = 64;
 pub(crate) const CANDIDATES_MAX: usize = 8;
