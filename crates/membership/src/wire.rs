@@ -36,15 +36,15 @@ pub const ASKED_MAX: usize = 256;
 /// Regions one load frame may count attempts of.
 pub(crate) const ARRIVALS_MAX: usize = 64;
 /// Models of one digest frame, candidates of one model, and frames of one digest.
-const OFFERS_MAX: usize = 64;
+pub(crate) const OFFERS_MAX: usize = 64;
 pub(crate) const CANDIDATES_MAX: usize = 8;
-const PARTS_MAX: u32 = 64;
+pub(crate) const PARTS_MAX: u32 = 64;
 /// Longest host and port.
 const ADDRESS_BYTES_MAX: usize = 262;
 /// Longest name of a release or a protocol.
 const WORD_BYTES_MAX: usize = 64;
 /// Nobody has more slots: what is claimed beyond is not believed.
-const SLOTS_MAX: u32 = 1 << 20;
+pub(crate) const SLOTS_MAX: u32 = 1 << 20;
 /// What a frame may claim about time: nobody is silent on purpose for longer.
 const NEXT_MAX: Duration = Duration::from_secs(10);
 
@@ -335,8 +335,12 @@ fn address(field: &'static str, text: String) -> Result<String, WireError> {
 }
 
 fn word(field: &'static str, text: String) -> Result<String, WireError> {
-    let is_one = text.len() <= WORD_BYTES_MAX && text.bytes().all(|b| b.is_ascii_graphic());
-    if is_one { Ok(text) } else { Err(invalid(field, "no short word")) }
+    if is_word(&text) { Ok(text) } else { Err(invalid(field, "no short word")) }
+}
+
+/// Whether a text may name a protocol or a release.
+pub(crate) fn is_word(text: &str) -> bool {
+    text.len() <= WORD_BYTES_MAX && text.bytes().all(|b| b.is_ascii_graphic())
 }
 
 fn hash(field: &'static str, bytes: &[u8]) -> Result<[u8; 32], WireError> {
@@ -386,16 +390,7 @@ fn digest_to_wire(digest: &Digest) -> wire::Digest {
         wait_p50_ms: whole(offer.wait.0.as_millis()),
         wait_p90_ms: whole(offer.wait.1.as_millis()),
         kv_free_permille: offer.kv_free.map_or(0, |free| permille(free).max(1)),
-        candidates: offer
-            .candidates
-            .iter()
-            .map(|c| wire::Candidate {
-                node: c.node.to_string(),
-                peers: c.peers.clone(),
-                free: c.free,
-                slots: c.slots,
-            })
-            .collect(),
+        candidates: offer.candidates.iter().map(candidate_to_wire).collect(),
     };
     wire::Digest {
         relay: digest.relay.map(|relay| relay.0.to_vec()).unwrap_or_default(),
@@ -407,6 +402,37 @@ fn digest_to_wire(digest: &Digest) -> wire::Digest {
         parts: digest.part.1,
         offers: digest.offers.iter().map(offer).collect(),
     }
+}
+
+fn candidate_to_wire(candidate: &Candidate) -> wire::Candidate {
+    wire::Candidate {
+        node: candidate.node.to_string(),
+        peers: candidate.peers.clone(),
+        free: candidate.free,
+        slots: candidate.slots,
+    }
+}
+
+fn candidate_from_wire(candidate: wire::Candidate) -> Result<Candidate, WireError> {
+    Ok(Candidate {
+        node: candidate.node.parse().map_err(|e| invalid("candidate", e))?,
+        peers: address("candidate", candidate.peers)?,
+        free: candidate.free.min(SLOTS_MAX),
+        slots: candidate.slots.min(SLOTS_MAX),
+    })
+}
+
+/// Candidates as they are kept: most are never looked at before newer ones come.
+pub(crate) fn pack(candidates: &[Candidate]) -> Box<[u8]> {
+    let candidates = candidates.iter().map(candidate_to_wire).collect();
+    wire::Offer { candidates, ..Default::default() }.encode_to_vec().into()
+}
+
+/// Up to `most` of what [`pack`] made.
+pub(crate) fn unpack(bytes: &[u8], most: usize) -> Vec<Candidate> {
+    let offer = wire::Offer::decode(bytes).unwrap_or_default();
+    let candidates = offer.candidates.into_iter().take(most);
+    candidates.filter_map(|candidate| candidate_from_wire(candidate).ok()).collect()
 }
 
 fn digest_from_wire(digest: wire::Digest) -> Result<Digest, WireError> {
@@ -436,14 +462,7 @@ fn offer_from_wire(offer: wire::Offer) -> Result<RegionOffer, WireError> {
         "" => None,
         model => Some(model.parse().map_err(|e| invalid("model", e))?),
     };
-    let candidates = offer.candidates.into_iter().map(|c| {
-        Ok(Candidate {
-            node: c.node.parse().map_err(|e| invalid("candidate", e))?,
-            peers: address("candidate", c.peers)?,
-            free: c.free.min(SLOTS_MAX),
-            slots: c.slots.min(SLOTS_MAX),
-        })
-    });
+    let candidates = offer.candidates.into_iter().map(candidate_from_wire);
     let kv = offer.kv_free_permille.min(1000);
     Ok(RegionOffer {
         model,
