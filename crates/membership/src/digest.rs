@@ -24,6 +24,8 @@ const INTERVAL: Duration = Duration::from_millis(500);
 const SILENT_AFTER: Duration = Duration::from_secs(1);
 /// Nobody is said to wait longer.
 const WAIT_MAX: Duration = Duration::from_secs(60);
+/// Parts of a digest.
+const PARTS: usize = PARTS_MAX as usize;
 /// Longest part of a digest, encoded, as it is handed on.
 const PART_BYTES_MAX: usize = 1100;
 /// Draws that may hit who is drawn already before all are looked at.
@@ -141,7 +143,7 @@ impl Digester {
         let mut totals: Vec<_> = totals.into_iter().collect();
         // What does not fit is what the fewest have.
         totals.sort_by_key(|(_, total)| Reverse(total.nodes));
-        totals.truncate(OFFERS_MAX * PARTS_MAX as usize);
+        totals.truncate(OFFERS_MAX * PARTS);
         self.offers =
             totals.into_iter().map(|((model, protocol), t)| t.summed(model, protocol)).collect();
         self.age = mean(members.iter().map(|member| member.age));
@@ -154,14 +156,7 @@ impl Digester {
     pub(crate) fn digests(&mut self, now: Instant, rng: &mut impl Rng) -> Vec<Digest> {
         self.sequence += 1;
         let offers: Vec<_> = self.offers.iter().map(|summed| self.offer(summed, rng)).collect();
-        let room = PART_BYTES_MAX.saturating_sub(HEAD_BYTES + self.region.as_str().len());
-        let mut parts = split(&offers, CANDIDATES_MAX, room);
-        let mut most = CANDIDATES_MAX;
-        while parts.len() > PARTS_MAX as usize && most > 0 {
-            most /= 2;
-            parts = split(&offers, most, room);
-        }
-        parts.truncate(PARTS_MAX as usize);
+        let parts = split(offers, PART_BYTES_MAX - HEAD_BYTES - self.region.as_str().len());
         let age = self.age + now.saturating_duration_since(self.summed);
         let count = u32::try_from(parts.len()).unwrap_or(PARTS_MAX);
         let digest = |(part, offers)| Digest {
@@ -331,33 +326,59 @@ const OFFER_BYTES: usize = 48;
 /// Bytes of a candidate besides its name and its address, at most.
 const CANDIDATE_BYTES: usize = 21;
 
-/// The offers, each with at most `most` candidates, in parts that fit.
-fn split(offers: &[RegionOffer], most: usize, room: usize) -> Vec<Vec<RegionOffer>> {
+/// The offers in parts that fit: at most 64, if need be with fewer candidates, or without the last offers.
+fn split(offers: Vec<RegionOffer>, room: usize) -> Vec<Vec<RegionOffer>> {
+    let is_too_many = |places: &[Place]| places.last().is_some_and(|last| last.part >= PARTS);
+    let mut most = CANDIDATES_MAX;
+    let mut places = places(&offers, most, room);
+    while is_too_many(&places) && most > 0 {
+        most /= 2;
+        places = self::places(&offers, most, room);
+    }
     let mut parts = vec![vec![]];
-    let mut bytes = 0;
-    for offer in offers {
-        let names =
-            offer.model.as_ref().map_or(0, |model| model.as_str().len()) + offer.protocol.len();
-        let mut more = OFFER_BYTES + names;
-        let mut fits = |candidate: &&Candidate| {
-            more += CANDIDATE_BYTES + candidate.node.as_str().len() + candidate.peers.len();
-            more <= room
-        };
-        let candidates: Vec<_> =
-            offer.candidates.iter().take(most).take_while(&mut fits).cloned().collect();
-        let more = more.min(room);
-        if let Some(part) = parts.last()
-            && (bytes + more > room || part.len() >= OFFERS_MAX)
-        {
-            parts.push(vec![]);
-            bytes = 0;
-        }
-        bytes += more;
+    for (mut offer, place) in offers.into_iter().zip(places).filter(|(_, p)| p.part < PARTS) {
+        offer.candidates.truncate(place.candidates);
+        parts.resize_with(place.part + 1, Vec::new);
         if let Some(part) = parts.last_mut() {
-            part.push(RegionOffer { candidates, ..offer.clone() });
+            part.push(offer);
         }
     }
     parts
+}
+
+/// Where an offer goes, and with how many candidates.
+#[derive(Clone, Copy)]
+struct Place {
+    part: usize,
+    candidates: usize,
+}
+
+fn places(offers: &[RegionOffer], most: usize, room: usize) -> Vec<Place> {
+    let (mut part, mut count, mut bytes) = (0, 0, 0);
+    let place = |offer| {
+        let (candidates, more) = fitting(offer, most, room);
+        if count > 0 && (bytes + more > room || count >= OFFERS_MAX) {
+            (part, count, bytes) = (part + 1, 0, 0);
+        }
+        (count, bytes) = (count + 1, bytes + more);
+        Place { part, candidates }
+    };
+    offers.iter().map(place).collect()
+}
+
+/// How many candidates of an offer fit into a part, and how many bytes it takes with them.
+fn fitting(offer: &RegionOffer, most: usize, room: usize) -> (usize, usize) {
+    let model = offer.model.as_ref().map_or(0, |model| model.as_str().len());
+    let mut bytes = OFFER_BYTES + model + offer.protocol.len();
+    let mut count = 0;
+    for candidate in offer.candidates.iter().take(most) {
+        let more = CANDIDATE_BYTES + candidate.node.as_str().len() + candidate.peers.len();
+        if bytes + more > room {
+            break;
+        }
+        (bytes, count) = (bytes + more, count + 1);
+    }
+    (count, bytes)
 }
 
 #[cfg(test)]
@@ -575,7 +596,7 @@ pub(crate) mod tests {
                 (0..20).map(|i| node(i, &names[..models], &[load(i as u32)])).collect();
             nodes[3].card.facts.peers = format!("{}:7700", "h".repeat(250));
             let digests = digests(&nodes);
-            assert!(digests.len() <= PARTS_MAX as usize);
+            assert!(digests.len() <= PARTS);
             let mut offers = 0;
             for mut digest in digests {
                 digest.relay = Some(NodeId([255; 16]));
@@ -604,7 +625,7 @@ pub(crate) mod tests {
             node(3, &["llama"], &engines),
         ];
         let digests = digests(&nodes);
-        assert!(digests.len() <= PARTS_MAX as usize);
+        assert!(digests.len() <= PARTS);
         assert!(
             digests.iter().all(|digest| decode(&encode(&Frame::Digest(digest.clone()))).is_ok())
         );
