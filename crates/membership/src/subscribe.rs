@@ -443,6 +443,22 @@ mod tests {
     }
 
     #[test]
+    fn a_relay_listens_to_its_whole_region() {
+        let now = base::clock::now();
+        let mut rng = StdRng::seed_from_u64(1);
+        let llama = serving(&["llama"]);
+        let members: Vec<_> =
+            (0..200).map(|i| Known { in_region: i < 150, ..known(i, &llama) }).collect();
+        let mut subscriptions = Subscriptions::new(id(5_000), None);
+        for (second, is_relay, want) in [(0, false, 32), (1, true, 150), (2, false, 32)] {
+            subscriptions.changed(now);
+            subscriptions.relays(now + LOOK * second, is_relay);
+            subscriptions.update(now + LOOK * second, &mut rng, &members);
+            assert_eq!(subscriptions.all().len(), want);
+        }
+    }
+
+    #[test]
     fn who_refuses_is_replaced_and_asked_again_later() {
         let now = base::clock::now();
         let mut rng = StdRng::seed_from_u64(1);
