@@ -8,17 +8,20 @@
 //! will fill the same view.
 
 mod card;
-#[cfg_attr(not(test), expect(dead_code, reason = "the machine calls it"))]
+mod cards;
 mod descriptors;
-#[cfg_attr(not(test), expect(dead_code, reason = "the machine calls it"))]
 mod digest;
 mod id;
+mod links;
 mod mesh;
-#[cfg_attr(not(test), expect(dead_code, reason = "the machine calls it"))]
+mod pool;
 mod regions;
+mod relays;
 mod report;
-#[cfg_attr(not(test), expect(dead_code, reason = "the machine calls it"))]
+mod strikes;
 mod subscribe;
+mod swim;
+mod timers;
 mod view;
 mod wire;
 
