@@ -187,6 +187,10 @@ impl Bodies {
                 self.look_at(now + LOOK);
             }
         }
+        // Should all cards go whose bodies are in flight, the others are not forgotten.
+        if self.look.is_none() {
+            self.look_at(now + ANSWER);
+        }
         asks.into_iter().collect()
     }
 
@@ -427,6 +431,20 @@ mod tests {
             asks.iter().any(|(id, hashes)| *id == node(2) && hashes == &[name])
         });
         assert!(came && most == IN_FLIGHT_MAX, "{most}");
+    }
+
+    #[test]
+    fn cards_that_go_while_their_bodies_are_in_flight_hold_up_nobody() {
+        let now = base::clock::now();
+        let mut bodies = Bodies::default();
+        for i in 0..100 {
+            bodies.want(now, [i; 32], &[node(1)]);
+        }
+        let asked = bodies.asks(now, |_| true).remove(0).1;
+        asked.iter().for_each(|hash| bodies.release(hash));
+        let due = bodies.next_deadline().unwrap();
+        assert!(due <= now + ANSWER);
+        assert_eq!(bodies.asks(due, |_| true).remove(0).1.len(), 100 - IN_FLIGHT_MAX);
     }
 
     #[test]

@@ -74,7 +74,7 @@ pub(crate) struct Digester {
     summed: Instant,
     /// The mean age of the figures when they were summed up.
     age: Duration,
-    /// Those who have room.
+    /// Names and addresses of those that count.
     nodes: Vec<(NodeName, String)>,
     offers: Vec<Summed>,
 }
