@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use base::{NodeName, RegionName, ZoneName};
 
-use crate::{NodeId, Pair, decode_card};
+use crate::{NodeId, Pair};
 
 /// A card that somebody vouched for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,16 +64,9 @@ pub trait Judge {
     /// Why it is not believed.
     fn judge(&mut self, signed: &[u8]) -> Result<Judged, String>;
 
-    /// Judges a `SignedCard`, encoded, and reads what is on it. A judge of many nodes in one process may give all of them the
-    /// same copy.
-    ///
-    /// # Errors
-    /// Why it is not believed, or cannot be read.
-    fn card(&mut self, signed: &[u8]) -> Result<Arc<Card>, String> {
-        let judged = self.judge(signed)?;
-        let facts = decode_card(&judged.card).map_err(|error| error.to_string())?;
-        let Judged { id, node, region, .. } = judged;
-        Ok(Arc::new(Card { id, node, region, facts, signed: signed.into() }))
+    /// Keeps a card. Where many machines live in one process, one copy does for all of them.
+    fn share(&mut self, card: Card) -> Arc<Card> {
+        Arc::new(card)
     }
 
     /// SHA-256, for descriptors.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use base::{NodeName, RegionName};
-use membership::{Card, Judge, Judged, NodeId, decode_card};
+use membership::{Card, Judge, Judged, NodeId};
 use prost::Message as _;
 use proto::isobar::mesh::v1::SignedCard;
 
@@ -80,20 +80,17 @@ impl Judge for Toy {
         Ok(Judged { id, node, region, card: signed.card })
     }
 
-    fn card(&mut self, signed: &[u8]) -> Result<Arc<Card>, String> {
-        if let Some(card) = self.shared.borrow().cards.get(signed) {
-            return Ok(Arc::clone(card));
-        }
-        let Judged { id, node, region, card } = self.judge(signed)?;
-        let facts = decode_card(&card).map_err(|error| error.to_string())?;
-        let signed: Arc<[u8]> = signed.into();
-        let card = Arc::new(Card { id, node, region, facts, signed: Arc::clone(&signed) });
+    fn share(&mut self, card: Card) -> Arc<Card> {
         let cards = &mut self.shared.borrow_mut().cards;
+        if let Some(known) = cards.get(&card.signed) {
+            return Arc::clone(known);
+        }
         if cards.len() >= CARDS_MAX {
             cards.retain(|_, card| Arc::strong_count(card) > 1);
         }
-        cards.insert(signed, Arc::clone(&card));
-        Ok(card)
+        let card = Arc::new(card);
+        cards.insert(Arc::clone(&card.signed), Arc::clone(&card));
+        card
     }
 
     fn sha256(&self, bytes: &[u8]) -> [u8; 32] {
@@ -170,9 +167,10 @@ mod tests {
         let mut one = toy(1, None);
         let mut two = toy(2, Some(&one));
         let signed = one.sign(&encode_card(&facts())).unwrap();
-        let card = two.card(&signed).unwrap();
-        assert_eq!((index(card.id), card.node.as_str(), &card.facts), (1, "n1", &facts()));
-        assert!(Arc::ptr_eq(&card, &one.card(&signed).unwrap()));
+        let Judged { id, node, region, card } = two.judge(&signed).unwrap();
+        assert_eq!((index(id), node.as_str(), card), (1, "n1", encode_card(&facts())));
+        let card = Card { id, node, region, facts: facts(), signed: signed.into() };
+        assert!(Arc::ptr_eq(&one.share(card.clone()), &two.share(card)));
     }
 
     #[test]
@@ -181,10 +179,10 @@ mod tests {
         let signed = one.sign(&encode_card(&facts())).unwrap();
         let mut forged = SignedCard::decode(&*signed).unwrap();
         forged.card = encode_card(&Facts { epoch: 4, ..facts() });
-        assert!(one.card(&forged.encode_to_vec()).is_err());
-        assert!(toy(1, None).card(&signed).is_ok());
+        assert!(one.judge(&forged.encode_to_vec()).is_err());
+        assert!(toy(1, None).judge(&signed).is_ok());
         let mut other = SignedCard::decode(&*signed).unwrap();
         other.certificates = vec![certificate(2, &"n2".parse().unwrap(), &"r0".parse().unwrap())];
-        assert!(one.card(&other.encode_to_vec()).is_err());
+        assert!(one.judge(&other.encode_to_vec()).is_err());
     }
 }

@@ -132,11 +132,11 @@ impl World {
         }
         let [peer, other_peer] = peers;
         let transport = Transport::Quic;
-        self.give(
-            host,
-            Input::LinkUp { peer: other_peer, hello: Box::new(other_hello), transport },
-        );
-        self.give(to, Input::LinkUp { peer, hello: Box::new(hello), transport });
+        let (hello, other_hello) = (Box::new(hello), Box::new(other_hello));
+        let dialled =
+            Input::LinkUp { peer: other_peer, hello: other_hello, transport, dialled: true };
+        self.give(host, dialled);
+        self.give(to, Input::LinkUp { peer, hello, transport, dialled: false });
     }
 
     /// Ends a link that a newer one takes the place of.
