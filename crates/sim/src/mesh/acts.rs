@@ -47,7 +47,7 @@ impl World {
                 self.notice_cuts(is);
             }
             Act::Split { is } => self.split(is),
-            Act::Jump { host, lags } => self.jump(host, lags),
+            Act::Jump { host, lags } => self.jump_clock(host, lags),
             Act::Lie { host } => self.push(self.now, What::Lie { host }),
         }
     }
@@ -127,7 +127,7 @@ impl World {
             .collect()
     }
 
-    fn jump(&mut self, host: u32, lags: bool) {
+    fn jump_clock(&mut self, host: u32, lags: bool) {
         self.touch(host);
         if let Some(on) = self.host_mut(host) {
             on.ahead += JUMP;

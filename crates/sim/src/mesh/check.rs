@@ -225,6 +225,7 @@ impl World {
         }
         self.measure_bytes();
         let undetected = self.measures.undetected(|node| self.is_alive(node));
+        self.measures.is_over = true;
         self.storm();
         let Self { measures, config, plan, story, .. } = self;
         let (report, violations) = measures.report(&config, &plan, undetected);

@@ -130,6 +130,8 @@ pub(super) struct Measures {
     pub(super) relay_rates: Vec<(f64, f64)>,
     pub(super) violated: u64,
     pub(super) violations: Vec<Violation>,
+    /// What follows is the storm: figures do not count any more, panics do.
+    pub(super) is_over: bool,
     downs: Vec<String>,
     quarantined: Vec<String>,
 }

@@ -21,6 +21,9 @@ const STORY: usize = 50_000;
 impl World {
     /// Takes news in. Returns the epoch of a later process of the same name, if that is the news.
     pub(super) fn told(&mut self, host: u32, event: Event) -> Option<u64> {
+        if self.measures.is_over {
+            return None;
+        }
         if self.config.watch == Some(host) {
             self.tell(&event);
         }

@@ -24,8 +24,8 @@ use super::{
     wires::Dial,
 };
 
-/// How often a node looks at its loads.
-const SAMPLE: Nanos = 200 * MS;
+/// How often the load of an engine changes.
+const STEP: Nanos = 200 * MS;
 /// Timers are no finer.
 const TICK: Nanos = MS;
 /// The epoch of the first process of the first node: a time in milliseconds, as in life.
@@ -45,6 +45,10 @@ pub(super) enum What {
         life: u32,
     },
     Sample {
+        host: u32,
+        life: u32,
+    },
+    Step {
         host: u32,
         life: u32,
     },
@@ -251,8 +255,9 @@ impl World {
         match what {
             What::Frame { link, side, bytes } => self.arrive(link, side, bytes),
             What::Tick { host, life } => self.tick(host, life),
-            What::Sample { host, life } => self.sample(host, life, false),
-            What::Jump { host, life } => self.sample(host, life, true),
+            What::Sample { host, life } => self.sample(host, life),
+            What::Step { host, life } => self.step(host, life),
+            What::Jump { host, life } => self.jump(host, life),
             What::Dialled(dial) => self.dialled(dial),
             What::Failed { dial, why } => self.dial_failed(*dial, why),
             What::Idle { link, side } => self.idle(link, side),
@@ -343,32 +348,45 @@ impl World {
         }
     }
 
-    fn sample(&mut self, host: u32, life: u32, is_jump: bool) {
-        let now = self.now;
-        let other = self.regions.get(1).or_else(|| self.regions.first()).cloned();
+    /// The walk of a host's engine goes on.
+    fn step(&mut self, host: u32, life: u32) {
+        let (now, rng) = (self.now, &mut self.rng);
         let Some(on) = self.hosts.get_mut(host as usize).filter(|on| on.life == life) else {
             return;
         };
-        let Some(process) = on.process.as_ref() else { return };
-        let mut jump_at = None;
-        if is_jump {
-            on.engine.jump(&mut self.rng);
-        } else if on.engine.step(&mut self.rng) {
-            jump_at = Some(now + self.rng.random_range(0..SAMPLE));
-        }
-        let wants = process.mesh.sample_interval().is_some() && on.paused.is_none();
-        let loads = vec![on.engine.load()];
-        let arrivals =
-            other.map_or_else(Vec::new, |other| on.engine.arrivals(&on.own.region, &other));
-        if !is_jump {
-            self.push(now + SAMPLE, What::Sample { host, life });
-        }
+        let jump_at = on.engine.step(rng).then(|| now + rng.random_range(0..STEP));
+        self.push(now + STEP, What::Step { host, life });
         if let Some(at) = jump_at {
             self.push(at, What::Jump { host, life });
         }
-        if wants {
-            self.give(host, Input::Loads { loads, arrivals });
+    }
+
+    fn jump(&mut self, host: u32, life: u32) {
+        let Some(on) = self.hosts.get_mut(host as usize).filter(|on| on.life == life) else {
+            return;
+        };
+        on.engine.jump(&mut self.rng);
+        self.say_loads(host);
+    }
+
+    /// A host looks at its engine, as often as its machine wants to know.
+    fn sample(&mut self, host: u32, life: u32) {
+        let Some(on) = self.host(host).filter(|on| on.life == life) else { return };
+        let Some(process) = on.process.as_ref() else { return };
+        let interval = process.mesh.sample_interval();
+        let after = interval.map_or(STEP, |time| Nanos::try_from(time.as_nanos()).unwrap_or(STEP));
+        self.push(self.now + after, What::Sample { host, life });
+        if interval.is_some() {
+            self.say_loads(host);
         }
+    }
+
+    fn say_loads(&mut self, host: u32) {
+        let Some(on) = self.host(host).filter(|on| on.paused.is_none()) else { return };
+        let other = self.regions.get(1).unwrap_or(&on.own.region);
+        let arrivals = on.engine.arrivals(&on.own.region, other);
+        let loads = vec![on.engine.load()];
+        self.give(host, Input::Loads { loads, arrivals });
     }
 
     /// Another process of this host's name is the later one: this one ends. Where it was alone, it is started again as a later.
@@ -416,7 +434,8 @@ impl World {
         }
         self.guarded(host, |mesh, now| mesh.remember(now, &kept));
         self.give(host, Input::Seeds(seeds));
-        let first = now + self.rng.random_range(0..SAMPLE);
+        let first = now + self.rng.random_range(0..STEP);
+        self.push(first, What::Step { host, life });
         self.push(first, What::Sample { host, life });
     }
 
