@@ -108,6 +108,7 @@ pub struct Mesh<J> {
     /// foca's timers wait until then, and suspicions.
     hold: Option<Instant>,
     lenient: Option<Instant>,
+    is_draining: bool,
     is_leaving: bool,
     is_superseded: bool,
 }
@@ -158,6 +159,7 @@ impl<J: Judge> Mesh<J> {
             regions: Regions::default(),
             hold: None,
             lenient: None,
+            is_draining: false,
             is_leaving: false,
             is_superseded: false,
             own,
@@ -182,10 +184,7 @@ impl<J: Judge> Mesh<J> {
             Input::Frame { from, bytes, rtt } => self.hear(now, from, &bytes, rtt),
             Input::Loads { loads, arrivals } => self.sampled(now, loads, arrivals),
             Input::Describe(descriptor) => self.describe(now, descriptor),
-            Input::Drain => {
-                self.reporter.drain();
-                self.report(now);
-            }
+            Input::Drain => self.drain(now),
             Input::Leave => self.leave(now),
             Input::Seeds(seeds) => {
                 self.seeds.replace(now, seeds);
@@ -277,13 +276,21 @@ impl<J: Judge> Mesh<J> {
         }
     }
 
+    fn drain(&mut self, now: Instant) {
+        self.is_draining = true;
+        if let Some((frame, _)) = &mut self.own_figures {
+            frame.draining = true;
+        }
+        self.reporter.drain();
+        self.report(now);
+    }
+
     fn leave(&mut self, now: Instant) {
         if self.is_leaving {
             return;
         }
         self.is_leaving = true;
-        self.reporter.drain();
-        self.report(now);
+        self.drain(now);
         for pool in [Pool::Region, Pool::Relays] {
             self.say_farewell(now, pool);
         }

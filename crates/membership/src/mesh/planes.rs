@@ -224,7 +224,7 @@ impl<J: Judge> Mesh<J> {
                 descriptor_version: self.descriptor.version,
                 sample_age: Duration::ZERO,
                 next: Duration::from_secs(1),
-                draining: self.is_leaving,
+                draining: self.is_draining,
                 engines: loads.clone(),
                 arrivals: vec![],
             };
