@@ -87,7 +87,7 @@ fn forty_nodes_find_each_other_while_packets_are_lost() {
     world.loss = 0.1;
     world.run(20 * S);
     assert!(world.converged(&all(40)));
-    world.run(60 * S);
+    world.run(15 * S);
     assert!(world.converged(&all(40)));
     assert_eq!(false_downs(&world, &[]), 0);
     assert_eq!(
