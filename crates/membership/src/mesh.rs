@@ -69,6 +69,8 @@ const LAG: Duration = Duration::from_millis(100);
 
 /// A relay nobody subscribes to looks at its own engines this often, to sum them up.
 const SUMMED_EVERY: Duration = Duration::from_millis(250);
+/// Nothing has to be done more often.
+const SOONEST: Duration = Duration::from_millis(1);
 /// Room for outputs that is kept while there are none.
 const OUTPUTS_KEPT: usize = 32;
 
@@ -249,7 +251,8 @@ impl<J: Judge> Mesh<J> {
             self.fall_due(now, due);
         }
         self.tend_planes(now);
-        self.deadline = [self.timers.next(), self.planes_deadline()].into_iter().flatten().min();
+        let planes = self.planes_deadline().map(|due| due.max(now + SOONEST));
+        self.deadline = [self.timers.next(), planes].into_iter().flatten().min();
     }
 
     fn fall_due(&mut self, now: Instant, due: Due) {

@@ -11,7 +11,7 @@ use foca::{Member, Message, State, Timer};
 use super::{Event, Mesh, Way};
 use crate::{
     Frame, Judge, NodeId, Pair, Pool,
-    pool::{Change, Seen},
+    pool::{Change, Seen, farewell},
     strikes::Offence,
     swim::{Packet, readdressed},
     timers::Due,
@@ -19,8 +19,10 @@ use crate::{
 
 /// Nobody but a node itself may raise its incarnation by more.
 pub(super) const LEAP_MAX: u16 = 64;
-/// A node that had to refute so much takes a new card, with which its incarnation begins anew: leaps stay short.
+/// A node that had to refute so much takes a new card, with which its incarnation begins anew.
 const WORN: u16 = 48;
+/// So nobody has a higher one, and whoever speaks of one lies.
+const INCARNATION_MAX: u16 = 128;
 /// Who was heard so recently is not down because somebody says so.
 const HEARD: Duration = Duration::from_secs(2);
 /// Two who call the same node down within this are believed.
@@ -86,7 +88,7 @@ impl<J: Judge> Mesh<J> {
         };
         match self.judge_header(now, from, pool, &mut packet) {
             Ok(true) => {}
-            Ok(false) => return,
+            Ok(false) => return self.decline(now, from, pool, &packet),
             Err(lie) => return self.strike(now, from, Offence::Lie, lie),
         }
         if packet.header.message == Message::TurnUndead {
@@ -99,6 +101,10 @@ impl<J: Judge> Mesh<J> {
         let has_left = updates
             .iter()
             .any(|update| *update.id() == packet.header.src && update.state() == State::Down);
+        let highest = updates.iter().map(Member::incarnation).max().unwrap_or(0);
+        if highest.max(packet.header.src_incarnation) > INCARNATION_MAX {
+            return self.strike(now, from, Offence::Strike, "an incarnation nobody can have");
+        }
         packet.updates = self.judge_updates(now, from, pool, updates);
         // A lie in the updates closes the link.
         if !self.links.is_up(from) {
@@ -115,6 +121,17 @@ impl<J: Judge> Mesh<J> {
             members.leaves(from);
         }
         self.settle(now, pool);
+    }
+
+    /// Who takes this node for a relay although it is none is told so.
+    fn decline(&mut self, now: Instant, from: NodeId, pool: Pool, packet: &Packet) {
+        let is_for_relay = pool == Pool::Relays && self.relay.is_none();
+        let is_asked =
+            matches!(packet.header.message, Message::Ping(_) | Message::IndirectPing { .. });
+        if is_for_relay && is_asked {
+            let frame = Frame::Swim(pool, farewell(self.card.pair(), packet.header.src));
+            self.say(now, from, &frame, Way::Datagram);
+        }
     }
 
     /// Whether a packet may go on; an error is a lie.
@@ -250,15 +267,14 @@ impl<J: Judge> Mesh<J> {
         if pair != own {
             return false;
         }
-        let incarnation = self.members(pool).map_or(0, crate::pool::Members::incarnation);
         match update.state() {
             State::Alive => false,
-            State::Suspect if update.incarnation() > incarnation => {
-                let why = "claims an incarnation of this node that it never had";
-                self.strike(now, from, Offence::Strike, why);
+            // Refuted by a higher incarnation, as long as there is one.
+            State::Suspect if update.incarnation() < WORN => true,
+            State::Suspect => {
+                self.want_card(now);
                 false
             }
-            State::Suspect => update.incarnation() == incarnation,
             State::Down => {
                 self.called_down(now, from);
                 false
@@ -299,7 +315,6 @@ impl<J: Judge> Mesh<J> {
         }
         let known = seen.filter(|seen| seen.pair(pair.id) == pair).map_or(0, |s| s.incarnation);
         if update.incarnation() > known.saturating_add(LEAP_MAX) && pair.id != from {
-            self.strike(now, from, Offence::Strike, "a leap of another's incarnation");
             return false;
         }
         update.state() != State::Down || pair.id == from || self.judge_down(now, from, pool, pair)
@@ -309,7 +324,9 @@ impl<J: Judge> Mesh<J> {
     fn judge_down(&mut self, now: Instant, from: NodeId, pool: Pool, pair: Pair) -> bool {
         let id = pair.id;
         if self.was_heard(now, id, HEARD) {
-            let peer = self.links.get(from).map(|link| link.peer.clone());
+            // Of the pool of relays a node may be gone, and live.
+            let link = self.links.get(from).filter(|_| pool == Pool::Region);
+            let peer = link.map(|link| link.peer.clone());
             if peer.is_some_and(|peer| self.strikes.false_down(now, &peer, id)) {
                 self.strike(now, from, Offence::Strike, "calls others down that live");
             }
@@ -346,7 +363,8 @@ impl<J: Judge> Mesh<J> {
             let seen = self.members(pool).and_then(|members| members.seen(id)).copied();
             let Some(seen) = seen.filter(Seen::is_active) else { continue };
             if is_held && self.pool_of_node(id) == pool {
-                self.call(now, pool, Member::new(seen.pair(id), seen.incarnation, State::Down));
+                let down = Member::new(seen.pair(id), seen.incarnation, State::Down);
+                self.call(now, pool, down, true);
             } else if let Some(lost) = lost {
                 self.blame(now, pool, id, seen, lost);
             }
@@ -369,14 +387,14 @@ impl<J: Judge> Mesh<J> {
         }
         self.doubts.blamed.insert(id, now);
         let update = Member::new(seen.pair(id), seen.incarnation, State::Suspect);
-        self.call(now, pool, update);
+        self.call(now, pool, update, true);
         let due = (lost + suspect_for(pool)).max(now + REFUTE_MIN);
         self.suspect(now, pool, seen.pair(id), seen.incarnation, due);
     }
 
-    fn call(&mut self, now: Instant, pool: Pool, update: Member<Pair>) {
+    fn call(&mut self, now: Instant, pool: Pool, update: Member<Pair>, spread: bool) {
         if let Some(members) = self.members_mut(pool) {
-            members.apply(update, true);
+            members.apply(update, spread);
             self.settle(now, pool);
         }
     }
@@ -399,12 +417,11 @@ impl<J: Judge> Mesh<J> {
     /// A suspicion of ours has had its time.
     pub(super) fn decide(&mut self, now: Instant, pool: Pool, id: NodeId) {
         let Some(suspicion) = self.doubts.suspicions.get(&(pool, id)).copied() else { return };
+        let is_cut_off = self.is_cut_off(now, pool, id);
         let wait = match self.lenient {
             _ if now < suspicion.due => Some(suspicion.due),
             Some(until) if now < until => Some(until),
-            _ if self.is_cut_off(now, pool, id) && now < suspicion.since + ALONE => {
-                Some(now + COMPANY)
-            }
+            _ if is_cut_off && now < suspicion.since + ALONE => Some(now + COMPANY),
             _ => None,
         };
         if let Some(until) = wait {
@@ -418,7 +435,9 @@ impl<J: Judge> Mesh<J> {
             (seen.pair(id), seen.incarnation, seen.state) == (pair, incarnation, State::Suspect)
         });
         if stands && !is_heard && !self.strikes.is_quarantined(now, id) {
-            self.call(now, pool, Member::new(pair, incarnation, State::Down));
+            // Who is cut off does not come back with the news that all others are dead.
+            let down = Member::new(pair, incarnation, State::Down);
+            self.call(now, pool, down, !is_cut_off);
         }
     }
 
@@ -490,7 +509,10 @@ impl<J: Judge> Mesh<J> {
         if was_active && !is_active {
             let left =
                 self.members(pool).and_then(|members| members.seen(id)).is_some_and(|s| s.left);
-            self.event(Event::Down { id, left });
+            // Who leaves the pool of relays is no relay any more, and lives.
+            if !left || pool == Pool::Region {
+                self.event(Event::Down { id, left });
+            }
         }
         if was_active != is_active {
             self.subscriptions.changed(now);
@@ -544,7 +566,7 @@ impl<J: Judge> Mesh<J> {
             .up
             .keys()
             .filter_map(pair)
-            .map(|pair| (pair.id, members.farewell(pair)))
+            .map(|pair| (pair.id, farewell(self.card.pair(), pair)))
             .collect();
         for (to, packet) in packets {
             self.say(now, to, &Frame::Swim(pool, packet), Way::Stream);

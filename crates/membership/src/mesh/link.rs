@@ -9,6 +9,7 @@ use super::{Event, Mesh, Output, Peer, Target, Transport, Way};
 use crate::{
     Card, Frame, Hello, Judge, NodeId, Pool, WireError, decode,
     links::{Begin, DIAL_TIMEOUT, IDLE, LINKS_MAX, Link, Place},
+    pool::Members,
     strikes::{Offence, Passage},
 };
 
@@ -171,7 +172,10 @@ impl<J: Judge> Mesh<J> {
 
     fn is_down(&self, peer: &Peer) -> bool {
         let members = self.members(self.pool_of(&peer.region));
-        members.and_then(|m| m.seen(peer.id)).is_some_and(|seen| !seen.is_active())
+        let seen = members.and_then(|members| members.seen(peer.id));
+        // Who left the pool of relays only is no relay any more.
+        let has_left = seen.is_some_and(|seen| seen.left) && peer.region != self.own.region;
+        seen.is_some_and(|seen| !seen.is_active()) && !has_left
     }
 
     /// Tells whether `id` can be reached, if that has changed.
@@ -196,7 +200,10 @@ impl<J: Judge> Mesh<J> {
 
     /// Whether this node needs a link with `id`.
     pub(super) fn wants(&self, id: NodeId) -> bool {
-        self.subscriptions.is_subscribed(&id) || self.relaying.needs(id) || self.seeds.is_listed(id)
+        self.subscriptions.is_subscribed(&id)
+            || self.relaying.needs(id)
+            || self.relay.as_ref().is_some_and(|relay| relay.is_active(id))
+            || self.seeds.is_listed(id)
     }
 
     /// `id` is to be linked, unless it is.
@@ -283,12 +290,16 @@ impl<J: Judge> Mesh<J> {
         if self.is_leaving {
             return;
         }
+        // Relays are few, and far away: a link would come too late for a probe.
+        let relays = self.relay.iter().flat_map(Members::all);
+        let relays = relays.filter(|(_, seen)| seen.is_active()).map(|(id, _)| id);
         let wanted: Vec<_> = self
             .subscriptions
             .all()
             .iter()
             .copied()
             .chain(self.relaying.all_needed())
+            .chain(relays)
             .filter(|id| *id != self.own.id && !self.links.is_up(*id))
             .filter(|id| self.cards.get(*id).is_some_and(|card| !self.is_down(&peer_of(card))))
             .collect();
