@@ -47,6 +47,7 @@ impl World {
 
     pub(super) fn warm(&mut self) {
         self.account_all();
+        self.measures.kinds = Default::default();
         self.measures.bytes = self.hosts.iter().map(|host| (host.sent, host.received)).collect();
     }
 

@@ -248,6 +248,7 @@ impl World {
         let Some(known) = self.links.get(link).copied() else { return };
         let side = 1 - known.side(host);
         let to = known.end(side).host;
+        self.measures.sent(bytes.first(), on_wire(bytes.len()));
         if let Some(on) = self.host_mut(host) {
             on.sent += on_wire(bytes.len());
         }
