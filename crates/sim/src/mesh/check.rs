@@ -163,6 +163,7 @@ impl World {
             }
             self.measures.doubtful = (host + 1) % count;
         }
+        self.measures.disagreement.clear();
         true
     }
 

@@ -12,7 +12,7 @@ use super::{
 };
 
 /// Kinds of frames by the number of their field.
-const KINDS: [&str; 13] = [
+const KINDS: [&str; 15] = [
     "other",
     "hello",
     "descriptor",
@@ -26,7 +26,12 @@ const KINDS: [&str; 13] = [
     "subscribe",
     "not_subscribed",
     "digest",
+    "keep_alive",
+    "handshake",
 ];
+/// What goes over the wire that is no frame.
+pub(super) const KEPT_ALIVE: u8 = 13 << 3;
+pub(super) const HANDSHAKE: u8 = 14 << 3;
 
 /// Examples kept of what should not be.
 const EXAMPLES: usize = 10;
@@ -81,6 +86,8 @@ pub struct Report {
     pub undetected: u64,
     /// From the start of the last node until every node's view of its region was true.
     pub convergence_after_join_s: Option<f64>,
+    /// In what a view differed from the truth when they were last compared, if it did.
+    pub disagreement: Option<String>,
     /// Age of what is known of another region: median.
     pub digest_age_p50_ms: Option<f64>,
     /// Age of what relays say of a node's own region, 99th percentile.
@@ -163,8 +170,8 @@ impl Measures {
     }
 
     /// A frame was sent that takes so many bytes on the wire.
-    pub(super) fn sent(&mut self, first: Option<&u8>, bytes: u64) {
-        let kind = first.map_or(0, |first| usize::from(first >> 3));
+    pub(super) fn sent(&mut self, first: u8, bytes: u64) {
+        let kind = usize::from(first >> 3);
         let kind = if kind < KINDS.len() { kind } else { 0 };
         if let Some(sum) = self.kinds.get_mut(kind) {
             *sum += bytes;
@@ -245,6 +252,7 @@ impl Measures {
                 .map(f64::round),
             relay_bytes_per_s: mean(&self.relay_rates),
             convergence_after_heal_s: self.heal_agreed.filter(|_| plan.heals).map(seconds),
+            disagreement: Some(self.disagreement).filter(|why| !why.is_empty()),
             convergence_after_join_s: self.join_agreed.map(seconds),
             panics: self.panics,
             suspicions: self.suspicions,
