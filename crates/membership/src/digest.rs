@@ -146,7 +146,14 @@ impl Digester {
         totals.truncate(OFFERS_MAX * PARTS);
         self.offers =
             totals.into_iter().map(|((model, protocol), t)| t.summed(model, protocol)).collect();
-        self.age = mean(members.iter().map(|member| member.age));
+        // Who is idle speaks seldom, for there is nothing to say: its figures are not old.
+        let is_busy = |m: &&Sample<'_>| m.frame.engines.iter().any(|load| load.in_flight > 0);
+        let busy: Vec<_> = members.iter().filter(is_busy).map(|member| member.age).collect();
+        self.age = if busy.is_empty() {
+            mean(members.iter().map(|member| member.age))
+        } else {
+            mean(busy.into_iter())
+        };
         self.nodes =
             members.iter().map(|m| (m.card.node.clone(), m.card.facts.peers.clone())).collect();
         (self.summed, self.next) = (now, now + INTERVAL);

@@ -24,7 +24,7 @@ const OLD: Duration = Duration::from_secs(3);
 /// A voice keeps to a relay for so long after its last word: three digests may be lost.
 const KEPT_TO: Duration = Duration::from_millis(1_500);
 /// Views of a region are not closer than this.
-const GAP_MIN: Duration = Duration::from_millis(200);
+const GAP_MIN: Duration = Duration::from_millis(100);
 /// Whose claim is so many times the median has no candidates.
 const EXCESS: f64 = 1.5;
 const REGIONS_MAX: usize = 256;

@@ -74,12 +74,16 @@ impl Reporter {
 
     /// A frame, if one is due.
     pub fn frame(&mut self, now: Instant, loads: &[Load], draining: bool) -> Option<LoadFrame> {
-        let next = next(loads);
         if self.due(loads, draining).is_some_and(|due| due > now) {
             return None;
         }
+        Some(self.say(now, loads, draining))
+    }
+
+    fn say(&mut self, now: Instant, loads: &[Load], draining: bool) -> LoadFrame {
+        let next = next(loads);
         self.last = Some(Said { at: now, loads: loads.to_vec(), draining, next });
-        Some(self.make(loads, draining, next))
+        self.make(loads, draining, next)
     }
 
     /// When a frame of these figures is due; `None`: nothing was said yet.
@@ -107,12 +111,17 @@ impl Reporter {
 
     /// The frame for all `subscribers`, encoded once, if one is due. Without subscribers nothing is made.
     pub fn poll(&mut self, now: Instant, subscribers: usize) -> Option<Bytes> {
-        if self.next_deadline(subscribers).is_none_or(|due| due > now) {
-            return None;
-        }
+        let due = self.next_deadline(subscribers)?;
         let figures = self.figures.take()?;
-        let frame = self.frame(now, &figures.loads, self.draining);
-        let bytes = frame.map(|frame| figures.encoded(frame, now));
+        // What was seen just now is said a little early: what is seen next would come too late.
+        let is_early = figures.at == now
+            && due < now + GAP_MIN
+            && self.last.as_ref().is_none_or(|last| now >= last.at + GAP_MIN);
+        let is_due = due <= now || is_early;
+        let bytes = is_due.then(|| {
+            let frame = self.say(now, &figures.loads, self.draining);
+            figures.encoded(frame, now)
+        });
         self.figures = Some(figures);
         bytes
     }
