@@ -18,13 +18,15 @@ class Member:
     transport: str | None
     load_age_ms: float | None
     subscribed: bool
+    quarantine: str | None
 
     @staticmethod
     def read(said: dict) -> "Member":
         return Member(
             name=said["node"], region=said["region"], state=said["state"], epoch=said["epoch"],
-            gossip=said.get("gossip") or "", transport=said.get("transport"),
-            load_age_ms=said.get("load_age_ms"), subscribed=said.get("subscribed", False),
+            gossip=said["gossip"] or "", transport=said["transport"],
+            load_age_ms=said["load_age_ms"], subscribed=said["subscribed"],
+            quarantine=said["quarantine"] and said["quarantine"]["why"],
         )
 
 
@@ -54,8 +56,8 @@ class Status:
         return {name: member.transport for name, member in self.members.items() if member.transport}
 
     def is_relay(self) -> bool:
-        return self.said["relay"]
+        return self.said["node"]["relay"]
 
     def quarantined(self) -> dict[str, str]:
         """Who is not listened to, and why."""
-        return {one["node"]: one["why"] for one in self.said["quarantined"]}
+        return {name: one.quarantine for name, one in self.members.items() if one.quarantine}

@@ -54,9 +54,9 @@ class Town:
         models = {"a": [], "e": [], "f": ["sim", "far"]}.get(name, ["sim"])
         engines = []
         for model in models:
-            place, size = self.directory / f"engines-{name}", {"slots": 16, "step": "40ms"}
+            place, size = self.directory / f"engines-{name}", {"slots": 32, "step": "40ms"}
             engine = self.keep(sim_engine(host, place, model, model, **size))
-            engines.append(engine.engine(slots=16))
+            engines.append(engine.engine(slots=32))
         seed = None if name == "a" else f"{self.hosts['a'].address}:8445"
         node = LanNode(host, self.directory, name, region, seed, engines=engines)
         self.nodes[name] = self.keep(node)
@@ -293,7 +293,7 @@ def test_halves_that_lose_each_other_go_on_and_find_each_other_again(town):
     """a and b on one side, c and d on the other, with us."""
     since = time.monotonic()
     town.lan.split([town.hosts["a"], town.hosts["b"]])
-    time.sleep(12)
+    time.sleep(DOWN_ELSEWHERE_S + 1)
     found = statuses(town.nodes.values())
     assert "b" in found["a"].alive() and not found["a"].alive() & set("cdef"), found["a"].said
     assert found["c"].alive() >= {"d"} and not found["c"].alive() & set("ab"), found["c"].said
