@@ -497,7 +497,7 @@ def test_a_node_with_fifty_peers_costs_next_to_nothing_while_nobody_calls(tmp_pa
         service = Service(tmp_path, "shared", host=host.address, enter=host.enter)
         kept.append(service)
         seed = f"{host.address}:20000"
-        engine = service.engine(models=["sim"], health={"kind": "tcp"})
+        engine = service.engine(health={"kind": "tcp"})
         nodes = []
         for number in range(51):
             listen = {"gossip": f"{host.address}:{20000 + number}"}
