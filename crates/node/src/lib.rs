@@ -5,6 +5,7 @@
 
 mod access;
 mod admin;
+mod arrivals;
 mod attempt;
 mod buffers;
 mod catalog;
@@ -25,6 +26,7 @@ mod offer;
 mod orca;
 mod peers;
 mod probes;
+mod rca;
 mod record;
 mod reflection;
 mod refusal;
@@ -35,6 +37,7 @@ mod scrape;
 mod services;
 mod signer;
 pub mod spire;
+mod steps;
 mod throttle;
 mod trust;
 

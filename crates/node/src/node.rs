@@ -21,7 +21,7 @@ use identity::{ClientFacing, ClientRoots, ExpectedPeer, Identity, IdentityError}
 use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, Semaphore, mpsc},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -33,6 +33,7 @@ use transport::{
 use crate::{
     access::{Access, AccessError},
     admin::Admin,
+    arrivals::Arrivals,
     buffers::Buffers,
     catalog::{Catalog, Scope},
     checks, collect,
@@ -47,6 +48,7 @@ use crate::{
     orca::NodeReport,
     peers::{Board, PeerName, Peers},
     probes::Probes,
+    rca::{self, Reports},
     record::{AccessLog, LogWriter},
     reflection::Reflection,
     refusal::Who,
@@ -541,6 +543,9 @@ struct Plan {
     peers_tls: rustls::ServerConfig,
     keys: QuicKeys,
     ready: Arc<AtomicBool>,
+    arrivals: Arc<Arrivals>,
+    /// One permit per stream of load reports.
+    report_streams: Arc<Semaphore>,
     seed: u64,
 }
 
@@ -605,6 +610,8 @@ impl Plan {
             peers_tls: identity.peer_server_config(&[])?,
             keys: QuicKeys::random(),
             ready: Arc::new(AtomicBool::new(false)),
+            arrivals: Arc::default(),
+            report_streams: Arc::new(Semaphore::new(rca::STREAMS_MAX)),
             seed,
         };
         Ok((plan, writer))
@@ -629,6 +636,10 @@ impl Plan {
         Reflection { catalog: self.catalog.clone(), scope, drain: worker.drain.clone() }
     }
 
+    fn reports(&self, router: Router, worker: &Worker) -> Reports {
+        Reports { router, streams: self.report_streams.clone(), drain: worker.drain.clone() }
+    }
+
     /// Runs one worker: its pools, its services, its share of the ports.
     async fn run(
         &self,
@@ -640,20 +651,23 @@ impl Plan {
         let to_engines = Pool::new(Dialer::new(&worker, &self.keys, Limits::engines())?);
         let to_peers = Pool::new(Dialer::new(&worker, &self.keys, Limits::peers())?);
         let overdue = Overdue::default();
+        let here = self.router(&to_engines, &to_peers, false, worker.index);
         let egress = Egress(Arc::new(egress::Parts {
             own: self.own.clone(),
             who: self.who.clone(),
             metrics: self.metrics.clone(),
             log: self.log.clone(),
             buffers: self.buffers.clone(),
-            router: self.router(&to_engines, &to_peers, false, worker.index),
+            router: here.clone(),
             idempotent: self.idempotent.clone(),
             overdue: overdue.clone(),
             services: Services {
                 reflection: self.reflection(Scope::Here, &worker),
                 health: None,
+                reports: self.reports(here, &worker),
                 drain: worker.drain.clone(),
             },
+            arrivals: self.arrivals.clone(),
         }));
         let router = self.router(&to_engines, &to_peers, true, worker.index);
         let ingress = Ingress(Arc::new(ingress::Parts {
@@ -672,6 +686,7 @@ impl Plan {
                     ready: self.ready.clone(),
                     drain: worker.drain.clone(),
                 }),
+                reports: self.reports(router.clone(), &worker),
                 drain: worker.drain.clone(),
             },
             metrics: self.metrics.clone(),
