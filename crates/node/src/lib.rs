@@ -19,6 +19,7 @@ mod health;
 mod hop;
 mod ingress;
 mod joining;
+mod mesh_handle;
 mod metrics;
 mod model;
 mod node;

@@ -32,7 +32,7 @@ use transport::{
 
 use crate::{
     access::{Access, AccessError},
-    admin::Admin,
+    admin::{Admin, Place},
     arrivals::Arrivals,
     buffers::Buffers,
     catalog::{Catalog, Scope},
@@ -44,6 +44,7 @@ use crate::{
     health::Health,
     hop::Pseudonym,
     ingress::{self, Ingress},
+    mesh_handle::MeshHandle,
     metrics::{Metrics, Security},
     orca::NodeReport,
     peers::{Board, PeerName, Peers},
@@ -225,6 +226,15 @@ impl Node {
             trust: plan.trust.clone(),
             renewals: plan.renewals.clone(),
             is_authority: plan.signer.is_some(),
+            mesh: MeshHandle,
+            place: Place {
+                zone: config.node.zone.clone(),
+                epoch: plan.epoch,
+                draining: draining.clone(),
+            },
+            engines: plan.engines.clone(),
+            board: plan.board.clone(),
+            arrivals: plan.arrivals.clone(),
         };
         control.tasks.spawn(admin.serve(for_operators, control.stop.clone()));
         for task in plan.access.tasks() {
@@ -453,11 +463,10 @@ fn gossip(
             Ok(Subscription { index, address: gossip.authority(), tls })
         })
         .collect::<Result<_, IdentityError>>()?;
-    let since_epoch = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
     let voice = Voice {
         catalog: plan.catalog.clone(),
         own: identity.id().clone(),
-        epoch: u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX),
+        epoch: plan.epoch,
         engines: plan.engines.clone(),
         draining,
     };
@@ -546,6 +555,8 @@ struct Plan {
     arrivals: Arc<Arrivals>,
     /// One permit per stream of load reports.
     report_streams: Arc<Semaphore>,
+    /// The process: greater after each start.
+    epoch: u64,
     seed: u64,
 }
 
@@ -588,6 +599,7 @@ impl Plan {
         let (clients_tls, client_roots) = clients_tls(config, certificate)?;
         let metrics = Metrics::new(engines.clone(), board.clone(), log.clone());
         metrics.watch(security);
+        let since_epoch = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
         let plan = Self {
             own: Pseudonym::new(name, region, &config.mesh.trust_domain),
             who: Who { node: name.to_string(), region: region.to_string() },
@@ -612,6 +624,7 @@ impl Plan {
             ready: Arc::new(AtomicBool::new(false)),
             arrivals: Arc::default(),
             report_streams: Arc::new(Semaphore::new(rca::STREAMS_MAX)),
+            epoch: u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX),
             seed,
         };
         Ok((plan, writer))

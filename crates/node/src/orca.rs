@@ -5,10 +5,7 @@
 //! To clients it speaks of the node: what they balance over is nodes. An engine's own report is read here too, for what only
 //! it knows.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use balance::Said;
 use base::Load;
@@ -145,6 +142,8 @@ impl NodeReport {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     fn trailers(report: &OrcaLoadReport) -> HeaderMap {
