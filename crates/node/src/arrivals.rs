@@ -30,8 +30,17 @@ type Count = Arc<AtomicU64>;
 #[derive(Debug)]
 pub(crate) struct Arrivals {
     regions: Mutex<BTreeMap<RegionName, Count>>,
-    /// By the address of a connection's certificates, which are kept, so that no others can have it.
-    connections: Mutex<LruCache<usize, (Arc<[CertificateDer<'static>]>, Option<Count>)>>,
+    /// By the address of a connection's certificates.
+    connections: Mutex<LruCache<usize, Connection>>,
+}
+
+/// One connection.
+#[derive(Debug)]
+struct Connection {
+    /// Kept, so that no others can have their address.
+    _shown: Arc<[CertificateDer<'static>]>,
+    /// Where its attempts are counted; `None`: nowhere.
+    count: Option<Count>,
 }
 
 impl Default for Arrivals {
@@ -51,9 +60,11 @@ impl Arrivals {
         let shown = &info.certificates;
         let connection = Arc::as_ptr(shown).cast::<u8>().addr();
         let mut connections = self.connections.lock();
-        let (_, count) =
-            connections.get_or_insert(connection, || (shown.clone(), self.count_of(shown)));
-        if let Some(count) = count {
+        let connection = connections.get_or_insert(connection, || Connection {
+            count: self.count_of(shown),
+            _shown: shown.clone(),
+        });
+        if let Some(count) = &connection.count {
             count.fetch_add(1, Ordering::Relaxed);
         }
     }

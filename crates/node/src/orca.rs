@@ -97,7 +97,8 @@ pub(crate) fn said(trailers: &HeaderMap) -> Option<Said> {
 }
 
 fn kv_use(report: &OrcaLoadReport) -> Option<f64> {
-    let find = |name: &&str| report.utilization.get(*name).or(report.named_metrics.get(*name));
+    let find =
+        |name: &&str| report.utilization.get(*name).or_else(|| report.named_metrics.get(*name));
     let used = KV_USES.iter().find_map(find).copied();
     used.filter(|used| (0.0..=1.0).contains(used))
 }

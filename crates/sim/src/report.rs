@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::{
+    body::HttpBody as _,
     extract::{Request, State},
     http::{HeaderName, HeaderValue},
     middleware::Next,
@@ -24,7 +25,8 @@ const KSERVE: &str = "/inference.";
 pub(crate) async fn add(State(gpu): State<Arc<Gpu>>, request: Request, next: Next) -> Response {
     let is_reported = request.uri().path().starts_with(KSERVE);
     let response = next.run(request).await;
-    if !is_reported {
+    // A reply that is nothing but a head has to stay one.
+    if !is_reported || response.body().is_end_stream() {
         return response;
     }
     response.map(|body| {
