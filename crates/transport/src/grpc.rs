@@ -454,6 +454,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn pieces_of_a_grpc_body_are_shown_as_they_pass_and_others_are_not() {
+        struct Bytes(Arc<Mutex<Vec<u8>>>);
+        impl OnEnd for Bytes {
+            fn data(&mut self, data: &bytes::Bytes) {
+                self.0.lock().extend_from_slice(data);
+            }
+
+            fn ended(&mut self, _: End<'_>) {}
+        }
+        for (content_type, want) in [("application/grpc", &b"hello"[..]), ("text/plain", b"")] {
+            let seen = Arc::default();
+            let end = trailers(&[("grpc-status", "0")]);
+            let body = data("hello").with_trailers(async { Some(Ok(end)) });
+            let body = reply(content_type, Body::new(body));
+            let reply = ending(body, None, "engine", Bytes(Arc::clone(&seen)), &Overdue::default());
+            assert_eq!(&reply.into_body().collect().await.unwrap().to_bytes()[..], b"hello");
+            assert_eq!(*seen.lock(), want, "{content_type}");
+        }
+    }
+
+    #[tokio::test]
     async fn a_grpc_reply_without_a_status_gets_one_that_says_so() {
         let without = trailers(&[("x", "y")]);
         let bodies = [
