@@ -2,7 +2,7 @@
 //!
 //! Pure: facts in, a choice out. Time and randomness are arguments, so that a simulation drives the same code as a node.
 //!
-//! - [`Engine`] is one engine of this node: room, health, breaker, service time. One per node, behind one lock.
+//! - [`Engine`] is one engine of this node: room, health, breaker, times. One per node, behind one lock.
 //! - [`choose`] picks a server from what is known of all of them.
 //! - [`Outcome`] is what an attempt came to: busy is not broken.
 //! - [`RetryBudget`] bounds how many attempts are retries.
@@ -18,7 +18,7 @@ mod route;
 
 pub use breaker::Breaker;
 pub use budget::RetryBudget;
-pub use engine::{Engine, Ticket};
+pub use engine::{Engine, Said, Ticket};
 pub use health::{Health, HealthChange, HealthConfig, Verdict};
 pub use outcome::Outcome;
 pub use route::{Fit, Place, Server, Standing, choose};

@@ -305,6 +305,8 @@ pub struct Status {
     pub subscribers: usize,
     /// Other regions by their digests, and how old those are.
     pub regions: Vec<(RegionName, Duration)>,
+    /// What those digests come to: the newest view of each region.
+    pub views: Vec<Arc<RegionView>>,
     /// Who is in quarantine, for how long yet, and why.
     pub quarantined: Vec<(Peer, Duration, String)>,
 }

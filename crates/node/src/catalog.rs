@@ -16,7 +16,7 @@ use crate::{
     engines::Engine,
     offer::KSERVE,
     peers::Board,
-    services::{HEALTH, REFLECTION},
+    services::{HEALTH, REFLECTION, REPORTS},
 };
 
 /// Bytes of names of services a node tells others about, at most; fewer where its models fill the descriptor.
@@ -101,7 +101,7 @@ impl Catalog {
 
     /// The services of `scope`, sorted, those every node answers itself included.
     pub(crate) fn services(&self, scope: Scope) -> Vec<String> {
-        let own = REFLECTION.iter().chain(&[HEALTH]);
+        let own = REFLECTION.iter().chain(&[HEALTH, REPORTS]);
         let mut services: Vec<String> = own.map(|service| (*service).to_owned()).collect();
         services.extend(self.sources(scope).iter().flat_map(|source| source.services.clone()));
         let has_kserve = self.engines.iter().any(|engine| engine.offer.is_called(KSERVE))
@@ -137,7 +137,8 @@ impl Catalog {
 
 /// What a server reflects, without what every node answers itself and what is no name.
 fn named(mut reflected: Reflected) -> Reflected {
-    let is_own = |service: &str| service == HEALTH || REFLECTION.contains(&service);
+    let is_own =
+        |service: &str| [HEALTH, REPORTS].contains(&service) || REFLECTION.contains(&service);
     reflected.services.retain(|service| !is_own(service) && is_service(service));
     reflected
 }
@@ -171,7 +172,7 @@ mod tests {
     #[test]
     fn what_is_built_in_can_be_looked_up() {
         let catalog = catalog(1);
-        for symbol in [HEALTH, REFLECTION[0], REFLECTION[1], KSERVE] {
+        for symbol in [HEALTH, REPORTS, REFLECTION[0], REFLECTION[1], KSERVE] {
             let found = catalog.find(Scope::Here, |declarations| declarations.symbol(symbol));
             assert!(found.is_some(), "{symbol}");
         }

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use balance::{HealthChange, Outcome, Place, Server, Standing, Ticket};
+use balance::{HealthChange, Outcome, Place, Said, Server, Standing, Ticket};
 use base::{EngineName, Load, clock};
 use http::{Request, Response};
 use inference::Reflected;
@@ -21,6 +21,7 @@ use transport::{Channel, Target, TransportError};
 use crate::{
     config::{EngineConfig, HealthConfig},
     offer::{Ask, Has, Offer},
+    steps::Steps,
 };
 
 /// One engine, shared by all workers: its machine is one, never split.
@@ -114,8 +115,11 @@ impl Engine {
         }
     }
 
-    fn ended(&self, ticket: Ticket, outcome: Outcome, asked: Option<Duration>) {
-        if self.machine.lock().ended(clock::now(), ticket, outcome, asked) {
+    fn ended(&self, ticket: Ticket, outcome: Outcome, asked: Option<Duration>, steps: &Steps) {
+        let mut machine = self.machine.lock();
+        let (steps, took) = steps.sum();
+        machine.stepped(steps, took);
+        if machine.ended(clock::now(), ticket, outcome, asked) {
             tracing::warn!(engine = %self.name, "calls to an engine broke off again and again; it is ejected for a while");
         }
     }
@@ -131,6 +135,7 @@ pub(crate) struct Slot {
     engine: Arc<Engine>,
     channel: Channel,
     ticket: Option<Ticket>,
+    steps: Steps,
 }
 
 impl Drop for Slot {
@@ -160,8 +165,18 @@ impl Slot {
     /// The call is over; the slot is free. `asked`: how long a busy engine wants to be left alone.
     pub(crate) fn ended(&mut self, outcome: Outcome, asked: Option<Duration>) {
         if let Some(ticket) = self.ticket.take() {
-            self.engine.ended(ticket, outcome, asked);
+            self.engine.ended(ticket, outcome, asked, &self.steps);
         }
+    }
+
+    /// A piece of the answer passes.
+    pub(crate) fn saw(&mut self, data: &[u8]) {
+        self.steps.saw(data, clock::now);
+    }
+
+    /// The engine said this of itself.
+    pub(crate) fn said(&self, said: Said) {
+        self.engine.machine.lock().said(clock::now(), said);
     }
 
     /// How pressed the engine is once this call is over.
@@ -220,7 +235,12 @@ impl Engines {
     pub(crate) fn take(&self, index: usize) -> Option<Slot> {
         let (engine, channel) = self.0.get(index)?;
         let ticket = engine.machine.lock().take(clock::now())?;
-        Some(Slot { engine: engine.clone(), channel: channel.clone(), ticket: Some(ticket) })
+        Some(Slot {
+            engine: engine.clone(),
+            channel: channel.clone(),
+            ticket: Some(ticket),
+            steps: Steps::default(),
+        })
     }
 
     /// All of them as one: for what the node says of itself.

@@ -19,6 +19,7 @@
 use std::{convert::Infallible, pin::Pin, sync::Arc, task};
 
 use base::{Deadline, clock};
+use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response, Version, header};
 use tonic::body::Body;
 use transport::{
@@ -79,12 +80,24 @@ struct Held {
 }
 
 impl OnEnd for Held {
+    fn data(&mut self, data: &Bytes) {
+        if let Some((route, _)) = &mut self.served {
+            route.saw(data);
+        }
+    }
+
     fn trailers(&mut self, trailers: &mut HeaderMap) {
-        if let Some((Route::Peer(call), _)) = &mut self.served
-            && let Some((_, engine)) =
-                self.served_by.as_ref().and_then(|by| by.to_str().ok()?.split_once('/'))
-        {
-            call.learn(engine, trailers);
+        match &mut self.served {
+            Some((Route::Engine(slot, _), _)) => {
+                orca::said(trailers).into_iter().for_each(|said| slot.said(said));
+            }
+            Some((Route::Peer(call), _)) => {
+                let by = self.served_by.as_ref().and_then(|by| by.to_str().ok()?.split_once('/'));
+                if let Some((_, engine)) = by {
+                    call.learn(engine, trailers);
+                }
+            }
+            None => {}
         }
         trailers.insert(orca::REPORT, self.parts.report());
     }

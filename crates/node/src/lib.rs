@@ -5,6 +5,7 @@
 
 mod access;
 mod admin;
+mod arrivals;
 mod attempt;
 mod buffers;
 mod catalog;
@@ -18,6 +19,7 @@ mod health;
 mod hop;
 mod ingress;
 mod joining;
+mod mesh_handle;
 mod metrics;
 mod model;
 mod node;
@@ -25,6 +27,7 @@ mod offer;
 mod orca;
 mod peers;
 mod probes;
+mod rca;
 mod record;
 mod reflection;
 mod refusal;
@@ -35,6 +38,7 @@ mod scrape;
 mod services;
 mod signer;
 pub mod spire;
+mod steps;
 mod throttle;
 mod trust;
 

@@ -21,7 +21,7 @@ use identity::{ClientFacing, ClientRoots, ExpectedPeer, Identity, IdentityError}
 use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, Semaphore, mpsc},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -32,7 +32,8 @@ use transport::{
 
 use crate::{
     access::{Access, AccessError},
-    admin::Admin,
+    admin::{Admin, Place},
+    arrivals::Arrivals,
     buffers::Buffers,
     catalog::{Catalog, Scope},
     checks, collect,
@@ -43,10 +44,12 @@ use crate::{
     health::Health,
     hop::Pseudonym,
     ingress::{self, Ingress},
+    mesh_handle::MeshHandle,
     metrics::{Metrics, Security},
     orca::NodeReport,
     peers::{Board, PeerName, Peers},
     probes::Probes,
+    rca::{self, Reports},
     record::{AccessLog, LogWriter},
     reflection::Reflection,
     refusal::Who,
@@ -223,6 +226,15 @@ impl Node {
             trust: plan.trust.clone(),
             renewals: plan.renewals.clone(),
             is_authority: plan.signer.is_some(),
+            mesh: MeshHandle,
+            place: Place {
+                zone: config.node.zone.clone(),
+                epoch: plan.epoch,
+                draining: draining.clone(),
+            },
+            engines: plan.engines.clone(),
+            board: plan.board.clone(),
+            arrivals: plan.arrivals.clone(),
         };
         control.tasks.spawn(admin.serve(for_operators, control.stop.clone()));
         for task in plan.access.tasks() {
@@ -451,11 +463,10 @@ fn gossip(
             Ok(Subscription { index, address: gossip.authority(), tls })
         })
         .collect::<Result<_, IdentityError>>()?;
-    let since_epoch = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
     let voice = Voice {
         catalog: plan.catalog.clone(),
         own: identity.id().clone(),
-        epoch: u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX),
+        epoch: plan.epoch,
         engines: plan.engines.clone(),
         draining,
     };
@@ -541,6 +552,11 @@ struct Plan {
     peers_tls: rustls::ServerConfig,
     keys: QuicKeys,
     ready: Arc<AtomicBool>,
+    arrivals: Arc<Arrivals>,
+    /// One permit per stream of load reports.
+    report_streams: Arc<Semaphore>,
+    /// The process: greater after each start.
+    epoch: u64,
     seed: u64,
 }
 
@@ -583,6 +599,7 @@ impl Plan {
         let (clients_tls, client_roots) = clients_tls(config, certificate)?;
         let metrics = Metrics::new(engines.clone(), board.clone(), log.clone());
         metrics.watch(security);
+        let since_epoch = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
         let plan = Self {
             own: Pseudonym::new(name, region, &config.mesh.trust_domain),
             who: Who { node: name.to_string(), region: region.to_string() },
@@ -605,6 +622,9 @@ impl Plan {
             peers_tls: identity.peer_server_config(&[])?,
             keys: QuicKeys::random(),
             ready: Arc::new(AtomicBool::new(false)),
+            arrivals: Arc::default(),
+            report_streams: Arc::new(Semaphore::new(rca::STREAMS_MAX)),
+            epoch: u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX),
             seed,
         };
         Ok((plan, writer))
@@ -629,6 +649,10 @@ impl Plan {
         Reflection { catalog: self.catalog.clone(), scope, drain: worker.drain.clone() }
     }
 
+    fn reports(&self, router: Router, worker: &Worker) -> Reports {
+        Reports { router, streams: self.report_streams.clone(), drain: worker.drain.clone() }
+    }
+
     /// Runs one worker: its pools, its services, its share of the ports.
     async fn run(
         &self,
@@ -640,20 +664,23 @@ impl Plan {
         let to_engines = Pool::new(Dialer::new(&worker, &self.keys, Limits::engines())?);
         let to_peers = Pool::new(Dialer::new(&worker, &self.keys, Limits::peers())?);
         let overdue = Overdue::default();
+        let here = self.router(&to_engines, &to_peers, false, worker.index);
         let egress = Egress(Arc::new(egress::Parts {
             own: self.own.clone(),
             who: self.who.clone(),
             metrics: self.metrics.clone(),
             log: self.log.clone(),
             buffers: self.buffers.clone(),
-            router: self.router(&to_engines, &to_peers, false, worker.index),
+            router: here.clone(),
             idempotent: self.idempotent.clone(),
             overdue: overdue.clone(),
             services: Services {
                 reflection: self.reflection(Scope::Here, &worker),
                 health: None,
+                reports: self.reports(here, &worker),
                 drain: worker.drain.clone(),
             },
+            arrivals: self.arrivals.clone(),
         }));
         let router = self.router(&to_engines, &to_peers, true, worker.index);
         let ingress = Ingress(Arc::new(ingress::Parts {
@@ -672,6 +699,7 @@ impl Plan {
                     ready: self.ready.clone(),
                     drain: worker.drain.clone(),
                 }),
+                reports: self.reports(router.clone(), &worker),
                 drain: worker.drain.clone(),
             },
             metrics: self.metrics.clone(),

@@ -149,6 +149,18 @@ impl Board {
             .collect()
     }
 
+    /// The loads of each peer's engines, as far as they are known.
+    pub(crate) fn loads_by_peer(&self) -> Vec<(PeerName, Vec<Load>)> {
+        let state = self.state.lock();
+        let now = clock::now();
+        let of = |index: usize, peer: &Peer| {
+            let engines = 0..peer.offers.len();
+            engines.filter_map(|e| Some(state.view.seen(index, e, now)?.load)).collect()
+        };
+        let peers = self.names.iter().zip(&state.peers).enumerate();
+        peers.map(|(index, (name, peer))| (name.clone(), of(index, peer))).collect()
+    }
+
     /// The engines of peers that suit a call.
     pub(crate) fn servers(&self, ask: &Ask) -> Vec<(Server, Load)> {
         let state = self.state.lock();

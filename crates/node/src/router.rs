@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use balance::{Place, RetryBudget, Server, Standing, choose};
-use base::{ASSUMED_SLOTS, Load, clock};
+use base::{Load, clock};
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 
@@ -41,6 +41,13 @@ pub(crate) enum Route {
 }
 
 impl Route {
+    /// A piece of the answer passes.
+    pub(crate) fn saw(&mut self, data: &[u8]) {
+        if let Self::Engine(slot, _) = self {
+            slot.saw(data);
+        }
+    }
+
     pub(crate) fn place(&self) -> Place {
         match self {
             Self::Engine(_, place) => *place,
@@ -132,13 +139,7 @@ impl Router {
     /// The load of everything this node can reach, as one.
     pub(crate) fn all_loads(&self) -> Load {
         let loads = self.engines.loads().chain(self.peers.board().loads());
-        let sum = loads.fold(Load { slots: Some(0), ..Load::default() }, |sum, load| Load {
-            in_flight: sum.in_flight.saturating_add(load.in_flight),
-            slots: sum.slots.map(|slots| slots.saturating_add(load.slots.unwrap_or(ASSUMED_SLOTS))),
-            drain_rate: sum.drain_rate + load.drain_rate,
-            ..sum
-        });
-        Load { slots: sum.slots.filter(|slots| *slots > 0), ..sum }
+        Load::total(loads)
     }
 
     /// Whether a call would be sent to anybody, and how many slots are known to be free.

@@ -4,6 +4,7 @@
 //! - `fault`: what can be wrong with it.
 //! - `prefix`: which beginnings of prompts have been seen before.
 //! - [`words`]: what a simulated model writes.
+//! - `report`: what it says of itself in the trailers of its replies.
 //! - [`engine`]: a server on real sockets: KServe v2 over gRPC, OpenAI's API over HTTP, and a port that injects faults.
 //!
 //! Deliberately absent: any model. Tokens are words that follow from the prompt, and prompts are cut at white space.
@@ -18,5 +19,6 @@ mod kserve;
 mod metrics;
 mod openai;
 mod prefix;
+mod report;
 mod tensors;
 pub mod words;
