@@ -115,6 +115,14 @@ impl Identity {
         self.client_config(alpn, Role::Node, Some(expect))
     }
 
+    /// For a connection to whichever node of our mesh answers: shows our certificate, and who answered is in its own.
+    ///
+    /// # Errors
+    /// The TLS library refuses the protocol versions.
+    pub fn any_peer_client_config(&self, alpn: &[&[u8]]) -> Result<ClientConfig, IdentityError> {
+        self.client_config(alpn, Role::Node, None)
+    }
+
     /// For asking an authority, whichever answers, to renew our certificate.
     ///
     /// # Errors
@@ -751,6 +759,19 @@ mod tests {
         assert_eq!(answered.to_string(), "spiffe://mesh.test/node/eu/b");
         let called = peer_id(server.peer_certificates().unwrap()).unwrap();
         assert_eq!(called.to_string(), "spiffe://mesh.test/node/eu/a");
+    }
+
+    #[test]
+    fn whoever_calls_any_node_takes_nodes_alone() {
+        let (mesh, foreign) = (Mesh::new(), Mesh::new());
+        let a = mesh.node("a");
+        let call = |b: &Identity| {
+            let client = a.any_peer_client_config(ALPN).unwrap();
+            shake(client, b.peer_server_config(ALPN).unwrap())
+        };
+        assert!(call(&mesh.node("b")).is_ok());
+        assert!(call(&foreign.node("b")).is_err());
+        assert!(call(&mesh.impostor("spiffe://mesh.test/operator/eu/x")).is_err());
     }
 
     #[test]
