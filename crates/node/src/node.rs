@@ -17,11 +17,11 @@ use std::{
 use balance::RetryBudget;
 use base::{NodeName, RegionName, clock};
 use http::{HeaderValue, uri::Authority};
-use identity::{ClientFacing, ClientRoots, ExpectedPeer, Identity, IdentityError};
+use identity::{ClientFacing, ClientRoots, ExpectedPeer, Identity, IdentityError, SpiffeId};
 use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, mpsc, oneshot, watch},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -36,15 +36,16 @@ use crate::{
     buffers::Buffers,
     catalog::{Catalog, Scope},
     checks, collect,
-    config::{Config, HostPort, IdentityConfig, IdentitySource, MethodPattern, PeerConfig},
+    config::{Config, IdentityConfig, IdentitySource, MethodPattern, PeerConfig},
     egress::{self, Egress},
     engines::{Engine, Engines},
-    gossip::{Enrolment, Gossip, Subscription, Voice},
+    gossip::{self, Enrolment, Gossip, MeshHandle, Thread, Voice},
     health::Health,
     hop::Pseudonym,
     ingress::{self, Ingress},
     metrics::{Metrics, Security},
     orca::NodeReport,
+    own::{self, EpochError},
     peers::{Board, PeerName, Peers},
     probes::Probes,
     record::{AccessLog, LogWriter},
@@ -53,6 +54,7 @@ use crate::{
     renewal::{self, Renewals, Renewer, Source},
     router::Router,
     scrape::Scrape,
+    seeds::{Found, Names, Seeds},
     services::Services,
     signer::{Contact, Signer},
     trust::{self, ClientGate, Gate, Trust},
@@ -64,12 +66,15 @@ const WORKERS: u8 = 1;
 
 /// How long peers and load balancers are given to hear that the node drains: a frame leaves within 50 ms.
 const HEARD_WITHIN: Duration = Duration::from_millis(300);
-/// How long the control side is given to end.
+/// How long the control side is given to end, and the gossip port, which says good-bye.
 const GOOD_BYE: Duration = Duration::from_secs(2);
+const GOSSIP_GOOD_BYE: Duration = Duration::from_secs(3);
 /// The number under which the control side dials: no worker has it.
 const CHECKING: u8 = 0xfe;
 /// What makes the renewal's own random numbers.
 const RENEWING: u64 = 0x7265_6e65_7761_6c00;
+/// And those of looking up seeds.
+const SEEKING: u64 = 0x7365_6564_7300_0000;
 
 /// Why a node cannot start. Nothing is left running.
 #[derive(Debug, thiserror::Error)]
@@ -95,6 +100,22 @@ pub enum NodeError {
     /// A worker cannot start.
     #[error("a worker cannot start: {0}")]
     Worker(String),
+    /// Which process of its node this is cannot be told.
+    #[error(transparent)]
+    Epoch(#[from] EpochError),
+    /// Nothing can be said to other nodes.
+    #[error("this node cannot speak to others: {0}")]
+    Gossip(String),
+    /// Two processes have one name, and this is the earlier one. Others do not listen to it any more.
+    #[error(
+        "another process is {node} too, started at {since}, and others listen to the later one: this one stops. Stop the other,          or give one of the two another node.name and its own certificate"
+    )]
+    Superseded {
+        /// Who.
+        node: String,
+        /// When the other started, by its clock.
+        since: String,
+    },
 }
 
 /// The certificate of the ports for clients.
@@ -142,16 +163,19 @@ pub struct Node {
     addresses: Addresses,
     drain_timeout: Duration,
     ready: Arc<AtomicBool>,
-    draining: Arc<AtomicBool>,
+    draining: CancellationToken,
     workers: Workers,
     control: Control,
+    mesh: MeshHandle,
+    own: String,
 }
 
 /// What runs beside the workers, on the caller's runtime.
 #[derive(Debug)]
 struct Control {
     tasks: JoinSet<()>,
-    gossip: JoinSet<()>,
+    /// Told when the gossip port has ended.
+    gossip: Option<oneshot::Receiver<()>>,
     /// Ends the acceptors of TCP connections.
     drain: CancellationToken,
     /// Ends the gossip port.
@@ -184,8 +208,10 @@ impl Node {
         };
         let failed = |what, address| move |source| NodeError::Listen { what, address, source };
         let tls = gossip_tls(trust.identity(), signer.as_deref())?;
-        let links =
-            Links::bind(listen.gossip, tls, &plan.keys).map_err(failed("gossip", listen.gossip))?;
+        let thread = Thread::new().map_err(|error| NodeError::Gossip(error.to_string()))?;
+        let links = thread
+            .enter(|| Links::bind(listen.gossip, tls, &plan.keys))
+            .map_err(failed("gossip", listen.gossip))?;
         let metrics =
             Scrape::bind(listen.metrics).await.map_err(failed("metrics", listen.metrics))?;
         let for_operators = bind("admin", listen.admin, false)?;
@@ -198,8 +224,12 @@ impl Node {
             admin: for_operators.address(),
         };
 
-        let draining = Arc::new(AtomicBool::new(false));
-        let gossip = gossip(config, &plan, links.clone(), addresses, draining.clone())?;
+        let draining = CancellationToken::new();
+        let seeds = Seeds::new(&config.mesh.seeds, Names::default());
+        let found = watch::Sender::new(seeds.known());
+        let heard = found.subscribe();
+        let port = gossip_port(config, &plan, links.clone(), addresses, draining.clone(), heard)?;
+        let (gossip, mesh) = port.prepare().map_err(NodeError::Gossip)?;
         let plan = Arc::new(plan);
         let workers = start_workers(&plan, &mut ports, addresses).await?;
         let mut control = Control::new(&plan, log)?;
@@ -237,12 +267,28 @@ impl Node {
             control.tasks.spawn(renewal::watch_client_certificate(served, files));
         }
         if !is_fixed {
-            control.keep_identity(&plan, config, links);
+            control.keep_identity(&plan, config, links, found.subscribe());
         }
-        control.gossip.spawn(gossip.run(control.stop.clone()));
+        control.tasks.spawn(seeds.run(found, StdRng::seed_from_u64(plan.seed ^ SEEKING)));
+        let running = thread.run(gossip.run(control.stop.clone()));
+        control.gossip = Some(running.map_err(|error| NodeError::Gossip(error.to_string()))?);
         ready.store(true, Ordering::Relaxed);
         let drain_timeout = config.node.drain_timeout.into();
-        Ok(Self { addresses, drain_timeout, ready, draining, workers, control })
+        let own = plan.trust.identity().id().to_string();
+        Ok(Self { addresses, drain_timeout, ready, draining, workers, control, mesh, own })
+    }
+
+    /// Resolves when the node cannot go on: it is still to be drained.
+    pub async fn failed(&mut self) -> NodeError {
+        let Some(epoch) = self.mesh.superseded().await else {
+            return NodeError::Gossip("its gossip port has ended; see the log".to_owned());
+        };
+        let since = UNIX_EPOCH.checked_add(Duration::from_millis(epoch));
+        let since = since.map(|since| humantime::format_rfc3339_seconds(since).to_string());
+        NodeError::Superseded {
+            node: self.own.clone(),
+            since: since.unwrap_or_else(|| "no time".to_owned()),
+        }
     }
 
     /// The addresses it listens on.
@@ -256,7 +302,7 @@ impl Node {
     pub async fn drain(self, at_once: impl Future<Output = ()>) {
         let Self { drain_timeout, ready, draining, workers, control, .. } = self;
         ready.store(false, Ordering::Relaxed);
-        draining.store(true, Ordering::Relaxed);
+        draining.cancel();
         tokio::pin!(at_once);
         // Peers and load balancers hear it before clients are told to go elsewhere.
         let heard = HEARD_WITHIN.min(drain_timeout);
@@ -299,7 +345,7 @@ impl Control {
             .map_err(|error| NodeError::Worker(error.to_string()))?;
         Ok(Self {
             tasks: JoinSet::new(),
-            gossip: JoinSet::new(),
+            gossip: None,
             drain: CancellationToken::new(),
             stop,
             log,
@@ -327,12 +373,18 @@ impl Control {
     }
 
     /// Keeps the node's certificate good, and the authority if it holds one.
-    fn keep_identity(&mut self, plan: &Plan, config: &Config, links: Links) {
+    fn keep_identity(
+        &mut self,
+        plan: &Plan,
+        config: &Config,
+        links: Links,
+        found: watch::Receiver<Found>,
+    ) {
         let state_dir = &config.node.state_dir;
         let hurry = Arc::new(Notify::new());
         let source = match (&plan.signer, config.identity.source) {
             (Some(signer), _) => Source::Own(signer.clone(), config.listen.reachable()),
-            (None, IdentitySource::Mesh) => Source::Authorities(authorities(config)),
+            (None, IdentitySource::Mesh) => Source::Authorities(authorities(config), found),
             (None, IdentitySource::Files) => Source::Files,
             (None, IdentitySource::Spire) => Source::Spire(config.identity.socket.clone()),
         };
@@ -362,8 +414,11 @@ impl Control {
     async fn finish(mut self) {
         self.stop.cancel();
         // The gossip port says good-bye; the others only wait.
-        drop(tokio::time::timeout(GOOD_BYE, self.gossip.join_next()).await);
-        self.gossip.shutdown().await;
+        if let Some(ended) = self.gossip.take()
+            && tokio::time::timeout(GOSSIP_GOOD_BYE, ended).await.is_err()
+        {
+            tracing::warn!("the gossip port did not end in time");
+        }
         self.tasks.shutdown().await;
         self.pool.close();
         self.checking.outgoing.close();
@@ -423,53 +478,73 @@ fn gossip_tls(
     }
 }
 
-/// Who may be asked to renew: the seeds, or else every listed peer, for one of them may hold the authority.
+/// Who may be asked to renew where there are no seeds: every listed peer, for one of them may hold the authority.
 fn authorities(config: &Config) -> Vec<Authority> {
-    let peers = config.mesh.peers.iter().filter_map(|peer| peer.gossip.as_ref());
     if config.mesh.seeds.is_empty() {
-        peers.map(HostPort::authority).collect()
+        listed(config).map(|(_, gossip)| gossip).collect()
     } else {
-        config.mesh.seeds.iter().map(HostPort::authority).collect()
+        Vec::new()
     }
 }
 
-/// The gossip port, and whom to listen to.
-fn gossip(
+/// The listed peers whose gossip ports are known.
+fn listed(config: &Config) -> impl Iterator<Item = (&PeerConfig, Authority)> {
+    config.mesh.peers.iter().filter_map(|peer| Some((peer, peer.gossip.as_ref()?.authority())))
+}
+
+/// The gossip port of a node. The number of this start is on disk when this returns.
+fn gossip_port(
     config: &Config,
     plan: &Plan,
     links: Links,
     addresses: Addresses,
-    draining: Arc<AtomicBool>,
+    draining: CancellationToken,
+    seeds: watch::Receiver<Found>,
 ) -> Result<Gossip, NodeError> {
-    let identity = plan.trust.identity();
-    let peers = config.mesh.peers.iter().enumerate();
-    let subscriptions = peers
-        .filter_map(|(index, peer)| Some((index, peer, peer.gossip.as_ref()?)))
-        .map(|(index, peer, gossip)| {
-            let expect = ExpectedPeer { region: peer.region.clone(), name: peer.name.clone() };
-            let tls = identity.peer_client_config(&[], expect)?;
-            Ok(Subscription { index, address: gossip.authority(), tls })
-        })
-        .collect::<Result<_, IdentityError>>()?;
-    let since_epoch = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let voice = Voice {
-        catalog: plan.catalog.clone(),
-        own: identity.id().clone(),
-        epoch: u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX),
-        engines: plan.engines.clone(),
-        draining,
+    let id = plan.trust.identity().id().clone();
+    let state_dir = &config.node.state_dir;
+    let own = membership::Own {
+        id: gossip::peer(&id).id,
+        node: id.name.clone(),
+        region: id.region.clone(),
+        zone: config.node.zone.clone(),
+        trust_domain: id.trust_domain.clone(),
+        epoch: own::epoch(state_dir, clock::wall())?,
+        peers: own::address(config, addresses.peers),
+        gossip: own::address(config, addresses.gossip),
+        release: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    let voice = Voice { catalog: plan.catalog.clone(), engines: plan.engines.clone(), draining };
+    let seed = |(peer, address): (&PeerConfig, Authority)| {
+        let (region, name) = (peer.region.clone(), peer.name.clone());
+        let id = SpiffeId { region, name, ..id.clone() };
+        membership::Seed {
+            address: address.to_string(),
+            peer: Some(gossip::peer(&id)),
+            is_listed: true,
+        }
     };
     let enrolment = plan.signer.clone().map(|signer| Enrolment {
         signer,
         contact: Contact {
-            id: identity.id().clone(),
+            id: id.clone(),
             peers_port: addresses.peers.port(),
             gossip_port: addresses.gossip.port(),
             peers: config.mesh.peers.clone(),
         },
     });
-    let (board, trust, seed) = (plan.board.clone(), plan.trust.clone(), plan.seed);
-    Ok(Gossip { links, voice, board, subscriptions, trust, enrolment, seed })
+    Ok(Gossip {
+        links,
+        own,
+        voice,
+        board: plan.board.clone(),
+        trust: plan.trust.clone(),
+        seeds,
+        listed: listed(config).map(seed).collect(),
+        kept: Some(state_dir.join(gossip::KEPT)),
+        enrolment,
+        seed: plan.seed,
+    })
 }
 
 fn bind(what: &'static str, address: SocketAddr, udp: bool) -> Result<Listener, NodeError> {

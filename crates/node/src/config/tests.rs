@@ -45,10 +45,11 @@ fn error(text: &str) -> String {
 }
 
 /// Key, a file in which its value is wrong, the line of the fault, and what the error must say beside file and key.
-const WRONG: [(&str, &str, usize, &str); 37] = [
+const WRONG: [(&str, &str, usize, &str); 38] = [
     ("node.name", "[node]\nname = \"Not A Name\"", 2, "1 to 63 characters"),
     ("node.region", "[node]\nname = \"a\"\nregion = 5", 3, "1 to 63 characters"),
     ("node.zone", "[node]\nzone = \"-\"", 2, "1 to 63 characters"),
+    ("node.address", "[node]\naddress = \"a:8444\"", 2, "such as \"gpu-1.example\""),
     ("node.position.lat", "[node]\nposition = { lat = 91, lon = 0 }", 2, "-90 to 90"),
     ("node.position.lon", "[node.position]\nlat = 1\nlon = \"east\"", 3, "-180 to 180"),
     ("node.state_dir", "[node]\nstate_dir = 7", 2, "Directory"),
