@@ -8,9 +8,20 @@
 //! will fill the same view.
 
 mod card;
+mod cards;
+mod descriptors;
+mod digest;
 mod id;
+mod links;
 mod mesh;
+mod pool;
+mod regions;
+mod relays;
 mod report;
+mod strikes;
+mod subscribe;
+mod swim;
+mod timers;
 mod view;
 mod wire;
 

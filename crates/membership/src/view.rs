@@ -2,10 +2,11 @@
 //!
 //! Figures age: a frame says when the next will come; after twice that they count for less and less, after three times
 //! that and a second they count for nothing. What this node itself sent since the figures were taken is added to them.
-//! Replies carry figures too, and the newer replace the older, engine by engine.
+//! Replies carry figures too, and the newer replace the older, engine by engine. Nobody has more slots than its descriptor says.
 
 use std::{
     collections::VecDeque,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -24,17 +25,21 @@ const SENDS_MAX: usize = 4096;
 #[derive(Clone, Debug, Default)]
 pub struct View {
     nodes: Vec<Node>,
+    /// Indices of nodes that were removed.
+    vacant: Vec<usize>,
 }
 
 #[derive(Clone, Debug, Default)]
 struct Node {
     /// Epoch and sequence of the newest frame.
     newest: (u64, u64),
-    descriptor: Option<(u64, Descriptor)>,
+    descriptor: Option<(u64, Arc<Descriptor>)>,
     heard: Option<Heard>,
     draining: bool,
     /// Nothing came over its connections although something was due: out until it speaks again.
     cut_off: Option<Instant>,
+    /// There is no way to it: out until there is one.
+    unreachable: bool,
     engines: Vec<Engine>,
 }
 
@@ -82,7 +87,32 @@ impl View {
     /// A view of `nodes` nodes of which nothing is known.
     #[must_use]
     pub fn new(nodes: usize) -> Self {
-        Self { nodes: vec![Node::default(); nodes] }
+        Self { nodes: vec![Node::default(); nodes], vacant: vec![] }
+    }
+
+    /// A node of which nothing is known yet: its index, perhaps that of one that was removed.
+    pub fn add(&mut self) -> usize {
+        self.vacant.pop().unwrap_or_else(|| {
+            self.nodes.push(Node::default());
+            self.nodes.len() - 1
+        })
+    }
+
+    /// Node `index` is forgotten; its index may be given to another.
+    pub fn remove(&mut self, index: usize) {
+        if let Some(node) = self.nodes.get_mut(index)
+            && !self.vacant.contains(&index)
+        {
+            *node = Node::default();
+            self.vacant.push(index);
+        }
+    }
+
+    /// Whether there is a way to node `index`. Without one it is silent at once.
+    pub fn reachable(&mut self, index: usize, is: bool) {
+        if let Some(node) = self.nodes.get_mut(index) {
+            node.unreachable = !is;
+        }
     }
 
     /// A new link to node `index` begins, to its process `epoch`. If that is another than before, all that was known is
@@ -91,12 +121,19 @@ impl View {
         if let Some(node) = self.nodes.get_mut(index)
             && node.newest.0 != epoch
         {
-            *node = Node { newest: (epoch, 0), ..Node::default() };
+            let unreachable = node.unreachable;
+            *node = Node { newest: (epoch, 0), unreachable, ..Node::default() };
         }
     }
 
     /// What node `index` serves, as its process `epoch` said. Returns whether that is news.
-    pub fn describe(&mut self, index: usize, epoch: u64, descriptor: Descriptor) -> bool {
+    pub fn describe(
+        &mut self,
+        index: usize,
+        epoch: u64,
+        descriptor: impl Into<Arc<Descriptor>>,
+    ) -> bool {
+        let descriptor = descriptor.into();
         let Some(node) = self.nodes.get_mut(index) else { return false };
         let is_older = node
             .descriptor
@@ -123,7 +160,7 @@ impl View {
     /// What node `index` serves.
     #[must_use]
     pub fn descriptor(&self, index: usize) -> Option<&Descriptor> {
-        self.nodes.get(index)?.descriptor.as_ref().map(|(_, descriptor)| descriptor)
+        self.nodes.get(index)?.descriptor.as_ref().map(|(_, descriptor)| &**descriptor)
     }
 
     /// Which descriptor of node `index` is known, by process and version.
@@ -145,14 +182,12 @@ impl View {
         node.draining = frame.draining;
         node.cut_off = None;
         // Figures of a descriptor we do not hold cannot be told apart; that the node speaks still counts.
-        let is_known = node.descriptor.as_ref().is_some_and(|(epoch, descriptor)| {
+        let known = node.descriptor.as_ref().filter(|(epoch, descriptor)| {
             *epoch == frame.epoch
                 && descriptor.version == frame.descriptor_version
                 && descriptor.engines.len() == frame.engines.len()
         });
-        if !is_known {
-            return true;
-        }
+        let Some((_, descriptor)) = known else { return true };
         let age = frame.sample_age + one_way;
         let sampled = now.checked_sub(age).unwrap_or(now);
         let before = std::mem::take(&mut node.engines).into_iter().map(Some);
@@ -160,11 +195,13 @@ impl View {
         node.engines = frame
             .engines
             .iter()
+            .zip(&descriptor.engines)
             .zip(before)
-            .map(|(load, before)| {
-                let fresh = Engine { load: *load, sampled, sends: VecDeque::new() };
+            .map(|((load, described), before)| {
+                let load = within(*load, described.slots);
+                let fresh = Engine { load, sampled, sends: VecDeque::new() };
                 let Some(mut engine) = before else { return fresh };
-                engine.sampled_at(sampled, one_way, *load);
+                engine.sampled_at(sampled, one_way, load);
                 engine
             })
             .collect();
@@ -175,7 +212,9 @@ impl View {
     pub fn reply(&mut self, index: usize, engine: usize, load: Load, now: Instant) {
         let Some(node) = self.nodes.get_mut(index) else { return };
         let one_way = node.heard.map_or(Duration::ZERO, |heard| heard.one_way);
+        let slots = node.descriptor.as_ref().and_then(|(_, d)| d.engines.get(engine)?.slots);
         if let Some(engine) = node.engines.get_mut(engine) {
+            let load = within(load, slots);
             engine.sampled_at(now.checked_sub(one_way).unwrap_or(now), one_way, load);
         }
     }
@@ -234,7 +273,7 @@ impl View {
             now.saturating_duration_since(heard.at).saturating_sub(heard.next * 3 + SILENT_AFTER);
         if silent_for >= FORGOTTEN_AFTER {
             Presence::Unknown
-        } else if silent_for > Duration::ZERO || node.cut_off.is_some() {
+        } else if silent_for > Duration::ZERO || node.cut_off.is_some() || node.unreachable {
             Presence::Silent
         } else if node.draining {
             Presence::Draining
@@ -274,6 +313,13 @@ impl Engine {
             self.sends.pop_front();
         }
     }
+}
+
+/// What an engine of so many `slots` can be believed of what it claims.
+pub(crate) fn within(claimed: Load, slots: Option<u32>) -> Load {
+    let Some(most) = slots else { return claimed };
+    let slots = claimed.slots.unwrap_or(most).min(most);
+    Load { in_flight: claimed.in_flight.min(most), slots: Some(slots), ..claimed }
 }
 
 /// 1 until twice the announced wait has passed, then falling to 0 at three times it and a second.
@@ -517,5 +563,46 @@ mod tests {
             view.sent(0, 0, now + MS);
         }
         assert_eq!(view.nodes[0].engines[0].sends.len(), SENDS_MAX);
+    }
+
+    #[test]
+    fn nodes_come_and_go_and_nothing_of_one_is_left_to_the_next() {
+        let now = base::clock::now();
+        let mut view = view(now);
+        assert_eq!((view.add(), view.add()), (1, 2));
+        view.remove(0);
+        view.remove(0);
+        view.remove(99);
+        assert_eq!(view.presence(0, now), Presence::Unknown);
+        assert_eq!((view.add(), view.add()), (0, 3));
+        assert_eq!((view.described(0), view.heard(0, now)), (None, None));
+        assert!(view.describe(0, 1, descriptor(1)) && view.frame(0, &frame(1, 1, 5), RTT, now));
+        assert_eq!(in_flight(&view, now), 5);
+    }
+
+    #[test]
+    fn a_node_that_cannot_be_reached_is_silent_whatever_it_said() {
+        let now = base::clock::now();
+        let mut view = view(now);
+        view.reachable(0, false);
+        assert_eq!(view.presence(0, now), Presence::Silent);
+        view.frame(0, &frame(1, 2, 1), RTT, now + MS);
+        assert_eq!(view.presence(0, now + MS), Presence::Silent);
+        view.reachable(0, true);
+        assert_eq!(view.presence(0, now + MS), Presence::Present);
+    }
+
+    #[test]
+    fn nobody_has_more_slots_than_its_descriptor_says() {
+        let now = base::clock::now();
+        let mut view = View::new(1);
+        let mut eight = descriptor(1);
+        eight.engines[0].slots = Some(8);
+        view.describe(0, 1, Arc::new(eight));
+        view.frame(0, &frame(1, 1, 2), RTT, now);
+        let seen = |view: &View| view.seen(0, 0, now).unwrap().load;
+        assert_eq!((seen(&view).slots, seen(&view).free()), (Some(8), 6));
+        view.reply(0, 0, Load { in_flight: 100, slots: None, ..Load::default() }, now + RTT);
+        assert_eq!((seen(&view).slots, seen(&view).in_flight), (Some(8), 8));
     }
 }
