@@ -63,9 +63,9 @@ impl Engine {
         }
     }
 
-    /// From now on it has `slots` slots here; calls in progress go on.
-    pub fn set_slots(&mut self, slots: Option<NonZeroU32>) {
-        self.slots = slots;
+    /// From now on it has `slots` slots here; calls in progress go on. Returns whether that is news.
+    pub fn set_slots(&mut self, slots: Option<NonZeroU32>) -> bool {
+        std::mem::replace(&mut self.slots, slots) != slots
     }
 
     /// Takes a slot; `None` when there is none. One that runs nothing is always asked, whatever it said before: whether it
@@ -260,7 +260,7 @@ mod tests {
     fn fewer_slots_end_no_call_and_more_let_more_in() {
         let mut world = world(4);
         let tickets = [world.take(), world.take(), world.take()];
-        world.engine.set_slots(NonZeroU32::new(2));
+        assert!(world.engine.set_slots(NonZeroU32::new(2)));
         assert!(world.engine.take(world.now).is_none());
         let load = world.engine.load(world.now);
         assert_eq!((load.in_flight, load.slots, load.free()), (3, Some(2), 0));
@@ -268,7 +268,7 @@ mod tests {
             world.engine.ended(world.now, ticket, Outcome::Ok, None);
         }
         assert_eq!(world.free(), 2);
-        world.engine.set_slots(NonZeroU32::new(5));
+        assert!(world.engine.set_slots(NonZeroU32::new(5)));
         assert_eq!(world.free(), 5);
     }
 

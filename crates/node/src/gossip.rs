@@ -574,7 +574,6 @@ mod tests {
     use transport::QuicKeys;
 
     use super::*;
-    use crate::peers::PeerName;
 
     /// Long enough for a loaded machine; a test that waits so long has failed.
     const LONG: Duration = Duration::from_secs(20);
@@ -639,8 +638,7 @@ mod tests {
         let expect = ExpectedPeer { region: "eu".parse().unwrap(), name: "b".parse().unwrap() };
         let subscription =
             Subscription { index: 0, address, tls: a.peer_client_config(&[], expect).unwrap() };
-        let name = PeerName { node: "b".parse().unwrap(), region: "eu".parse().unwrap() };
-        let board = Board::new(vec![name]);
+        let board = Board::of_test(&["b"]);
         let speaking = async {
             let link = b_links.accept().await.unwrap().accept().await.unwrap();
             for frame in frames {

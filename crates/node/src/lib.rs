@@ -33,6 +33,7 @@ mod replay;
 mod router;
 mod scrape;
 mod services;
+mod shares;
 mod signer;
 pub mod spire;
 mod throttle;
