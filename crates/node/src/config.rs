@@ -217,6 +217,10 @@ pub struct EngineConfig {
     /// as many as come.
     #[serde(default)]
     pub slots: Option<NonZeroU32>,
+    /// What several nodes that front the same engine all call it; they share its slots: 1 to 63 characters of a-z, 0-9 and `-`,
+    /// the same at each of them, in one region. Default: none, no other node fronts it.
+    #[serde(default)]
+    pub id: Option<EngineName>,
     /// How the engine is checked, a table { kind = "auto", interval = "10s", timeout = "2s", failures = 3, successes = 2 }.
     #[serde(default)]
     pub health: HealthConfig,

@@ -12,7 +12,6 @@
 //! A node speaks only about itself: what a link says is put down to the peer whose certificate it carries. What is handed on
 //! carries a signature: cards their owner's, lists of revocations their authority's.
 
-mod adapter;
 mod dial;
 mod driver;
 mod judge;

@@ -35,6 +35,7 @@ mod router;
 mod scrape;
 mod seeds;
 mod services;
+mod shares;
 mod signer;
 pub mod spire;
 mod throttle;

@@ -46,7 +46,7 @@ use crate::{
     metrics::{Metrics, Security},
     orca::NodeReport,
     own::{self, EpochError},
-    peers::{Board, PeerName, Peers},
+    peers::{Board, Listed, MakeTarget, PeerName, Peers},
     probes::Probes,
     record::{AccessLog, LogWriter},
     reflection::Reflection,
@@ -56,6 +56,7 @@ use crate::{
     scrape::Scrape,
     seeds::{Found, Names, Seeds},
     services::Services,
+    shares,
     signer::{Contact, Signer},
     trust::{self, ClientGate, Gate, Trust},
 };
@@ -354,8 +355,8 @@ impl Control {
         })
     }
 
-    /// Begins to check the engines, and to ask them and the peers what they declare; returns a router for who asks about
-    /// room.
+    /// Begins to check the engines, to keep this node's shares of them, and to ask them and the peers what they declare; returns
+    /// a router for who asks about room.
     fn watch_engines(&mut self, plan: &Plan) -> Router {
         for (index, engine) in plan.engines.iter().enumerate() {
             let channel = || self.pool.channel(engine.target.clone());
@@ -364,12 +365,11 @@ impl Control {
             let catalog = plan.catalog.clone();
             self.tasks.spawn(collect::engine(index, engine.clone(), channel(), catalog));
         }
-        for (index, peer) in plan.peers.iter().enumerate() {
-            let channel = self.pool.channel(peer.clone());
-            let (board, catalog) = (plan.board.clone(), plan.catalog.clone());
-            self.tasks.spawn(collect::peer(index, channel, board, catalog));
-        }
-        plan.router(&self.pool, &self.pool, true, CHECKING)
+        let (engines, board) = (plan.engines.clone(), plan.board.clone());
+        self.tasks.spawn(shares::keep(engines, board, plan.may_have_others));
+        let router = plan.router(&self.pool, &self.pool, true, CHECKING);
+        self.tasks.spawn(collect::peers(router.peers.clone(), plan.catalog.clone()));
+        router
     }
 
     /// Keeps the node's certificate good, and the authority if it holds one.
@@ -605,7 +605,8 @@ struct Plan {
     board: Arc<Board>,
     catalog: Arc<Catalog>,
     access: Arc<Access>,
-    peers: Vec<Target>,
+    /// Whether there are nodes this one was told of.
+    may_have_others: bool,
     trust: Arc<Trust>,
     signer: Option<Arc<Signer>>,
     renewals: Arc<Renewals>,
@@ -633,22 +634,7 @@ impl Plan {
         let mut rng = StdRng::seed_from_u64(seed);
         let engines: Arc<[_]> =
             config.engines.iter().map(|engine| Arc::new(Engine::new(engine, &mut rng))).collect();
-        let peers = config
-            .mesh
-            .peers
-            .iter()
-            .map(|peer| {
-                let expect = ExpectedPeer { region: peer.region.clone(), name: peer.name.clone() };
-                let gate = Gate { trust: trust.clone(), port: trust::Port::Peers };
-                let tls = identity.peer_client_config(&[], expect)?;
-                let tls = PeerTls::leased(tls, Arc::new(gate));
-                let called = peer_name(&peer.name, &peer.region);
-                Ok(Target::peer(&called, peer.peers.authority(), tls))
-            })
-            .collect::<Result<_, IdentityError>>()?;
-        let named =
-            |peer: &PeerConfig| PeerName { node: peer.name.clone(), region: peer.region.clone() };
-        let board = Arc::new(Board::new(config.mesh.peers.iter().map(named).collect()));
+        let board = Arc::new(board(config, trust));
         let (log, writer) = AccessLog::new(config.log.access.get(), seed)
             .map_err(|error| NodeError::Worker(error.to_string()))?;
         let budget = || Arc::new(Mutex::new(RetryBudget::new(clock::now())));
@@ -669,7 +655,7 @@ impl Plan {
             catalog: Arc::new(Catalog::new(engines.clone(), board.clone())),
             engines,
             board,
-            peers,
+            may_have_others: !(config.mesh.seeds.is_empty() && config.mesh.peers.is_empty()),
             access: Arc::new(Access::load(config, Some(identity.clone()))?),
             clients_tls,
             client_roots,
@@ -690,10 +676,10 @@ impl Plan {
         let channels =
             self.engines.iter().map(|e| (e.clone(), to_engines.channel(e.target.clone())));
         let peers = if with_peers {
-            let channels = self.peers.iter().map(|peer| to_peers.channel(peer.clone()));
-            Peers::new(self.board.clone(), channels).shown(self.trust.identity().clone())
+            let identity = self.trust.identity().clone();
+            Peers::new(self.board.clone(), to_peers.clone()).shown(identity)
         } else {
-            Peers::none()
+            Peers::none(self.trust.identity().id().clone())
         };
         let budget = self.budgets[usize::from(with_peers)].clone();
         let rng = StdRng::seed_from_u64(self.seed ^ (u64::from(worker) << 32));
@@ -824,6 +810,26 @@ fn clients_tls(
 pub fn check_access(config: &Config) -> Result<(), AccessError> {
     config.tls.client_ca.as_deref().map(ClientRoots::load).transpose()?;
     Access::load(config, None).map(drop)
+}
+
+/// What is known of others at the start: the listed peers, and how anybody is called.
+fn board(config: &Config, trust: &Arc<Trust>) -> Board {
+    let listed = |peer: &PeerConfig| Listed {
+        name: PeerName { node: peer.name.clone(), region: peer.region.clone() },
+        address: peer.peers.authority(),
+        has_gossip: peer.gossip.is_some(),
+    };
+    let listed = config.mesh.peers.iter().map(listed).collect();
+    let own = trust.identity().id().clone();
+    let trust = trust.clone();
+    let make = move |peer: &PeerName, address: Authority| {
+        let expect = ExpectedPeer { region: peer.region.clone(), name: peer.node.clone() };
+        let tls = trust.identity().peer_client_config(&[], expect).map_err(|e| e.to_string())?;
+        let gate = Gate { trust: trust.clone(), port: trust::Port::Peers };
+        let tls = PeerTls::leased(tls, Arc::new(gate));
+        Ok(Target::peer(&peer_name(&peer.node, &peer.region), address, tls))
+    };
+    Board::new(own, listed, MakeTarget(Box::new(make)))
 }
 
 /// How a peer is called in messages.

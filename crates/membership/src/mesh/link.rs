@@ -64,7 +64,9 @@ impl<J: Judge> Mesh<J> {
         self.links.up.insert(id, link);
         self.doubts.clear(id);
         self.found_seed(peer);
-        let waiting = self.links.done(id).map(|dial| dial.queue).unwrap_or_default();
+        // A node of version 1 that dialled is dialled all the same: over its own link it says nothing.
+        let dial = if is_legacy && !dialled { None } else { self.links.done(id) };
+        let waiting = dial.map(|dial| dial.queue).unwrap_or_default();
         if is_legacy {
             self.greet_legacy(now, peer, hello.epoch, dialled);
         } else {
@@ -214,7 +216,7 @@ impl<J: Judge> Mesh<J> {
     /// `id` is to be linked, unless it is.
     pub(super) fn plan_dial(&mut self, now: Instant, id: NodeId, lost: Option<Instant>) {
         let is_known = self.cards.get(id).is_some() || self.seeds.is_listed(id);
-        if self.links.is_up(id) || !is_known || self.strikes.is_quarantined(now, id) {
+        if self.links.is_heard(id) || !is_known || self.strikes.is_quarantined(now, id) {
             return;
         }
         if self.links.plan(now, id, lost) {
@@ -262,7 +264,7 @@ impl<J: Judge> Mesh<J> {
     fn failed(&mut self, now: Instant, id: NodeId) {
         let Some(dial) = self.links.dials.get(&id) else { return };
         let lost = dial.lost;
-        if self.links.is_up(id) || self.is_leaving {
+        if self.links.is_heard(id) || self.is_leaving {
             drop(self.links.done(id));
             return;
         }

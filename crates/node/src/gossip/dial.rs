@@ -34,7 +34,7 @@ impl Dial {
         }
     }
 
-    fn expected(&self) -> Option<&Peer> {
+    pub(super) fn expected(&self) -> Option<&Peer> {
         match &self.target {
             Target::Member { peer, .. } => Some(peer),
             Target::Seed(seed) => seed.peer.as_ref(),

@@ -9,7 +9,7 @@ use std::{
 
 use base::clock;
 use identity::NodeIdentity;
-use membership::{Event, Input, Mesh, NodeId, Output, Pair, Seed};
+use membership::{Event, Hello, Input, Mesh, NodeId, Output, Pair, Peer, Seed, Transport};
 use tokio::{
     sync::{Semaphore, mpsc, watch},
     task::JoinSet,
@@ -21,12 +21,11 @@ use crate::{peers::Board, seeds::Found};
 
 use super::{
     LINKS_MAX, NodeJudge, StatusAsk, Voice,
-    adapter::Apply as _,
     dial::Dial,
     kept,
     link::{Answer, Common, News, Reins, Up},
     news::Teller,
-    table::{Admitted, Entry, Table},
+    table::{Entry, Left, Table},
 };
 
 /// News taken in before timers are looked at again.
@@ -39,6 +38,8 @@ const KEEP: Duration = Duration::from_secs(30);
 const LATE: Duration = Duration::from_millis(100);
 /// How long it sleeps at most.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
+/// A frame that must arrive finds no room.
+const UNREAD: &str = "the other end does not read";
 /// Dials in progress.
 const DIALS_MAX: usize = 128;
 /// A link that another took the place of is heard for so long yet.
@@ -79,6 +80,8 @@ pub(super) struct Driver {
     renewing: BTreeSet<NodeId>,
     /// What was dialled for each link, to dial it again.
     dialled: BTreeMap<NodeId, Dial>,
+    /// Nodes of version 1, with which there may be a link each way.
+    legacy: BTreeMap<NodeId, Legacy>,
     /// Addresses at which this node itself answered.
     selves: BTreeSet<String>,
     /// What is to be told to the machine once it has no more outputs.
@@ -86,6 +89,14 @@ pub(super) struct Driver {
     teller: Teller,
     keeping: JoinSet<()>,
     seen: Seen,
+}
+
+/// A node of version 1, as it last said hello.
+#[derive(Clone)]
+struct Legacy {
+    peer: Peer,
+    hello: Hello,
+    transport: Transport,
 }
 
 /// What was last looked at, and when the next look is due.
@@ -124,6 +135,7 @@ impl Driver {
             dialling: Arc::new(Semaphore::new(DIALS_MAX)),
             renewing: BTreeSet::new(),
             dialled: BTreeMap::new(),
+            legacy: BTreeMap::new(),
             selves: BTreeSet::new(),
             inputs: VecDeque::new(),
             teller: Teller::default(),
@@ -267,13 +279,7 @@ impl Driver {
                     self.handle(Input::Frame { from, bytes, rtt });
                 }
             }
-            News::Ended { number, id, why } => {
-                self.open = self.open.saturating_sub(1);
-                if self.table.remove_number(id, number).is_some() {
-                    self.gone(id, why);
-                    self.settle();
-                }
-            }
+            News::Ended { number, id, why } => self.ended(number, id, why),
             News::Old { number, id } => self.renew(number, id),
             News::Twin { epoch, answer } => {
                 if let Some(answer) = answer {
@@ -292,49 +298,78 @@ impl Driver {
         if let Some(Dial { renews: Some(id), .. }) = &dialled {
             self.renewing.remove(id);
         }
-        let (id, number) = (peer.id, self.next_number);
+        let (id, number, is_dialled) = (peer.id, self.next_number, dialled.is_some());
         self.next_number += 1;
         let (reins, taken) = Reins::new(number, self.mesh.hello());
-        let entry =
-            Entry { number, epoch: hello.epoch, dialled: dialled.is_some(), since: clock::now() };
-        let is_too_many = !self.table.contains(id) && self.table.len() >= LINKS_MAX;
-        let admitted = if is_too_many {
+        let is_legacy = hello.card.is_none() || hello.version() == Some(1);
+        let (epoch, since) = (hello.epoch, clock::now());
+        let entry = Entry { number, epoch, dialled: is_dialled, is_legacy, since };
+        let admitted = if !self.table.contains(id) && self.table.len() >= LINKS_MAX {
             tracing::warn!(node = %peer.node, "a link was turned down: there are {LINKS_MAX} already");
-            Admitted::Not("too many links")
+            Err("too many links")
         } else {
             self.table.admit(id, entry, reins)
         };
         match admitted {
-            Admitted::Not(why) => {
+            Err(why) => {
                 drop(answer.send(Answer::Not(why.to_owned())));
                 if let Some(dial) = dialled {
                     self.dial_failed(dial, why.to_owned());
                 }
                 return self.settle();
             }
-            Admitted::Instead(older) => older.end("another link takes its place", LINGER),
-            Admitted::First => {}
+            Ok(older) => {
+                older.into_iter().for_each(|one| one.end("another link takes its place", LINGER));
+            }
         }
         self.open += 1;
         match dialled {
             Some(dial) => drop(self.dialled.insert(id, dial)),
+            None if is_legacy => {}
             None => drop(self.dialled.remove(&id)),
         }
-        if answer.send(Answer::Taken(Box::new(taken))).is_err() {
-            // Its task was ended: the machine hears that there was one, and that it is gone.
-            self.open = self.open.saturating_sub(1);
-            self.table.remove(id);
-            self.tell(Input::LinkUp { peer, hello: Box::new(hello), transport });
-            self.gone(id, "the node stops".to_owned());
-            return self.settle();
-        }
         self.teller.link_up(&peer, transport);
-        self.handle(Input::LinkUp { peer, hello: Box::new(hello), transport });
+        let (legacy, hello) =
+            (Legacy { peer: peer.clone(), hello: hello.clone(), transport }, Box::new(hello));
+        if is_legacy {
+            self.legacy.insert(id, legacy);
+        } else {
+            self.legacy.remove(&id);
+        }
+        self.tell(Input::LinkUp { peer, hello, transport, dialled: is_dialled });
+        if answer.send(Answer::Taken(Box::new(taken))).is_err() {
+            // Its task was ended: it is gone already.
+            self.ended(number, id, "the node stops".to_owned());
+        }
+        self.settle();
+    }
+
+    /// Link `number` has ended.
+    fn ended(&mut self, number: u64, id: NodeId, why: String) {
+        self.open = self.open.saturating_sub(1);
+        match self.table.remove_number(id, number) {
+            Left::AsBefore => return,
+            Left::Nothing => self.gone(id, why),
+            Left::Other { dialled } => {
+                let Some(Legacy { peer, hello, transport }) = self.legacy.get(&id).cloned() else {
+                    return;
+                };
+                if !dialled {
+                    self.dialled.remove(&id);
+                }
+                self.teller.link_down(id, &why);
+                self.tell(Input::LinkDown { id, why });
+                let hello = Box::new(hello);
+                self.tell(Input::LinkUp { peer, hello, transport, dialled });
+            }
+        }
+        self.settle();
     }
 
     /// The link with a node is gone, and there is no other.
     fn gone(&mut self, id: NodeId, why: String) {
         self.dialled.remove(&id);
+        self.legacy.remove(&id);
         self.teller.link_down(id, &why);
         self.tell(Input::LinkDown { id, why });
     }
@@ -356,6 +391,17 @@ impl Driver {
             self.dial(Dial { renews: Some(id), ..dial });
             self.settle();
         }
+    }
+
+    /// Dials unless what answers there is linked already: the other end would take the new link for the better one, every time.
+    fn dial_anew(&mut self, dial: Dial) {
+        let is_same = |(id, known): (&NodeId, &Dial)| {
+            known.address() == dial.address() && self.table.contains(*id)
+        };
+        if dial.expected().is_none() && self.dialled.iter().any(is_same) {
+            return self.dial_failed(dial, "who answers there is linked already".to_owned());
+        }
+        self.dial(dial);
     }
 
     fn dial(&mut self, dial: Dial) {
@@ -394,12 +440,12 @@ impl Driver {
     fn perform(&mut self, output: Output) {
         match output {
             Output::Send { to, bytes, way } => {
-                if self.table.get(to).is_some_and(|reins| !reins.send(bytes, way)) {
-                    self.close(to, "the other end does not read");
-                    self.gone(to, "the other end does not read".to_owned());
+                if self.table.to(to).is_some_and(|reins| !reins.send(bytes, way)) {
+                    self.close(to, UNREAD);
+                    self.gone(to, UNREAD.to_owned());
                 }
             }
-            Output::Dial(target) => self.dial(Dial { target, renews: None }),
+            Output::Dial(target) => self.dial_anew(Dial { target, renews: None }),
             Output::Close { id, why } => {
                 self.teller.link_down(id, &why);
                 self.close(id, &why);
@@ -410,9 +456,8 @@ impl Driver {
 
     fn close(&mut self, id: NodeId, why: &str) {
         self.dialled.remove(&id);
-        if let Some(reins) = self.table.remove(id) {
-            reins.end(why, Duration::ZERO);
-        }
+        self.legacy.remove(&id);
+        self.table.remove(id).into_iter().for_each(|reins| reins.end(why, Duration::ZERO));
     }
 
     fn event(&mut self, event: &Event) {

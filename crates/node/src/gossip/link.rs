@@ -23,7 +23,7 @@ use bytes::Bytes;
 use identity::{Role, SignedRevocations, SpiffeId};
 use membership::{Frame, Hello, NodeId, Peer, Transport, Way, decode, encode};
 use tokio::sync::{mpsc, oneshot};
-use transport::{Lease, Link, TransportError};
+use transport::{Lease, Link, LinkTransport, TransportError};
 
 use crate::trust::{Lists, Trust};
 
@@ -277,8 +277,11 @@ impl Common {
 }
 
 /// How a link goes.
-fn transport(_: &Link) -> Transport {
-    Transport::Quic
+fn transport(link: &Link) -> Transport {
+    match link.transport() {
+        LinkTransport::Quic => Transport::Quic,
+        LinkTransport::Tcp => Transport::Tcp,
+    }
 }
 
 /// A link in use.

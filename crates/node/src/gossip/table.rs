@@ -1,4 +1,7 @@
 //! Which link with a node is the one: there is one between two nodes, and when both dial at once both ends must keep the same.
+//!
+//! With a node of version 1 there may be one each way: it speaks only over those it was dialled on, and listens only on those it
+//! dialled.
 
 use std::{
     collections::BTreeMap,
@@ -14,7 +17,18 @@ const CROSSING: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct Table<L> {
     own: NodeId,
-    links: BTreeMap<NodeId, Held<L>>,
+    links: BTreeMap<(NodeId, Side), Held<L>>,
+}
+
+/// Which of the links with a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Side {
+    /// The only one.
+    Both,
+    /// The one this end dialled, to a node of version 1.
+    Out,
+    /// The one a node of version 1 dialled.
+    In,
 }
 
 /// A link as it counts here.
@@ -24,7 +38,7 @@ struct Held<L> {
     link: L,
 }
 
-/// What decides between two links with the same node.
+/// What decides between links with the same node.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Entry {
     /// Different for every link.
@@ -33,19 +47,31 @@ pub(super) struct Entry {
     pub(super) epoch: u64,
     /// Whether this end dialled.
     pub(super) dialled: bool,
+    /// Whether the other end speaks version 1.
+    pub(super) is_legacy: bool,
     /// Since when it works.
     pub(super) since: Instant,
 }
 
-/// What became of a new link.
+impl Entry {
+    fn side(&self) -> Side {
+        match (self.is_legacy, self.dialled) {
+            (false, _) => Side::Both,
+            (true, true) => Side::Out,
+            (true, false) => Side::In,
+        }
+    }
+}
+
+/// What is left of the links with a node when one is gone.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Admitted<L> {
-    /// It is the only one.
-    First,
-    /// It takes the place of this one.
-    Instead(L),
-    /// It is not needed; why.
-    Not(&'static str),
+pub(super) enum Left {
+    /// It had been replaced before.
+    AsBefore,
+    /// Nothing.
+    Nothing,
+    /// The one the other way, and whether this end dialled it.
+    Other { dialled: bool },
 }
 
 impl<L> Table<L> {
@@ -58,29 +84,55 @@ impl<L> Table<L> {
     }
 
     pub(super) fn contains(&self, id: NodeId) -> bool {
-        self.links.contains_key(&id)
+        self.of(id).next().is_some()
     }
 
-    pub(super) fn get(&self, id: NodeId) -> Option<&L> {
-        self.links.get(&id).map(|held| &held.link)
+    fn of(&self, id: NodeId) -> impl Iterator<Item = &Held<L>> {
+        self.links.range((id, Side::Both)..=(id, Side::In)).map(|(_, held)| held)
     }
 
-    /// The process at the other end of the link with a node.
+    /// The link over which this end speaks to a node.
+    pub(super) fn to(&self, id: NodeId) -> Option<&L> {
+        let held = self.links.get(&(id, Side::Both)).or_else(|| self.links.get(&(id, Side::In)));
+        held.map(|held| &held.link)
+    }
+
+    /// The process at the other end of the links with a node.
     pub(super) fn epoch(&self, id: NodeId) -> Option<u64> {
-        self.links.get(&id).map(|held| held.entry.epoch)
+        self.of(id).map(|held| held.entry.epoch).max()
     }
 
-    /// A link with a node works.
-    pub(super) fn admit(&mut self, id: NodeId, entry: Entry, link: L) -> Admitted<L> {
-        if let Some(held) = self.links.get(&id)
-            && let Some(why) = self.prefers(id, &held.entry, &entry)
-        {
-            return Admitted::Not(why);
+    /// Whether link `number` with a node is in use.
+    pub(super) fn is_current(&self, id: NodeId, number: u64) -> bool {
+        self.of(id).any(|held| held.entry.number == number)
+    }
+
+    /// A link with a node works: those whose place it takes.
+    ///
+    /// # Errors
+    /// It is not needed; why.
+    pub(super) fn admit(
+        &mut self,
+        id: NodeId,
+        entry: Entry,
+        link: L,
+    ) -> Result<Vec<L>, &'static str> {
+        if let Some(why) = self.of(id).find_map(|held| self.prefers(id, &held.entry, &entry)) {
+            return Err(why);
         }
-        match self.links.insert(id, Held { entry, link }) {
-            Some(older) => Admitted::Instead(older.link),
-            None => Admitted::First,
-        }
+        let (side, one_way) = (entry.side(), [Side::Out, Side::In]);
+        let replaces = |other: Side, held: &Held<L>| {
+            let is_beside = one_way.contains(&other) && one_way.contains(&side) && other != side;
+            !is_beside || held.entry.epoch < entry.epoch
+        };
+        let replaced = [Side::Both, Side::Out, Side::In].into_iter().filter_map(|other| {
+            let is_replaced =
+                self.links.get(&(id, other)).is_some_and(|held| replaces(other, held));
+            is_replaced.then(|| self.links.remove(&(id, other))).flatten()
+        });
+        let replaced = replaced.map(|held| held.link).collect();
+        self.links.insert((id, side), Held { entry, link });
+        Ok(replaced)
     }
 
     /// Why the older of two links is the better one, if it is.
@@ -88,24 +140,27 @@ impl<L> Table<L> {
         if older.epoch != newer.epoch {
             return (newer.epoch < older.epoch).then_some("a later process of this node is linked");
         }
+        let are_one = older.side() == Side::Both && newer.side() == Side::Both;
         let crossed = newer.since.saturating_duration_since(older.since) < CROSSING;
         let dialler = |entry: &Entry| if entry.dialled { self.own } else { id };
-        (crossed && dialler(older) < dialler(newer)).then_some("doubled")
+        (are_one && crossed && dialler(older) < dialler(newer)).then_some("doubled")
     }
 
-    /// Takes the link with a node out, whichever it is.
-    pub(super) fn remove(&mut self, id: NodeId) -> Option<L> {
-        self.links.remove(&id).map(|held| held.link)
+    /// Takes all links with a node out.
+    pub(super) fn remove(&mut self, id: NodeId) -> Vec<L> {
+        let sides = [Side::Both, Side::Out, Side::In];
+        sides.into_iter().filter_map(|side| Some(self.links.remove(&(id, side))?.link)).collect()
     }
 
-    /// Takes link `number` with a node out, if it is still the one.
-    pub(super) fn remove_number(&mut self, id: NodeId, number: u64) -> Option<L> {
-        self.is_current(id, number).then(|| self.remove(id)).flatten()
-    }
-
-    /// Whether link `number` is the one with a node.
-    pub(super) fn is_current(&self, id: NodeId, number: u64) -> bool {
-        self.links.get(&id).is_some_and(|held| held.entry.number == number)
+    /// Takes link `number` with a node out, if it is still there.
+    pub(super) fn remove_number(&mut self, id: NodeId, number: u64) -> Left {
+        let held = self.of(id).find(|held| held.entry.number == number);
+        let Some(side) = held.map(|held| held.entry.side()) else { return Left::AsBefore };
+        self.links.remove(&(id, side));
+        match self.of(id).next() {
+            Some(other) => Left::Other { dialled: other.entry.dialled },
+            None => Left::Nothing,
+        }
     }
 
     /// Takes all of them out.
@@ -123,6 +178,14 @@ mod tests {
     const SMALL: NodeId = NodeId([1; 16]);
     const GREAT: NodeId = NodeId([2; 16]);
 
+    fn entry(number: u64, epoch: u64, dialled: bool) -> Entry {
+        Entry { number, epoch, dialled, is_legacy: false, since: clock::now() }
+    }
+
+    fn legacy(number: u64, epoch: u64, dialled: bool) -> Entry {
+        Entry { is_legacy: true, ..entry(number, epoch, dialled) }
+    }
+
     /// The same links as both ends see them, in their order: who dialled each, and its number; which is left at each end.
     fn left(links: &[(NodeId, u64)], order: [&[usize]; 2], apart: Duration) -> [Option<u64>; 2] {
         let start = clock::now();
@@ -132,10 +195,10 @@ mod tests {
             for (at, index) in (0..).zip(order) {
                 let (dialler, number) = links[*index];
                 let since = start + apart * at;
-                let entry = Entry { number, epoch: 1, dialled: dialler == own, since };
-                table.admit(other, entry, number);
+                let entry = Entry { since, ..entry(number, 1, dialler == own) };
+                drop(table.admit(other, entry, number));
             }
-            table.get(other).copied()
+            table.to(other).copied()
         })
     }
 
@@ -164,17 +227,30 @@ mod tests {
 
     #[test]
     fn a_later_process_counts_and_an_earlier_one_does_not() {
-        let (mut table, since) = (Table::new(SMALL), clock::now());
-        let entry = |number, epoch, dialled| Entry { number, epoch, dialled, since };
-        assert_eq!(table.admit(GREAT, entry(1, 5, true), "first"), Admitted::First);
-        assert_eq!(table.admit(GREAT, entry(2, 6, false), "later"), Admitted::Instead("first"));
-        let Admitted::Not(why) = table.admit(GREAT, entry(3, 5, true), "earlier") else {
-            panic!("an earlier process is let in")
-        };
+        let mut table = Table::new(SMALL);
+        assert_eq!(table.admit(GREAT, entry(1, 5, true), "first"), Ok(vec![]));
+        assert_eq!(table.admit(GREAT, entry(2, 6, false), "later"), Ok(vec!["first"]));
+        let why = table.admit(GREAT, entry(3, 5, true), "earlier").unwrap_err();
         assert!(why.contains("later process"));
         assert_eq!(table.epoch(GREAT), Some(6));
-        assert_eq!(table.remove_number(GREAT, 1), None);
-        assert_eq!(table.remove_number(GREAT, 2), Some("later"));
+        assert_eq!(table.remove_number(GREAT, 1), Left::AsBefore);
+        assert_eq!(table.remove_number(GREAT, 2), Left::Nothing);
         assert!(!table.contains(GREAT) && table.len() == 0);
+    }
+
+    #[test]
+    fn with_a_node_of_version_1_there_is_a_link_each_way() {
+        let mut table = Table::new(SMALL);
+        assert_eq!(table.admit(GREAT, legacy(1, 5, true), "out"), Ok(vec![]));
+        assert_eq!(table.to(GREAT), None, "it does not listen there");
+        assert_eq!(table.admit(GREAT, legacy(2, 5, false), "in"), Ok(vec![]));
+        assert_eq!(table.admit(GREAT, legacy(3, 5, false), "newer in"), Ok(vec!["in"]));
+        assert_eq!((table.len(), table.to(GREAT)), (2, Some(&"newer in")));
+        assert_eq!(table.remove_number(GREAT, 1), Left::Other { dialled: false });
+        assert_eq!(table.admit(GREAT, legacy(4, 5, true), "out"), Ok(vec![]));
+        // It comes back as another process, and then as one of version 2.
+        assert_eq!(table.admit(GREAT, legacy(5, 6, true), "out 6"), Ok(vec!["out", "newer in"]));
+        assert_eq!(table.admit(GREAT, entry(6, 7, false), "both"), Ok(vec!["out 6"]));
+        assert_eq!(table.remove(GREAT), ["both"]);
     }
 }
