@@ -78,6 +78,11 @@ impl Engine {
         }
     }
 
+    /// From now on it has `slots` slots here; calls in progress go on. Returns whether that is news.
+    pub fn set_slots(&mut self, slots: Option<NonZeroU32>) -> bool {
+        std::mem::replace(&mut self.slots, slots) != slots
+    }
+
     /// Takes a slot; `None` when there is none. One that runs nothing is always asked, whatever it said before: whether it
     /// should be is for the router to say.
     pub fn take(&mut self, now: Instant) -> Option<Ticket> {
@@ -278,6 +283,22 @@ mod tests {
             }
             count
         }
+    }
+
+    #[test]
+    fn fewer_slots_end_no_call_and_more_let_more_in() {
+        let mut world = world(4);
+        let tickets = [world.take(), world.take(), world.take()];
+        assert!(world.engine.set_slots(NonZeroU32::new(2)));
+        assert!(world.engine.take(world.now).is_none());
+        let load = world.engine.load(world.now);
+        assert_eq!((load.in_flight, load.slots, load.free()), (3, Some(2), 0));
+        for ticket in tickets {
+            world.engine.ended(world.now, ticket, Outcome::Ok, None);
+        }
+        assert_eq!(world.free(), 2);
+        assert!(world.engine.set_slots(NonZeroU32::new(5)));
+        assert_eq!(world.free(), 5);
     }
 
     #[test]

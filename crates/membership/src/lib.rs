@@ -8,9 +8,20 @@
 //! will fill the same view.
 
 mod card;
+mod cards;
+mod descriptors;
+mod digest;
 mod id;
+mod links;
 mod mesh;
+mod pool;
+mod regions;
+mod relays;
 mod report;
+mod strikes;
+mod subscribe;
+mod swim;
+mod timers;
 mod view;
 mod wire;
 
@@ -21,7 +32,7 @@ pub use mesh::{
     RegionView, Seed, Status, Target, Transport, Way,
 };
 pub use report::Reporter;
-pub use view::{Presence, Seen, View};
+pub use view::{Figures, Presence, Seen, View};
 pub use wire::{
     ASKED_MAX, CARD_BYTES_MAX, DATAGRAM_BYTES_MAX, DESCRIPTOR_BYTES_MAX, Descriptor, Digest,
     EngineDescriptor, Frame, Hello, LoadFrame, PROTOCOL_OLDEST, PROTOCOL_VERSION, Pool,

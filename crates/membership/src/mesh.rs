@@ -1,360 +1,115 @@
 //! The mesh as one node knows it: a machine without IO. Links, frames and time go in; frames to send, links to make, and news
 //! for whoever routes come out. `node` drives it with sockets, `sim` with one heap of events.
+//!
+//! ```text
+//!  LinkUp, LinkDown, DialFailed ──> link.rs ──> Dial, Close            who is linked, seeds, own evidence of death
+//!  Frame: Swim ─────> gossip.rs ──> Swim to others, Down, Suspected    what is believed of whom (A)
+//!  Frame: Cards ────> card.rs ────> CardsAsk, Member                   whose words these are
+//!  Frame: the rest ─> planes.rs ──> Described, Load, Region            what they serve (B), how pressed they are (C, D)
+//!  the round, once a second ──────> relay.rs                           who speaks for the region
+//! ```
+//!
+//! Nothing reaches foca that was not judged here: a pair without a card, a claim about this node, a leap of incarnations, a
+//! death only one node speaks of.
+
+mod card;
+mod gossip;
+mod io;
+mod link;
+mod planes;
+mod relay;
+mod status;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod world;
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use base::{Load, NodeName, RegionName, TrustDomain, ZoneName};
+use base::RegionName;
 use bytes::Bytes;
+use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 
-use crate::{Card, Descriptor, Hello, Judge, LoadFrame, NodeId};
+pub use io::{
+    Candidate, Event, Input, Liveness, MemberStatus, Output, Own, Peer, RegionOffer, RegionView,
+    Seed, Status, Target, Transport, Way,
+};
 
-/// Who this node is, for as long as its process lives.
-#[derive(Clone, Debug)]
-pub struct Own {
-    /// Its id.
-    pub id: NodeId,
-    /// Its name.
-    pub node: NodeName,
-    /// Its region.
-    pub region: RegionName,
-    /// Its zone.
-    pub zone: Option<ZoneName>,
-    /// The mesh.
-    pub trust_domain: TrustDomain,
-    /// The process: greater after each start.
-    pub epoch: u64,
-    /// Where its port for peers is reached, host and port.
-    pub peers: String,
-    /// Where its gossip port is reached, host and port.
-    pub gossip: String,
-    /// The release it runs.
-    pub release: String,
-}
+use crate::{
+    Card, Descriptor, Frame, Hello, Judge, LoadFrame, NodeId, PROTOCOL_OLDEST, PROTOCOL_VERSION,
+    Pool, Reporter,
+    cards::Cards,
+    descriptors::Bodies,
+    digest::Digester,
+    encode,
+    links::{Links, Seeds},
+    pool::Members,
+    regions::Regions,
+    strikes::Strikes,
+    subscribe::Subscriptions,
+    timers::{Due, Timers},
+    wire::DATAGRAM_BYTES_MAX,
+};
+use card::Renewal;
+use gossip::Doubts;
+use relay::Relaying;
 
-/// Who is at the other end of a link, by its certificate.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Peer {
-    /// The node.
-    pub id: NodeId,
-    /// Its name.
-    pub node: NodeName,
-    /// Its region.
-    pub region: RegionName,
-}
-
-/// How a link goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Transport {
-    /// QUIC over UDP.
-    Quic,
-    /// HTTP/2 over TCP.
-    Tcp,
-}
-
-/// What happened.
-#[derive(Clone, Debug)]
-pub enum Input {
-    /// Time has passed, nothing else.
-    Tick,
-    /// A link works: both ends have said hello. One to the same node that was there before is replaced by it.
-    LinkUp {
-        /// Who is there.
-        peer: Peer,
-        /// What it said first. (Its name and region were compared with its certificate already.)
-        hello: Box<Hello>,
-        /// How the link goes.
-        transport: Transport,
-    },
-    /// The link with this node is gone, and there is no other.
-    LinkDown {
-        /// Which node.
-        id: NodeId,
-        /// Why, for people.
-        why: String,
-    },
-    /// A link that was asked for came to nothing.
-    DialFailed {
-        /// What [`Output::Dial`] asked for.
-        target: Target,
-        /// Why, for people.
-        why: String,
-    },
-    /// A frame came over the link with this node.
-    Frame {
-        /// From whom.
-        from: NodeId,
-        /// The frame.
-        bytes: Bytes,
-        /// Time to the node and back.
-        rtt: Duration,
-    },
-    /// How pressed the engines are, in the order of the descriptor. Wanted every [`Mesh::sample_interval`], and when something
-    /// changed.
-    Loads {
-        /// One per engine.
-        loads: Vec<Load>,
-        /// Attempts that came since the process began, by source region.
-        arrivals: Vec<(RegionName, u64)>,
-    },
-    /// What this node serves has changed.
-    Describe(Descriptor),
-    /// From now on this node takes no new calls.
-    Drain,
-    /// This node goes: the others are told, and nothing is dialled any more.
-    Leave,
-    /// Where nodes may be found, besides those known: hosts and ports. Replaces what was there.
-    Seeds(Vec<Seed>),
-    /// The node's loop came so much too late: suspicions are withheld for a while.
-    Lagged(Duration),
-    /// The certificate was renewed: the card is signed anew.
-    Renewed,
-}
-
-/// Where a node may be found.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Seed {
-    /// Host and port of its gossip port.
-    pub address: String,
-    /// Who it must be; `None`: anybody of the mesh.
-    pub peer: Option<Peer>,
-    /// Whether it was listed by an operator: it is always linked and subscribed to, in whatever region it is, and may be a node of
-    /// version 1, which has no card.
-    pub is_listed: bool,
-}
-
-/// Whom to reach.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Target {
-    /// A node whose card is known.
-    Member {
-        /// Who it must be.
-        peer: Peer,
-        /// Host and port.
-        address: String,
-    },
-    /// Whoever is there.
-    Seed(Seed),
-}
-
-/// What is to be done.
-#[derive(Clone, Debug)]
-pub enum Output {
-    /// Send a frame over the link with this node. Without a link it is lost.
-    Send {
-        /// To whom.
-        to: NodeId,
-        /// The frame, encoded.
-        bytes: Bytes,
-        /// Whether it may be lost (a datagram) or must arrive (a stream).
-        way: Way,
-    },
-    /// Make a link, over QUIC or TCP; answered by [`Input::LinkUp`] or [`Input::DialFailed`]. Asked for once.
-    Dial(Target),
-    /// End the link with this node, and say why. Answered by nothing.
-    Close {
-        /// Which node.
-        id: NodeId,
-        /// Why.
-        why: String,
-    },
-    /// News for whoever routes, logs and counts.
-    Event(Event),
-}
-
-/// How a frame goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
-    /// It may be lost.
-    Datagram,
-    /// It arrives as long as the link lives.
-    Stream,
-}
-
-/// News.
-#[derive(Clone, Debug)]
-pub enum Event {
-    /// A node is known by its card, or by a newer one. It may not be reachable yet.
-    Member(Arc<Card>),
-    /// A node whose gossip speaks version 1 is linked: it has no card.
-    Legacy {
-        /// Who.
-        peer: Peer,
-        /// Its process.
-        epoch: u64,
-    },
-    /// What a node serves, and its process.
-    Described {
-        /// Who.
-        id: NodeId,
-        /// Its process.
-        epoch: u64,
-        /// What.
-        descriptor: Arc<Descriptor>,
-    },
-    /// A node said how pressed it is.
-    Load {
-        /// Who.
-        id: NodeId,
-        /// What it said.
-        frame: Box<LoadFrame>,
-        /// Time to the node and back.
-        rtt: Duration,
-    },
-    /// A node can be reached, or not any more: there is a link, and nobody has good reason to call it down.
-    Reachable {
-        /// Who.
-        id: NodeId,
-        /// Whether.
-        is: bool,
-    },
-    /// A node is not alive, by common judgement.
-    Down {
-        /// Who.
-        id: NodeId,
-        /// It said so itself.
-        left: bool,
-    },
-    /// A node is forgotten: nobody needs to know of it any more.
-    Forgotten(NodeId),
-    /// A node is suspected, or not any more.
-    Suspected {
-        /// Who.
-        id: NodeId,
-        /// Whether.
-        is: bool,
-    },
-    /// A node broke the rules: it is not listened to for a while.
-    Quarantined {
-        /// Who.
-        peer: Peer,
-        /// Until when.
-        until: Instant,
-        /// What it did.
-        why: String,
-    },
-    /// What another region has of its models, as its relays see it, or this region where not all of it is subscribed to.
-    Region(Arc<RegionView>),
-    /// Another process has this node's name, and is the later one: this one must stop.
-    Superseded {
-        /// The epoch of the other.
-        epoch: u64,
-    },
-    /// A fact for the log.
-    Note(String),
-}
-
-/// What a region has, now.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RegionView {
-    /// Which region.
-    pub region: RegionName,
-    /// When the figures were taken, by the clock of this node.
-    pub sampled: Instant,
-    /// One per model.
-    pub offers: Vec<RegionOffer>,
-}
-
-/// What a region has of one model.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RegionOffer {
-    /// The model; `None`: engines that are sent any.
-    pub model: Option<base::ModelName>,
-    /// What the engines speak.
-    pub protocol: String,
-    /// Slots that are free.
-    pub free: u32,
-    /// Slots in all.
-    pub slots: u32,
-    /// Calls that end per second.
-    pub drain_rate: f64,
-    /// How long a call waits for a slot: median and ninetieth percentile.
-    pub wait: (Duration, Duration),
-    /// The mean share of key-value cache that is free, 0 to 1, where engines say.
-    pub kv_free: Option<f64>,
-    /// Nodes to try.
-    pub candidates: Vec<Candidate>,
-}
-
-/// A node that has room.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Candidate {
-    /// Who.
-    pub node: NodeName,
-    /// Where its port for peers is reached.
-    pub peers: String,
-    /// Its free slots for the model.
-    pub free: u32,
-    /// All its slots for the model.
-    pub slots: u32,
-}
-
-/// What the mesh looks like from here, for people.
-#[derive(Clone, Debug, Default)]
-pub struct Status {
-    /// Everybody known, this node not included, by name.
-    pub members: Vec<MemberStatus>,
-    /// The relays of this region.
-    pub relays: Vec<NodeName>,
-    /// Whether this node is one.
-    pub is_relay: bool,
-    /// Who subscribes to this node's load.
-    pub subscribers: usize,
-    /// Other regions by their digests, and how old those are.
-    pub regions: Vec<(RegionName, Duration)>,
-    /// What those digests come to: the newest view of each region.
-    pub views: Vec<Arc<RegionView>>,
-    /// Who is in quarantine, for how long yet, and why.
-    pub quarantined: Vec<(Peer, Duration, String)>,
-}
-
-/// What is known of one node.
-#[derive(Clone, Debug)]
-pub struct MemberStatus {
-    /// Its card; `None`: a node of version 1.
-    pub card: Option<Arc<Card>>,
-    /// Who it is.
-    pub peer: Peer,
-    /// Its process.
-    pub epoch: u64,
-    /// Whether it is alive, by common judgement.
-    pub state: Liveness,
-    /// How it is linked, if it is.
-    pub link: Option<(Transport, Duration)>,
-    /// The version of the protocol spoken with it, if it is linked.
-    pub protocol: Option<u32>,
-    /// Whether this node asked for its load, and how old the last frame is.
-    pub subscribed: bool,
-    /// How long ago its last load frame came.
-    pub heard: Option<Duration>,
-    /// Whether it subscribes to this node.
-    pub subscriber: bool,
-}
-
-/// Whether a node is alive.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Liveness {
-    /// It is.
-    Alive,
-    /// Somebody doubts it.
-    Suspect,
-    /// It is not.
-    Down,
-    /// It said good-bye.
-    Left,
-    /// Only its card is known.
-    Unknown,
-}
+/// How often everything is looked at that is not due at a moment of its own.
+const ROUND: Duration = Duration::from_secs(1);
+/// After the loop lagged, foca's timers wait so long for what has come meanwhile.
+const HOLD: Duration = Duration::from_millis(250);
+/// And suspicions so long.
+const LENIENT: Duration = Duration::from_secs(10);
+/// A lag of more than this makes others look late.
+const LAG: Duration = Duration::from_millis(100);
 
 /// The machine.
 #[derive(Debug)]
 pub struct Mesh<J> {
     own: Own,
     judge: J,
+    rng: SmallRng,
     outputs: VecDeque<Output>,
+    timers: Timers,
+    deadline: Option<Instant>,
+    /// This node's card.
+    card: Arc<Card>,
+    renewal: Renewal,
+    cards: Cards,
+    region: Members,
+    relay: Option<Members>,
+    links: Links,
+    /// Links of older processes of a name, until they have read why they end.
+    doomed: BTreeMap<NodeId, Instant>,
+    seeds: Seeds,
+    next_seed: Instant,
+    /// All cards of the region were had from somebody; when they were last asked for.
+    has_all: bool,
+    asked_all: Option<Instant>,
+    began: Instant,
+    rounds: u64,
+    strikes: Strikes,
+    doubts: Doubts,
+    relaying: Relaying,
+    bodies: Bodies,
+    descriptor: Arc<Descriptor>,
+    subscriptions: Subscriptions,
+    subscribers: BTreeSet<NodeId>,
+    reporter: Reporter,
+    /// Of whom this node sums up, if it is a relay: the newest frame, and when its figures were taken.
+    figures: BTreeMap<NodeId, (LoadFrame, Instant)>,
+    own_figures: Option<(LoadFrame, Instant)>,
+    digester: Digester,
+    regions: Regions,
+    /// foca's timers wait until then, and suspicions.
+    hold: Option<Instant>,
+    lenient: Option<Instant>,
+    is_leaving: bool,
+    is_superseded: bool,
 }
 
 impl<J: Judge> Mesh<J> {
@@ -365,17 +120,86 @@ impl<J: Judge> Mesh<J> {
     pub fn new(
         own: Own,
         descriptor: Descriptor,
-        judge: J,
+        mut judge: J,
         now: Instant,
         seed: u64,
     ) -> Result<Self, String> {
-        drop((descriptor, now, seed));
-        Ok(Self { own, judge, outputs: VecDeque::new() })
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let mut bodies = Bodies::default();
+        let (hash, descriptor) = bodies.own(descriptor, |bytes| judge.sha256(bytes));
+        let card = card::make(&own, &mut judge, hash, 0)?;
+        let mut timers = Timers::default();
+        timers.set(now + ROUND.mul_f64(rng.random()), Due::Round);
+        let pool = SmallRng::seed_from_u64(rng.random());
+        Ok(Self {
+            region: Members::new(Pool::Region, card.pair(), pool),
+            renewal: Renewal::new(hash),
+            subscriptions: Subscriptions::new(own.id, own.zone.clone()),
+            reporter: Reporter::new(own.epoch, descriptor.version),
+            digester: Digester::new(own.region.clone(), own.epoch, now),
+            deadline: timers.next(),
+            outputs: VecDeque::new(),
+            cards: Cards::default(),
+            relay: None,
+            links: Links::default(),
+            doomed: BTreeMap::new(),
+            seeds: Seeds::default(),
+            next_seed: now,
+            has_all: false,
+            asked_all: None,
+            began: now,
+            rounds: 0,
+            strikes: Strikes::default(),
+            doubts: Doubts::default(),
+            relaying: Relaying::new(),
+            subscribers: BTreeSet::new(),
+            figures: BTreeMap::new(),
+            own_figures: None,
+            regions: Regions::default(),
+            hold: None,
+            lenient: None,
+            is_leaving: false,
+            is_superseded: false,
+            own,
+            judge,
+            rng,
+            timers,
+            card,
+            bodies,
+            descriptor,
+        })
     }
 
     /// Something happened.
     pub fn handle(&mut self, now: Instant, input: Input) {
-        drop((now, input, &self.own, &mut self.judge));
+        match input {
+            Input::Tick => {}
+            Input::LinkUp { peer, hello, transport, dialled } => {
+                self.link_up(now, &peer, &hello, transport, dialled);
+            }
+            Input::LinkDown { id, .. } => self.link_down(now, id),
+            Input::DialFailed { target, .. } => self.dial_failed(now, &target),
+            Input::Frame { from, bytes, rtt } => self.hear(now, from, &bytes, rtt),
+            Input::Loads { loads, arrivals } => self.sampled(now, loads, arrivals),
+            Input::Describe(descriptor) => self.describe(now, descriptor),
+            Input::Drain => {
+                self.reporter.drain();
+                self.report(now);
+            }
+            Input::Leave => self.leave(now),
+            Input::Seeds(seeds) => {
+                self.seeds.replace(now, seeds);
+                self.subscriptions.changed(now);
+                self.tend_seeds(now);
+            }
+            Input::Lagged(lag) if lag > LAG => {
+                self.hold = Some(now + HOLD);
+                self.lenient = Some(now + LENIENT);
+            }
+            Input::Lagged(_) => {}
+            Input::Renewed => self.want_card(now),
+        }
+        self.run(now);
     }
 
     /// What is to be done, until there is nothing more.
@@ -386,37 +210,117 @@ impl<J: Judge> Mesh<J> {
     /// When [`Input::Tick`] is due, if nothing else comes before.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
-        None
+        self.deadline
     }
 
     /// How often loads are to be looked at; `None`: nobody wants to know.
     #[must_use]
     pub fn sample_interval(&self) -> Option<Duration> {
-        None
+        let itself = usize::from(self.relaying.is_relay());
+        self.reporter.sample_interval(self.subscribers.len() + itself)
     }
 
     /// The first frame of a link: the hello to send, without what is said of revocations.
     #[must_use]
     pub fn hello(&self) -> Hello {
-        unimplemented!("built with the machine")
+        Hello {
+            trust_domain: self.own.trust_domain.clone(),
+            protocol: (PROTOCOL_OLDEST, PROTOCOL_VERSION),
+            node: self.own.node.clone(),
+            region: self.own.region.clone(),
+            epoch: self.own.epoch,
+            revocations: 0,
+            revocations_digest: 0,
+            card: Some(self.card.signed.to_vec()),
+        }
     }
 
-    /// Cards to keep for the next start: those of nodes that are alive, signed, at most `most`.
-    #[must_use]
-    pub fn cards(&self, most: usize) -> Vec<Arc<Card>> {
-        drop(most);
-        Vec::new()
+    fn run(&mut self, now: Instant) {
+        while let Some(due) = self.timers.pop(now) {
+            self.fall_due(now, due);
+        }
+        self.tend_planes(now);
+        self.deadline = [self.timers.next(), self.planes_deadline()].into_iter().flatten().min();
     }
 
-    /// Judges cards that were kept, and dials some of them as if they were seeds.
-    pub fn remember(&mut self, now: Instant, cards: &[Vec<u8>]) {
-        drop((now, cards));
+    fn fall_due(&mut self, now: Instant, due: Due) {
+        match due {
+            Due::Foca(..) if self.is_superseded => {}
+            Due::Foca(pool, generation, timer) => match self.hold {
+                Some(until) if until > now => {
+                    self.timers.set(until, Due::Foca(pool, generation, timer));
+                }
+                _ => self.foca_timer(now, pool, generation, timer),
+            },
+            Due::Dial(id) => self.dial(now, id),
+            Due::Suspicion(pool, id) => self.decide(now, pool, id),
+            Due::Renewal => self.renew(now),
+            Due::Round => {
+                self.round(now);
+                self.timers.set(now + ROUND, Due::Round);
+            }
+        }
     }
 
-    /// What the mesh looks like from here.
-    #[must_use]
-    pub fn status(&self, now: Instant) -> Status {
-        drop(now);
-        Status::default()
+    fn round(&mut self, now: Instant) {
+        self.rounds += 1;
+        self.tend_links(now);
+        self.tend_seeds(now);
+        self.tend_relays(now);
+        for id in self.cards.unanswered(now) {
+            self.had_no_card(now, id);
+        }
+        if self.rounds.is_multiple_of(60) {
+            self.strikes.sweep(now);
+            self.doubts.sweep(now);
+            self.sweep_cards();
+        }
+    }
+
+    fn leave(&mut self, now: Instant) {
+        if self.is_leaving {
+            return;
+        }
+        self.is_leaving = true;
+        self.reporter.drain();
+        self.report(now);
+        for pool in [Pool::Region, Pool::Relays] {
+            self.say_farewell(now, pool);
+        }
+    }
+
+    fn members(&self, pool: Pool) -> Option<&Members> {
+        match pool {
+            Pool::Region => Some(&self.region),
+            Pool::Relays => self.relay.as_ref(),
+        }
+    }
+
+    fn members_mut(&mut self, pool: Pool) -> Option<&mut Members> {
+        match pool {
+            Pool::Region => Some(&mut self.region),
+            Pool::Relays => self.relay.as_mut(),
+        }
+    }
+
+    /// The pool that says of node `id` whether it lives: that of its region, if it is this one's.
+    fn pool_of(&self, region: &RegionName) -> Pool {
+        if *region == self.own.region { Pool::Region } else { Pool::Relays }
+    }
+
+    fn event(&mut self, event: Event) {
+        self.outputs.push_back(Output::Event(event));
+    }
+
+    fn say(&mut self, now: Instant, to: NodeId, frame: &Frame, way: Way) {
+        self.send(now, to, encode(frame).into(), way);
+    }
+
+    /// Over the link with `to`, if there is one. What is too long for a datagram goes as a stream.
+    fn send(&mut self, now: Instant, to: NodeId, bytes: Bytes, way: Way) {
+        let Some(link) = self.links.up.get_mut(&to) else { return };
+        link.used = now;
+        let way = if bytes.len() > DATAGRAM_BYTES_MAX { Way::Stream } else { way };
+        self.outputs.push_back(Output::Send { to, bytes, way });
     }
 }

@@ -3,9 +3,13 @@
 
 use std::time::{Duration, Instant};
 
-use base::Load;
+use base::{Load, RegionName};
+use bytes::Bytes;
 
-use crate::LoadFrame;
+use crate::{
+    Frame, LoadFrame,
+    wire::{ARRIVALS_MAX, encode},
+};
 
 /// Time between frames of a node that runs calls.
 const ACTIVE: Duration = Duration::from_millis(200);
@@ -15,6 +19,8 @@ const IDLE: Duration = Duration::from_secs(1);
 const GAP_MIN: Duration = Duration::from_millis(50);
 /// A change of this share of the slots is worth a frame.
 const CHANGE: f64 = 0.1;
+/// Figures older than this are not worth a frame for a new subscriber: newer ones come soon.
+const FRESH: Duration = Duration::from_secs(1);
 
 /// Decides when a frame is due, and makes it.
 #[derive(Clone, Debug)]
@@ -23,6 +29,16 @@ pub struct Reporter {
     sequence: u64,
     descriptor_version: u32,
     last: Option<Said>,
+    figures: Option<Figures>,
+    draining: bool,
+}
+
+/// What was seen last.
+#[derive(Clone, Debug)]
+struct Figures {
+    at: Instant,
+    loads: Vec<Load>,
+    arrivals: Vec<(RegionName, u64)>,
 }
 
 #[derive(Clone, Debug)]
@@ -37,7 +53,8 @@ impl Reporter {
     /// A reporter of a process that is known as `epoch`.
     #[must_use]
     pub fn new(epoch: u64, descriptor_version: u32) -> Self {
-        Self { epoch, sequence: 0, descriptor_version, last: None }
+        let (last, figures, draining) = (None, None, false);
+        Self { epoch, sequence: 0, descriptor_version, last, figures, draining }
     }
 
     /// From now on the figures are of descriptor `version`, and the next frame is due at once.
@@ -45,6 +62,7 @@ impl Reporter {
         if self.descriptor_version != version {
             self.descriptor_version = version;
             self.last = None;
+            self.figures = None;
         }
     }
 
@@ -56,24 +74,74 @@ impl Reporter {
 
     /// A frame, if one is due.
     pub fn frame(&mut self, now: Instant, loads: &[Load], draining: bool) -> Option<LoadFrame> {
-        let is_active = loads.iter().any(|load| load.in_flight > 0 || load.queued > 0);
-        let next = if is_active { ACTIVE } else { IDLE };
-        if let Some(last) = &self.last {
-            let passed = now.saturating_duration_since(last.at);
-            let is_due = passed >= last.next.min(next);
-            let is_news = draining != last.draining || changed(&last.loads, loads);
-            if passed < GAP_MIN || !(is_due || is_news) {
-                return None;
-            }
+        let next = next(loads);
+        if self.due(loads, draining).is_some_and(|due| due > now) {
+            return None;
         }
         self.last = Some(Said { at: now, loads: loads.to_vec(), draining, next });
         Some(self.make(loads, draining, next))
+    }
+
+    /// When a frame of these figures is due; `None`: nothing was said yet.
+    fn due(&self, loads: &[Load], draining: bool) -> Option<Instant> {
+        let last = self.last.as_ref()?;
+        let is_news = draining != last.draining || changed(&last.loads, loads);
+        Some(last.at + if is_news { GAP_MIN } else { last.next.min(next(loads)) })
     }
 
     /// A frame now, for a subscriber that has just come. It changes nothing about when the next is due.
     pub fn first_frame(&mut self, loads: &[Load], draining: bool) -> LoadFrame {
         let next = self.last.as_ref().map_or(ACTIVE, |last| last.next);
         self.make(loads, draining, next)
+    }
+
+    /// The engines were looked at: loads in the order of the descriptor, attempts that came by source region.
+    pub fn sampled(&mut self, now: Instant, loads: Vec<Load>, arrivals: Vec<(RegionName, u64)>) {
+        self.figures = Some(Figures { at: now, loads, arrivals });
+    }
+
+    /// From now on frames say that the node takes no new calls.
+    pub fn drain(&mut self) {
+        self.draining = true;
+    }
+
+    /// The frame for all `subscribers`, encoded once, if one is due. Without subscribers nothing is made.
+    pub fn poll(&mut self, now: Instant, subscribers: usize) -> Option<Bytes> {
+        if self.next_deadline(subscribers).is_none_or(|due| due > now) {
+            return None;
+        }
+        let figures = self.figures.take()?;
+        let frame = self.frame(now, &figures.loads, self.draining);
+        let bytes = frame.map(|frame| figures.encoded(frame, now));
+        self.figures = Some(figures);
+        bytes
+    }
+
+    /// The frame for a subscriber that has just come, encoded. `None`: the figures are too old, and `poll` makes one of the
+    /// next.
+    pub fn first(&mut self, now: Instant) -> Option<Bytes> {
+        let is_fresh = |figures: &Figures| now.saturating_duration_since(figures.at) <= FRESH;
+        let Some(figures) = self.figures.take().filter(is_fresh) else {
+            self.last = None;
+            return None;
+        };
+        let frame = self.first_frame(&figures.loads, self.draining);
+        let bytes = figures.encoded(frame, now);
+        self.figures = Some(figures);
+        Some(bytes)
+    }
+
+    /// When [`Self::poll`] is due; `None`: nobody subscribes, or nothing was seen yet.
+    #[must_use]
+    pub fn next_deadline(&self, subscribers: usize) -> Option<Instant> {
+        let figures = self.figures.as_ref().filter(|_| subscribers > 0)?;
+        Some(self.due(&figures.loads, self.draining).unwrap_or(figures.at))
+    }
+
+    /// How often the engines should be looked at; `None`: nobody subscribes.
+    #[must_use]
+    pub fn sample_interval(&self, subscribers: usize) -> Option<Duration> {
+        (subscribers > 0).then_some(GAP_MIN)
     }
 
     fn make(&mut self, loads: &[Load], draining: bool, next: Duration) -> LoadFrame {
@@ -89,6 +157,20 @@ impl Reporter {
             arrivals: vec![],
         }
     }
+}
+
+impl Figures {
+    fn encoded(&self, frame: LoadFrame, now: Instant) -> Bytes {
+        let sample_age = now.saturating_duration_since(self.at);
+        let arrivals = self.arrivals.iter().take(ARRIVALS_MAX).cloned().collect();
+        encode(&Frame::Load(LoadFrame { sample_age, arrivals, ..frame })).into()
+    }
+}
+
+/// How long after figures like these the next frame comes at the latest.
+fn next(loads: &[Load]) -> Duration {
+    let is_active = loads.iter().any(|load| load.in_flight > 0 || load.queued > 0);
+    if is_active { ACTIVE } else { IDLE }
 }
 
 fn changed(before: &[Load], now: &[Load]) -> bool {
@@ -154,5 +236,69 @@ mod tests {
         assert_eq!((first.sequence, second.sequence), (1, 2));
         assert!(second.draining && second.epoch == 9 && second.descriptor_version == 3);
         assert_eq!(reporter.first_frame(&loads(0), true).sequence, 3);
+    }
+
+    fn decoded(bytes: Option<Bytes>) -> LoadFrame {
+        match crate::decode(&bytes.expect("a frame")) {
+            Ok(Frame::Load(frame)) => frame,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn without_subscribers_or_figures_nothing_is_made() {
+        let now = base::clock::now();
+        let mut reporter = Reporter::new(1, 1);
+        assert_eq!((reporter.next_deadline(3), reporter.poll(now, 3)), (None, None));
+        reporter.sampled(now, loads(1).into(), vec![]);
+        assert_eq!((reporter.next_deadline(0), reporter.poll(now, 0)), (None, None));
+        assert_eq!(
+            (reporter.sample_interval(0), reporter.sample_interval(1)),
+            (None, Some(GAP_MIN))
+        );
+        assert_eq!(decoded(reporter.poll(now, 1)).sequence, 1);
+    }
+
+    #[test]
+    fn a_poll_says_what_was_seen_and_when_the_next_is_due() {
+        let now = base::clock::now();
+        let mut reporter = Reporter::new(1, 1);
+        let arrivals = vec![("eu".parse().unwrap(), 7)];
+        reporter.sampled(now, loads(1).into(), arrivals.clone());
+        let frame = decoded(reporter.poll(now + Duration::from_millis(3), 2));
+        assert_eq!((frame.sample_age, frame.arrivals), (Duration::from_millis(3), arrivals));
+        let at = now + Duration::from_millis(3);
+        assert_eq!(reporter.next_deadline(2), Some(at + ACTIVE));
+        assert_eq!(reporter.poll(at + GAP_MIN, 2), None);
+        reporter.drain();
+        assert_eq!(reporter.next_deadline(2), Some(at + GAP_MIN));
+        assert!(decoded(reporter.poll(at + GAP_MIN, 2)).draining);
+        reporter.sampled(at + GAP_MIN, loads(64).into(), vec![]);
+        assert_eq!(reporter.next_deadline(2), Some(at + GAP_MIN * 2));
+    }
+
+    #[test]
+    fn a_new_subscriber_gets_fresh_figures_at_once_and_old_ones_never() {
+        let now = base::clock::now();
+        let mut reporter = Reporter::new(1, 1);
+        reporter.sampled(now, loads(1).into(), vec![]);
+        reporter.poll(now, 1).unwrap();
+        assert_eq!(decoded(reporter.first(now + GAP_MIN)).sequence, 2);
+        assert_eq!(reporter.next_deadline(1), Some(now + ACTIVE), "nothing else has changed");
+        let later = now + Duration::from_secs(60);
+        assert_eq!(reporter.first(later), None);
+        reporter.sampled(later, loads(1).into(), vec![]);
+        assert_eq!(decoded(reporter.poll(later, 1)).sequence, 3);
+    }
+
+    #[test]
+    fn figures_of_another_descriptor_are_not_said() {
+        let now = base::clock::now();
+        let mut reporter = Reporter::new(1, 1);
+        reporter.sampled(now, loads(1).into(), vec![]);
+        reporter.describes(2);
+        assert_eq!((reporter.poll(now, 1), reporter.first(now)), (None, None));
+        reporter.sampled(now, loads(1).into(), vec![]);
+        assert_eq!(decoded(reporter.poll(now, 1)).descriptor_version, 2);
     }
 }

@@ -6,10 +6,7 @@ mod mesh;
 use std::{
     io,
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -27,7 +24,7 @@ use transport::{Limits, Listener, QuicKeys, Server, ServerTls, Worker};
 use crate::{
     arrivals::Arrivals,
     engines::Engine,
-    mesh_handle::MeshHandle,
+    gossip::MeshHandle,
     peers::Board,
     renewal::Renewals,
     trust::{Gate, Port, Trust},
@@ -59,7 +56,7 @@ pub(crate) struct Place {
     pub(crate) zone: Option<ZoneName>,
     /// The process: greater after each start.
     pub(crate) epoch: u64,
-    pub(crate) draining: Arc<AtomicBool>,
+    pub(crate) draining: CancellationToken,
 }
 
 impl Admin {
@@ -121,7 +118,7 @@ impl Admin {
             epoch: place.epoch,
             release: env!("CARGO_PKG_VERSION").to_owned(),
             protocol: PROTOCOL_VERSION,
-            is_draining: place.draining.load(Ordering::Relaxed),
+            is_draining: place.draining.is_cancelled(),
             is_relay: false,
             certificate: Some(certificate(identity.current().certificate())),
             load: Some(mesh::load(&loads)),
@@ -167,6 +164,7 @@ impl admin_server::Admin for Admin {
             own: self.own(),
             loads: loads.map(|(peer, loads)| ((peer.region, peer.node), loads)).collect(),
             attempts: self.arrivals.arrivals(),
+            views: self.board.region_views(),
         };
         Ok(Response::new(mesh::reply(&status, known, clock::now())))
     }

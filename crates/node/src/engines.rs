@@ -1,6 +1,7 @@
 //! This node's engines: the machine of each, shared by all workers, and a channel to it per worker.
 
 use std::{
+    num::NonZeroU32,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -31,6 +32,10 @@ pub(crate) struct Engine {
     pub(crate) target: Target,
     pub(crate) offer: Offer,
     pub(crate) health: HealthConfig,
+    /// What all nodes that front it call it; `None`: this node alone fronts it.
+    pub(crate) id: Option<EngineName>,
+    /// Its slots in all.
+    pub(crate) slots: Option<NonZeroU32>,
     machine: Mutex<balance::Engine>,
     /// How often it has come back from failing its health checks.
     returns: AtomicU32,
@@ -41,12 +46,17 @@ impl Engine {
     pub(crate) fn new(config: &EngineConfig, rng: &mut impl Rng) -> Self {
         let name = format!("engine {}", config.name);
         let (now, health) = (clock::now(), config.health.machine());
+        // Others may front it, and do not know of this node yet.
+        let is_shared = config.id.is_some() && config.slots.is_some();
+        let slots = if is_shared { Some(NonZeroU32::MIN) } else { config.slots };
         Self {
             target: Target::plaintext(&name, config.url.authority()),
             name: config.name.clone(),
             offer: Offer { protocol: config.protocol, models: config.models.clone() },
             health: config.health.clone(),
-            machine: Mutex::new(balance::Engine::new(config.slots, health, now, rng)),
+            id: config.id.clone(),
+            slots: config.slots,
+            machine: Mutex::new(balance::Engine::new(slots, health, now, rng)),
             returns: AtomicU32::new(0),
             reflected: Mutex::default(),
         }
@@ -74,9 +84,14 @@ impl Engine {
             protocol: self.offer.protocol.to_string(),
             models: self.offer.models.clone(),
             services: Vec::new(),
-            id: None,
-            slots: None,
+            id: self.id.clone(),
+            slots: self.slots.map(NonZeroU32::get),
         }
+    }
+
+    /// So many of its slots are this node's from now on. Returns whether that is news.
+    pub(crate) fn set_share(&self, share: NonZeroU32) -> bool {
+        self.machine.lock().set_slots(Some(share))
     }
 
     /// How often it has come back from failing its health checks: each time it may be another one.

@@ -266,10 +266,11 @@ impl Ingress {
             retries += 1 + failed.retries_below;
             let may_retry =
                 retries <= RETRIES_MAX && failed.allows_another(idempotent, &replay, deadline);
-            let another = if may_retry { parts.router.route(&ask, &tried).ok() } else { None };
-            // What an engine or a peer said is better than that there is no other.
-            let Some(another) = another.filter(|_| parts.router.take_retry()) else {
-                return Err(failed.answer);
+            let another = may_retry.then(|| parts.router.route(&ask, &tried));
+            let another = match another {
+                Some(Ok(another)) if parts.router.take_retry() => another,
+                Some(Err(why)) => return Err(failed.without_another(why)),
+                Some(Ok(_)) | None => return Err(failed.answer),
             };
             tracing::debug!(outcome = failed.outcome.as_str(), ?to, "tried again elsewhere");
             parts.metrics.retried();

@@ -17,11 +17,11 @@ use std::{
 use balance::RetryBudget;
 use base::{NodeName, RegionName, clock};
 use http::{HeaderValue, uri::Authority};
-use identity::{ClientFacing, ClientRoots, ExpectedPeer, Identity, IdentityError};
+use identity::{ClientFacing, ClientRoots, ExpectedPeer, Identity, IdentityError, SpiffeId};
 use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tokio::{
-    sync::{Notify, Semaphore, mpsc},
+    sync::{Notify, Semaphore, mpsc, oneshot, watch},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -37,17 +37,17 @@ use crate::{
     buffers::Buffers,
     catalog::{Catalog, Scope},
     checks, collect,
-    config::{Config, HostPort, IdentityConfig, IdentitySource, MethodPattern, PeerConfig},
+    config::{Config, IdentityConfig, IdentitySource, MethodPattern, PeerConfig},
     egress::{self, Egress},
     engines::{Engine, Engines},
-    gossip::{Enrolment, Gossip, Subscription, Voice},
+    gossip::{self, Enrolment, Gossip, MeshHandle, Thread, Voice},
     health::Health,
     hop::Pseudonym,
     ingress::{self, Ingress},
-    mesh_handle::MeshHandle,
     metrics::{Metrics, Security},
     orca::NodeReport,
-    peers::{Board, PeerName, Peers},
+    own::{self, EpochError},
+    peers::{Board, Listed, MakeTarget, PeerName, Peers},
     probes::Probes,
     rca::{self, Reports},
     record::{AccessLog, LogWriter},
@@ -56,7 +56,9 @@ use crate::{
     renewal::{self, Renewals, Renewer, Source},
     router::Router,
     scrape::Scrape,
+    seeds::{Found, Names, Seeds},
     services::Services,
+    shares,
     signer::{Contact, Signer},
     trust::{self, ClientGate, Gate, Trust},
 };
@@ -67,12 +69,15 @@ const WORKERS: u8 = 1;
 
 /// How long peers and load balancers are given to hear that the node drains: a frame leaves within 50 ms.
 const HEARD_WITHIN: Duration = Duration::from_millis(300);
-/// How long the control side is given to end.
+/// How long the control side is given to end, and the gossip port, which says good-bye.
 const GOOD_BYE: Duration = Duration::from_secs(2);
+const GOSSIP_GOOD_BYE: Duration = Duration::from_secs(3);
 /// The number under which the control side dials: no worker has it.
 const CHECKING: u8 = 0xfe;
 /// What makes the renewal's own random numbers.
 const RENEWING: u64 = 0x7265_6e65_7761_6c00;
+/// And those of looking up seeds.
+const SEEKING: u64 = 0x7365_6564_7300_0000;
 
 /// Why a node cannot start. Nothing is left running.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +103,22 @@ pub enum NodeError {
     /// A worker cannot start.
     #[error("a worker cannot start: {0}")]
     Worker(String),
+    /// Which process of its node this is cannot be told.
+    #[error(transparent)]
+    Epoch(#[from] EpochError),
+    /// Nothing can be said to other nodes.
+    #[error("this node cannot speak to others: {0}")]
+    Gossip(String),
+    /// Two processes have one name, and this is the earlier one. Others do not listen to it any more.
+    #[error(
+        "another process is {node} too, started at {since}, and others listen to the later one: this one stops. Stop the other,          or give one of the two another node.name and its own certificate"
+    )]
+    Superseded {
+        /// Who.
+        node: String,
+        /// When the other started, by its clock.
+        since: String,
+    },
 }
 
 /// The certificate of the ports for clients.
@@ -145,16 +166,19 @@ pub struct Node {
     addresses: Addresses,
     drain_timeout: Duration,
     ready: Arc<AtomicBool>,
-    draining: Arc<AtomicBool>,
+    draining: CancellationToken,
     workers: Workers,
     control: Control,
+    mesh: MeshHandle,
+    own: String,
 }
 
 /// What runs beside the workers, on the caller's runtime.
 #[derive(Debug)]
 struct Control {
     tasks: JoinSet<()>,
-    gossip: JoinSet<()>,
+    /// Told when the gossip port has ended.
+    gossip: Option<oneshot::Receiver<()>>,
     /// Ends the acceptors of TCP connections.
     drain: CancellationToken,
     /// Ends the gossip port.
@@ -187,8 +211,10 @@ impl Node {
         };
         let failed = |what, address| move |source| NodeError::Listen { what, address, source };
         let tls = gossip_tls(trust.identity(), signer.as_deref())?;
-        let links =
-            Links::bind(listen.gossip, tls, &plan.keys).map_err(failed("gossip", listen.gossip))?;
+        let thread = Thread::new().map_err(|error| NodeError::Gossip(error.to_string()))?;
+        let links = thread
+            .enter(|| Links::bind(listen.gossip, tls, &plan.keys))
+            .map_err(failed("gossip", listen.gossip))?;
         let metrics =
             Scrape::bind(listen.metrics).await.map_err(failed("metrics", listen.metrics))?;
         let for_operators = bind("admin", listen.admin, false)?;
@@ -201,8 +227,12 @@ impl Node {
             admin: for_operators.address(),
         };
 
-        let draining = Arc::new(AtomicBool::new(false));
-        let gossip = gossip(config, &plan, links.clone(), addresses, draining.clone())?;
+        let draining = CancellationToken::new();
+        let seeds = Seeds::new(&config.mesh.seeds, Names::default());
+        let found = watch::Sender::new(seeds.known());
+        let heard = found.subscribe();
+        let port = gossip_port(config, &plan, links.clone(), addresses, draining.clone(), heard)?;
+        let (gossip, mesh) = port.prepare().map_err(NodeError::Gossip)?;
         let plan = Arc::new(plan);
         let workers = start_workers(&plan, &mut ports, addresses).await?;
         let mut control = Control::new(&plan, log)?;
@@ -226,7 +256,7 @@ impl Node {
             trust: plan.trust.clone(),
             renewals: plan.renewals.clone(),
             is_authority: plan.signer.is_some(),
-            mesh: MeshHandle,
+            mesh: mesh.clone(),
             place: Place {
                 zone: config.node.zone.clone(),
                 epoch: plan.epoch,
@@ -249,12 +279,28 @@ impl Node {
             control.tasks.spawn(renewal::watch_client_certificate(served, files));
         }
         if !is_fixed {
-            control.keep_identity(&plan, config, links);
+            control.keep_identity(&plan, config, links, found.subscribe());
         }
-        control.gossip.spawn(gossip.run(control.stop.clone()));
+        control.tasks.spawn(seeds.run(found, StdRng::seed_from_u64(plan.seed ^ SEEKING)));
+        let running = thread.run(gossip.run(control.stop.clone()));
+        control.gossip = Some(running.map_err(|error| NodeError::Gossip(error.to_string()))?);
         ready.store(true, Ordering::Relaxed);
         let drain_timeout = config.node.drain_timeout.into();
-        Ok(Self { addresses, drain_timeout, ready, draining, workers, control })
+        let own = plan.trust.identity().id().to_string();
+        Ok(Self { addresses, drain_timeout, ready, draining, workers, control, mesh, own })
+    }
+
+    /// Resolves when the node cannot go on: it is still to be drained.
+    pub async fn failed(&mut self) -> NodeError {
+        let Some(epoch) = self.mesh.superseded().await else {
+            return NodeError::Gossip("its gossip port has ended; see the log".to_owned());
+        };
+        let since = UNIX_EPOCH.checked_add(Duration::from_millis(epoch));
+        let since = since.map(|since| humantime::format_rfc3339_seconds(since).to_string());
+        NodeError::Superseded {
+            node: self.own.clone(),
+            since: since.unwrap_or_else(|| "no time".to_owned()),
+        }
     }
 
     /// The addresses it listens on.
@@ -268,7 +314,7 @@ impl Node {
     pub async fn drain(self, at_once: impl Future<Output = ()>) {
         let Self { drain_timeout, ready, draining, workers, control, .. } = self;
         ready.store(false, Ordering::Relaxed);
-        draining.store(true, Ordering::Relaxed);
+        draining.cancel();
         tokio::pin!(at_once);
         // Peers and load balancers hear it before clients are told to go elsewhere.
         let heard = HEARD_WITHIN.min(drain_timeout);
@@ -311,7 +357,7 @@ impl Control {
             .map_err(|error| NodeError::Worker(error.to_string()))?;
         Ok(Self {
             tasks: JoinSet::new(),
-            gossip: JoinSet::new(),
+            gossip: None,
             drain: CancellationToken::new(),
             stop,
             log,
@@ -320,8 +366,8 @@ impl Control {
         })
     }
 
-    /// Begins to check the engines, and to ask them and the peers what they declare; returns a router for who asks about
-    /// room.
+    /// Begins to check the engines, to keep this node's shares of them, and to ask them and the peers what they declare; returns
+    /// a router for who asks about room.
     fn watch_engines(&mut self, plan: &Plan) -> Router {
         for (index, engine) in plan.engines.iter().enumerate() {
             let channel = || self.pool.channel(engine.target.clone());
@@ -330,21 +376,26 @@ impl Control {
             let catalog = plan.catalog.clone();
             self.tasks.spawn(collect::engine(index, engine.clone(), channel(), catalog));
         }
-        for (index, peer) in plan.peers.iter().enumerate() {
-            let channel = self.pool.channel(peer.clone());
-            let (board, catalog) = (plan.board.clone(), plan.catalog.clone());
-            self.tasks.spawn(collect::peer(index, channel, board, catalog));
-        }
-        plan.router(&self.pool, &self.pool, true, CHECKING)
+        let (engines, board) = (plan.engines.clone(), plan.board.clone());
+        self.tasks.spawn(shares::keep(engines, board, plan.may_have_others));
+        let router = plan.router(&self.pool, &self.pool, true, CHECKING);
+        self.tasks.spawn(collect::peers(router.peers.clone(), plan.catalog.clone()));
+        router
     }
 
     /// Keeps the node's certificate good, and the authority if it holds one.
-    fn keep_identity(&mut self, plan: &Plan, config: &Config, links: Links) {
+    fn keep_identity(
+        &mut self,
+        plan: &Plan,
+        config: &Config,
+        links: Links,
+        found: watch::Receiver<Found>,
+    ) {
         let state_dir = &config.node.state_dir;
         let hurry = Arc::new(Notify::new());
         let source = match (&plan.signer, config.identity.source) {
             (Some(signer), _) => Source::Own(signer.clone(), config.listen.reachable()),
-            (None, IdentitySource::Mesh) => Source::Authorities(authorities(config)),
+            (None, IdentitySource::Mesh) => Source::Authorities(authorities(config), found),
             (None, IdentitySource::Files) => Source::Files,
             (None, IdentitySource::Spire) => Source::Spire(config.identity.socket.clone()),
         };
@@ -374,8 +425,11 @@ impl Control {
     async fn finish(mut self) {
         self.stop.cancel();
         // The gossip port says good-bye; the others only wait.
-        drop(tokio::time::timeout(GOOD_BYE, self.gossip.join_next()).await);
-        self.gossip.shutdown().await;
+        if let Some(ended) = self.gossip.take()
+            && tokio::time::timeout(GOSSIP_GOOD_BYE, ended).await.is_err()
+        {
+            tracing::warn!("the gossip port did not end in time");
+        }
         self.tasks.shutdown().await;
         self.pool.close();
         self.checking.outgoing.close();
@@ -435,52 +489,77 @@ fn gossip_tls(
     }
 }
 
-/// Who may be asked to renew: the seeds, or else every listed peer, for one of them may hold the authority.
+/// Who may be asked to renew where there are no seeds: every listed peer, for one of them may hold the authority.
 fn authorities(config: &Config) -> Vec<Authority> {
-    let peers = config.mesh.peers.iter().filter_map(|peer| peer.gossip.as_ref());
     if config.mesh.seeds.is_empty() {
-        peers.map(HostPort::authority).collect()
+        listed(config).map(|(_, gossip)| gossip).collect()
     } else {
-        config.mesh.seeds.iter().map(HostPort::authority).collect()
+        Vec::new()
     }
 }
 
-/// The gossip port, and whom to listen to.
-fn gossip(
+/// The listed peers whose gossip ports are known.
+fn listed(config: &Config) -> impl Iterator<Item = (&PeerConfig, Authority)> {
+    config.mesh.peers.iter().filter_map(|peer| Some((peer, peer.gossip.as_ref()?.authority())))
+}
+
+/// The gossip port of a node. The number of this start is on disk when this returns.
+fn gossip_port(
     config: &Config,
     plan: &Plan,
     links: Links,
     addresses: Addresses,
-    draining: Arc<AtomicBool>,
+    draining: CancellationToken,
+    seeds: watch::Receiver<Found>,
 ) -> Result<Gossip, NodeError> {
-    let identity = plan.trust.identity();
-    let peers = config.mesh.peers.iter().enumerate();
-    let subscriptions = peers
-        .filter_map(|(index, peer)| Some((index, peer, peer.gossip.as_ref()?)))
-        .map(|(index, peer, gossip)| {
-            let expect = ExpectedPeer { region: peer.region.clone(), name: peer.name.clone() };
-            let tls = identity.peer_client_config(&[], expect)?;
-            Ok(Subscription { index, address: gossip.authority(), tls })
-        })
-        .collect::<Result<_, IdentityError>>()?;
+    let id = plan.trust.identity().id().clone();
+    let own = membership::Own {
+        id: gossip::peer(&id).id,
+        node: id.name.clone(),
+        region: id.region.clone(),
+        zone: config.node.zone.clone(),
+        trust_domain: id.trust_domain.clone(),
+        epoch: plan.epoch,
+        peers: own::address(config, addresses.peers),
+        gossip: own::address(config, addresses.gossip),
+        release: env!("CARGO_PKG_VERSION").to_owned(),
+    };
     let voice = Voice {
         catalog: plan.catalog.clone(),
-        own: identity.id().clone(),
-        epoch: plan.epoch,
         engines: plan.engines.clone(),
+        arrivals: plan.arrivals.clone(),
         draining,
+    };
+    let seed = |(peer, address): (&PeerConfig, Authority)| {
+        let (region, name) = (peer.region.clone(), peer.name.clone());
+        let id = SpiffeId { region, name, ..id.clone() };
+        membership::Seed {
+            address: address.to_string(),
+            peer: Some(gossip::peer(&id)),
+            is_listed: true,
+        }
     };
     let enrolment = plan.signer.clone().map(|signer| Enrolment {
         signer,
         contact: Contact {
-            id: identity.id().clone(),
+            id: id.clone(),
             peers_port: addresses.peers.port(),
             gossip_port: addresses.gossip.port(),
             peers: config.mesh.peers.clone(),
         },
     });
-    let (board, trust, seed) = (plan.board.clone(), plan.trust.clone(), plan.seed);
-    Ok(Gossip { links, voice, board, subscriptions, trust, enrolment, seed })
+    Ok(Gossip {
+        links,
+        own,
+        voice,
+        board: plan.board.clone(),
+        trust: plan.trust.clone(),
+        seeds,
+        listed: listed(config).map(seed).collect(),
+        kept: Some(config.node.state_dir.join(gossip::KEPT)),
+        enrolment,
+        seed: plan.seed,
+    })
 }
 
 fn bind(what: &'static str, address: SocketAddr, udp: bool) -> Result<Listener, NodeError> {
@@ -541,7 +620,8 @@ struct Plan {
     board: Arc<Board>,
     catalog: Arc<Catalog>,
     access: Arc<Access>,
-    peers: Vec<Target>,
+    /// Whether there are nodes this one was told of.
+    may_have_others: bool,
     trust: Arc<Trust>,
     signer: Option<Arc<Signer>>,
     renewals: Arc<Renewals>,
@@ -574,22 +654,7 @@ impl Plan {
         let mut rng = StdRng::seed_from_u64(seed);
         let engines: Arc<[_]> =
             config.engines.iter().map(|engine| Arc::new(Engine::new(engine, &mut rng))).collect();
-        let peers = config
-            .mesh
-            .peers
-            .iter()
-            .map(|peer| {
-                let expect = ExpectedPeer { region: peer.region.clone(), name: peer.name.clone() };
-                let gate = Gate { trust: trust.clone(), port: trust::Port::Peers };
-                let tls = identity.peer_client_config(&[], expect)?;
-                let tls = PeerTls::leased(tls, Arc::new(gate));
-                let called = peer_name(&peer.name, &peer.region);
-                Ok(Target::peer(&called, peer.peers.authority(), tls))
-            })
-            .collect::<Result<_, IdentityError>>()?;
-        let named =
-            |peer: &PeerConfig| PeerName { node: peer.name.clone(), region: peer.region.clone() };
-        let board = Arc::new(Board::new(config.mesh.peers.iter().map(named).collect()));
+        let board = Arc::new(board(config, trust));
         let (log, writer) = AccessLog::new(config.log.access.get(), seed)
             .map_err(|error| NodeError::Worker(error.to_string()))?;
         let budget = || Arc::new(Mutex::new(RetryBudget::new(clock::now())));
@@ -599,7 +664,6 @@ impl Plan {
         let (clients_tls, client_roots) = clients_tls(config, certificate)?;
         let metrics = Metrics::new(engines.clone(), board.clone(), log.clone());
         metrics.watch(security);
-        let since_epoch = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
         let plan = Self {
             own: Pseudonym::new(name, region, &config.mesh.trust_domain),
             who: Who { node: name.to_string(), region: region.to_string() },
@@ -611,7 +675,7 @@ impl Plan {
             catalog: Arc::new(Catalog::new(engines.clone(), board.clone())),
             engines,
             board,
-            peers,
+            may_have_others: !(config.mesh.seeds.is_empty() && config.mesh.peers.is_empty()),
             access: Arc::new(Access::load(config, Some(identity.clone()))?),
             clients_tls,
             client_roots,
@@ -624,7 +688,7 @@ impl Plan {
             ready: Arc::new(AtomicBool::new(false)),
             arrivals: Arc::default(),
             report_streams: Arc::new(Semaphore::new(rca::STREAMS_MAX)),
-            epoch: u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX),
+            epoch: own::epoch(&config.node.state_dir, clock::wall())?,
             seed,
         };
         Ok((plan, writer))
@@ -635,10 +699,10 @@ impl Plan {
         let channels =
             self.engines.iter().map(|e| (e.clone(), to_engines.channel(e.target.clone())));
         let peers = if with_peers {
-            let channels = self.peers.iter().map(|peer| to_peers.channel(peer.clone()));
-            Peers::new(self.board.clone(), channels).shown(self.trust.identity().clone())
+            let identity = self.trust.identity().clone();
+            Peers::new(self.board.clone(), to_peers.clone()).shown(identity)
         } else {
-            Peers::none()
+            Peers::none(self.trust.identity().id().clone())
         };
         let budget = self.budgets[usize::from(with_peers)].clone();
         let rng = StdRng::seed_from_u64(self.seed ^ (u64::from(worker) << 32));
@@ -777,6 +841,26 @@ fn clients_tls(
 pub fn check_access(config: &Config) -> Result<(), AccessError> {
     config.tls.client_ca.as_deref().map(ClientRoots::load).transpose()?;
     Access::load(config, None).map(drop)
+}
+
+/// What is known of others at the start: the listed peers, and how anybody is called.
+fn board(config: &Config, trust: &Arc<Trust>) -> Board {
+    let listed = |peer: &PeerConfig| Listed {
+        name: PeerName { node: peer.name.clone(), region: peer.region.clone() },
+        address: peer.peers.authority(),
+        has_gossip: peer.gossip.is_some(),
+    };
+    let listed = config.mesh.peers.iter().map(listed).collect();
+    let own = trust.identity().id().clone();
+    let trust = trust.clone();
+    let make = move |peer: &PeerName, address: Authority| {
+        let expect = ExpectedPeer { region: peer.region.clone(), name: peer.node.clone() };
+        let tls = trust.identity().peer_client_config(&[], expect).map_err(|e| e.to_string())?;
+        let gate = Gate { trust: trust.clone(), port: trust::Port::Peers };
+        let tls = PeerTls::leased(tls, Arc::new(gate));
+        Ok(Target::peer(&peer_name(&peer.node, &peer.region), address, tls))
+    };
+    Board::new(own, listed, MakeTarget(Box::new(make)))
 }
 
 /// How a peer is called in messages.

@@ -100,7 +100,12 @@ mod tests {
         let engines = Engines::new(std::iter::empty());
         let rng = StdRng::seed_from_u64(1);
         Reports {
-            router: Router::new(engines, Peers::none(), rng, budget),
+            router: Router::new(
+                engines,
+                Peers::none("spiffe://mesh.test/node/eu/a".parse().unwrap()),
+                rng,
+                budget,
+            ),
             streams: Arc::new(Semaphore::new(streams)),
             drain: CancellationToken::new(),
         }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use identity::{ENROL_ALPN, Role, SpiffeId};
-use node::config::HostPort;
+use node::config::{HostPort, SeedAddress};
 use rustls::ClientConfig;
 use transport::{Prober, Sight, Unreached};
 
@@ -24,16 +24,43 @@ struct Looked {
 pub(super) async fn check(facts: &Facts, prober: &Prober) -> Vec<Finding> {
     // Without TLS there is nothing to look with; the checks of certificates say why.
     let Ok(tls) = facts.tls() else { return Vec::new() };
-    let seeds = &facts.config.mesh.seeds;
+    let named = facts.config.mesh.seeds.iter().map(|seed| places(seed, facts));
+    let (seeds, unnamed): (Vec<_>, Vec<_>) =
+        futures_util::future::join_all(named).await.into_iter().unzip();
+    let seeds: Vec<HostPort> = seeds.into_iter().flatten().collect();
     let looks = seeds.iter().map(|seed| look(facts, prober, seed, &tls));
     let looked = futures_util::future::join_all(looks).await;
     let is_renewed = looked.iter().any(|one| one.renews);
-    let mut findings: Vec<_> = looked.into_iter().flat_map(|one| one.findings).collect();
+    let mut findings: Vec<_> = unnamed.into_iter().flatten().collect();
+    findings.extend(looked.into_iter().flat_map(|one| one.findings));
     // A node that never joined needs a token first.
     if facts.source == Source::Mesh && facts.own.is_some() && !is_renewed {
         findings.push(nobody(seeds.len()));
     }
     findings
+}
+
+/// The hosts and ports of a seed, or why there are none.
+async fn places(seed: &SeedAddress, facts: &Facts) -> (Vec<HostPort>, Option<Finding>) {
+    let name = match seed {
+        SeedAddress::At(place) => return (vec![place.clone()], None),
+        SeedAddress::Srv(name) => name,
+    };
+    let looked = tokio::time::timeout(facts.timeout, node::look_up_srv(name)).await;
+    let looked = looked.unwrap_or_else(|_| Err("no answer in time".to_owned()));
+    let places =
+        looked.map(|found| found.iter().filter_map(|one| one.as_str().parse().ok()).collect());
+    places.map_or_else(
+        |why: String| {
+            let what = format!("its SRV record cannot be looked up: {why}");
+            let remedy = "correct the name in mesh.seeds, or make the record";
+            (
+                Vec::new(),
+                Some(Finding::error(Check::DnsUnresolved, format!("seed {seed}"), what, remedy)),
+            )
+        },
+        |places| (places, None),
+    )
 }
 
 fn nobody(seeds: usize) -> Finding {

@@ -24,11 +24,13 @@ pub(super) struct Known {
     /// The loads of the engines of each node that said them.
     pub(super) loads: BTreeMap<(RegionName, NodeName), Vec<Load>>,
     pub(super) attempts: Vec<(RegionName, u64)>,
+    /// What regions have, as routing knows it.
+    pub(super) views: Vec<RegionView>,
 }
 
 /// The reply.
 pub(super) fn reply(status: &Status, known: Known, now: Instant) -> GetMeshReply {
-    let Known { own, loads, attempts } = known;
+    let Known { own, loads, attempts, views } = known;
     let quarantined = |peer: &Peer| status.quarantined.iter().find(|(who, ..)| who == peer);
     let quarantine = |peer: &Peer| quarantined(peer).map(|(_, left, why)| quarantine(*left, why));
     let known = status.members.iter().map(|status| {
@@ -49,7 +51,7 @@ pub(super) fn reply(status: &Status, known: Known, now: Instant) -> GetMeshReply
     GetMeshReply {
         own: Some(Own { is_relay: status.is_relay, ..own }),
         members,
-        regions: regions(status, now),
+        regions: regions(status, &views, now),
         relays: status.relays.iter().map(ToString::to_string).collect(),
         subscribers: u32::try_from(status.subscribers).unwrap_or(u32::MAX),
         attempts: attempts.collect(),
@@ -132,10 +134,10 @@ fn quarantine(left: Duration, why: &str) -> Quarantine {
 }
 
 /// Every region of which there is a digest, with what it has where that is known.
-fn regions(status: &Status, now: Instant) -> Vec<wire::Region> {
-    let viewed = status.views.iter().map(|view| region(view, now));
+fn regions(status: &Status, views: &[RegionView], now: Instant) -> Vec<wire::Region> {
+    let viewed = views.iter().map(|view| region(view, now));
     let is_other =
-        |(name, _): &&(RegionName, Duration)| !status.views.iter().any(|view| view.region == *name);
+        |(name, _): &&(RegionName, Duration)| !views.iter().any(|view| view.region == *name);
     let others = status.regions.iter().filter(is_other).map(|(name, age)| wire::Region {
         region: name.to_string(),
         age_ms: millis(*age),
@@ -222,7 +224,7 @@ mod tests {
     }
 
     fn known() -> Known {
-        Known { own: Own::default(), loads: BTreeMap::new(), attempts: vec![] }
+        Known { own: Own::default(), loads: BTreeMap::new(), attempts: vec![], views: vec![] }
     }
 
     #[test]
@@ -249,6 +251,7 @@ mod tests {
         let known = Known {
             loads: BTreeMap::from([((b.region.clone(), b.node.clone()), loads)]),
             attempts: vec![(b.region, 9)],
+            views: vec![],
             ..known()
         };
         let all = Status { members: vec![member], is_relay: true, ..Status::default() };
@@ -316,10 +319,10 @@ mod tests {
         let age = Duration::from_millis(400);
         let all = Status {
             regions: vec![("us".parse().unwrap(), age), ("asia".parse().unwrap(), age)],
-            views: vec![Arc::new(view)],
             ..Status::default()
         };
-        let told = reply(&all, known(), now + age).regions;
+        let known = Known { views: vec![view], ..known() };
+        let told = reply(&all, known, now + age).regions;
         let ages: Vec<_> = told.iter().map(|r| (r.region.as_str(), r.age_ms)).collect();
         assert_eq!(ages, [("asia", 400), ("us", 400)]);
         let offer = &told[1].offers[0];

@@ -45,10 +45,11 @@ fn error(text: &str) -> String {
 }
 
 /// Key, a file in which its value is wrong, the line of the fault, and what the error must say beside file and key.
-const WRONG: [(&str, &str, usize, &str); 37] = [
+const WRONG: [(&str, &str, usize, &str); 38] = [
     ("node.name", "[node]\nname = \"Not A Name\"", 2, "1 to 63 characters"),
     ("node.region", "[node]\nname = \"a\"\nregion = 5", 3, "1 to 63 characters"),
     ("node.zone", "[node]\nzone = \"-\"", 2, "1 to 63 characters"),
+    ("node.address", "[node]\naddress = \"a:8444\"", 2, "such as \"gpu-1.example\""),
     ("node.position.lat", "[node]\nposition = { lat = 91, lon = 0 }", 2, "-90 to 90"),
     ("node.position.lon", "[node.position]\nlat = 1\nlon = \"east\"", 3, "-180 to 180"),
     ("node.state_dir", "[node]\nstate_dir = 7", 2, "Directory"),
@@ -116,9 +117,10 @@ const WRONG: [(&str, &str, usize, &str); 37] = [
 ];
 
 /// The same for keys that need another engine before theirs.
-const WRONG_IN_ENGINE: [(&str, &str, &str); 7] = [
+const WRONG_IN_ENGINE: [(&str, &str, &str); 8] = [
     ("engine[0].models", "models = \"llama\"", "a list of names"),
     ("engine[0].slots", "slots = 0", "a whole number from 1"),
+    ("engine[0].id", "id = \"GPU 0\"", "they share its slots"),
     ("engine[0].health.kind", "health = { kind = \"ping\" }", "http:/path"),
     ("engine[0].health.interval", "health = { interval = \"0s\" }", "a duration such as"),
     ("engine[0].health.timeout", "health.timeout = 2", "a duration such as"),
@@ -303,6 +305,15 @@ fn parts_of_a_configuration_merge() {
     assert_eq!(config.listen.metrics.port(), 1);
     let names: Vec<_> = config.engines.iter().map(|e| e.name.as_str()).collect();
     assert_eq!(names, ["e", "g", "f"]);
+}
+
+#[test]
+fn two_engines_of_one_node_are_not_the_same_engine() {
+    let both = format!(
+        "{ENGINE}id = \"gpu\"\n[[engine]]\nname = \"f\"\nurl = \"http://f:1\"\nid = \"gpu\""
+    );
+    let error = error(&both);
+    assert!(error.contains("engine[1].id: two engines of this node have the id gpu"), "{error}");
 }
 
 #[test]

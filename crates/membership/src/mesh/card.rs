@@ -1,0 +1,420 @@
+//! Whose words are believed: cards that come, cards that are asked for, and this node's own.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use foca::{Member, State};
+
+use super::{Event, Mesh, Own, Peer, Way};
+use crate::{
+    ASKED_MAX, Card, Facts, Frame, Judge, NodeId, PROTOCOL_VERSION, Pair, Pool, cards::OTHERS_MAX,
+    decode_card, encode, encode_card, strikes::Offence, wire::CARD_BYTES_MAX,
+};
+
+/// This node makes at most one card in this.
+const RENEWAL_GAP: Duration = Duration::from_secs(1);
+/// If it has to make many, it waits longer from one to the next.
+const RENEWAL_GAP_MAX: Duration = Duration::from_secs(10);
+/// So many make it wait.
+const RENEWALS_FEW: u32 = 5;
+/// Cards go in frames of about this, so that other frames come between.
+const FRAME_BYTES: usize = 60 << 10;
+/// All cards are given to one node, and asked for, no more often than this.
+const ALL_GAP: Duration = Duration::from_secs(10);
+/// All were asked for and nothing came: somebody else is asked.
+const ALL_ANSWER: Duration = Duration::from_secs(3);
+/// What comes so long after all cards were asked for is the answer.
+const ALL_COMES: Duration = Duration::from_secs(30);
+
+/// When this node makes a card.
+#[derive(Debug)]
+pub(super) struct Renewal {
+    /// What the next card names.
+    pub(super) descriptor: [u8; 32],
+    due: Option<Instant>,
+    last: Option<Instant>,
+    /// Cards made with little time between them.
+    burst: u32,
+    /// Another process of this epoch has had this bump.
+    beyond: u16,
+}
+
+impl Renewal {
+    pub(super) fn new(descriptor: [u8; 32]) -> Self {
+        Self { descriptor, due: None, last: None, burst: 0, beyond: 0 }
+    }
+
+    /// When the next card may be made.
+    fn earliest(&self, now: Instant) -> Instant {
+        let factor = 1 << self.burst.saturating_sub(RENEWALS_FEW).min(4);
+        let gap = (RENEWAL_GAP * factor).min(RENEWAL_GAP_MAX);
+        self.last.map_or(now, |last| now.max(last + gap))
+    }
+
+    fn made(&mut self, now: Instant) {
+        let is_soon = self.last.is_some_and(|last| now < last + 2 * RENEWAL_GAP_MAX);
+        self.burst = if is_soon { self.burst.saturating_add(1) } else { 0 };
+        self.last = Some(now);
+    }
+}
+
+/// What became of a card.
+#[derive(Debug)]
+pub(super) enum Taken {
+    /// It is newer than what was known.
+    New(Arc<Card>),
+    /// It is not.
+    Old(Card),
+    /// It is of this node's name.
+    Own,
+}
+
+/// A card of this node, signed.
+pub(super) fn make(
+    own: &Own,
+    judge: &mut impl Judge,
+    descriptor: [u8; 32],
+    bump: u16,
+) -> Result<Arc<Card>, String> {
+    let facts = Facts {
+        epoch: own.epoch,
+        bump,
+        peers: own.peers.clone(),
+        gossip: own.gossip.clone(),
+        zone: own.zone.clone(),
+        descriptor,
+        release: own.release.clone(),
+        protocol_max: PROTOCOL_VERSION,
+    };
+    let card = encode_card(&facts);
+    decode_card(&card).map_err(|error| format!("this node's card would not be read: {error}"))?;
+    let signed = judge.sign(&card)?;
+    if signed.len() > CARD_BYTES_MAX {
+        return Err(format!("this node's card has {} bytes", signed.len()));
+    }
+    let (id, node, region) = (own.id, own.node.clone(), own.region.clone());
+    Ok(judge.share(Card { id, node, region, facts, signed: signed.into() }))
+}
+
+impl<J: Judge> Mesh<J> {
+    /// This node needs a new card: soon it has one.
+    pub(super) fn want_card(&mut self, now: Instant) {
+        if self.renewal.due.is_none() {
+            let due = self.renewal.earliest(now);
+            self.renewal.due = Some(due);
+            self.timers.set(due, crate::timers::Due::Renewal);
+        }
+    }
+
+    pub(super) fn renew(&mut self, now: Instant) {
+        self.renewal.due = None;
+        if self.is_leaving || self.is_superseded {
+            return;
+        }
+        let bump = self.card.facts.bump.max(self.renewal.beyond).checked_add(1);
+        let Some(bump) = bump else {
+            self.note("this process has made 65,535 cards; restart it".to_owned());
+            return;
+        };
+        self.renewal.made(now);
+        match make(&self.own, &mut self.judge, self.renewal.descriptor, bump) {
+            Ok(card) => self.stand_on(now, card),
+            Err(why) => {
+                self.note(format!("this node's card cannot be signed: {why}"));
+                self.want_card(now);
+            }
+        }
+    }
+
+    /// From now on this node is known by `card`: everybody linked has it before the pools speak of it.
+    fn stand_on(&mut self, now: Instant, card: Arc<Card>) {
+        let pair = card.pair();
+        self.card = card;
+        let cards = vec![self.card.signed.to_vec()];
+        let bytes: bytes::Bytes = encode(&Frame::Cards(Pool::Region, cards)).into();
+        let linked: Vec<_> =
+            self.links.up.iter().filter(|(_, link)| !link.is_legacy()).map(|(id, _)| *id).collect();
+        for id in linked {
+            self.send(now, id, bytes.clone(), Way::Stream);
+        }
+        for pool in [Pool::Region, Pool::Relays] {
+            if let Some(members) = self.members_mut(pool) {
+                members.rename(pair);
+                self.settle(now, pool);
+            }
+        }
+    }
+
+    /// Judges a card and keeps it, if it is newer than what was known. `from` brought it.
+    pub(super) fn take_card(
+        &mut self,
+        now: Instant,
+        from: Option<&Peer>,
+        signed: &[u8],
+    ) -> Result<Taken, String> {
+        let judged = self.judge.judge(signed)?;
+        let facts = decode_card(&judged.card).map_err(|error| error.to_string())?;
+        let (id, node, region) = (judged.id, judged.node, judged.region);
+        let card = Card { id, node, region, facts, signed: signed.into() };
+        if card.id == self.own.id {
+            self.own_name(now, &card);
+            return Ok(Taken::Own);
+        }
+        match self.cards.pair(card.id) {
+            Some(known) if known >= card.pair() => return Ok(Taken::Old(card)),
+            None if !self.has_room(now, from, &card) => return Ok(Taken::Old(card)),
+            _ => {}
+        }
+        let card = self.judge.share(card);
+        self.keep_card(now, from.map(|peer| peer.id), &card);
+        Ok(Taken::New(card))
+    }
+
+    fn has_room(&mut self, now: Instant, from: Option<&Peer>, card: &Card) -> bool {
+        let Some(peer) = from else { return !self.cards.is_full() };
+        if peer.id == card.id {
+            return !self.cards.is_full();
+        }
+        let is_other = card.region != self.own.region;
+        if self.cards.is_full()
+            || is_other && self.cards.all().filter(|c| c.region == card.region).count() >= 16
+            || is_other && self.other_cards() >= OTHERS_MAX
+        {
+            return false;
+        }
+        let is_taken = self.strikes.new_id(now, peer);
+        if !is_taken {
+            self.strike(now, peer.id, Offence::Strike, "too many new nodes in a minute");
+        }
+        is_taken
+    }
+
+    fn other_cards(&self) -> usize {
+        self.cards.all().filter(|card| card.region != self.own.region).count()
+    }
+
+    fn keep_card(&mut self, now: Instant, from: Option<NodeId>, card: &Arc<Card>) {
+        let before = self.cards.keep(Arc::clone(card));
+        let is_restart = before.as_ref().is_none_or(|b| b.facts.epoch != card.facts.epoch);
+        let is_change = before.as_ref().is_none_or(|b| b.facts.descriptor != card.facts.descriptor);
+        self.event(Event::Member(Arc::clone(card)));
+        if is_change {
+            let sources: Vec<_> = [Some(card.id), from].into_iter().flatten().collect();
+            let body = self.bodies.want(now, card.facts.descriptor, &sources);
+            if let Some(before) = &before {
+                self.bodies.release(&before.facts.descriptor);
+            }
+            if let Some(descriptor) = body {
+                self.described(now, card.id, card.facts.epoch, descriptor);
+            }
+        } else if is_restart
+            && let Some(descriptor) = self.bodies.get(&card.facts.descriptor).cloned()
+        {
+            self.described(now, card.id, card.facts.epoch, descriptor);
+        }
+    }
+
+    /// A card of this node's name that somebody else has.
+    fn own_name(&mut self, now: Instant, card: &Card) {
+        let epoch = card.facts.epoch;
+        if epoch > self.own.epoch && !self.is_superseded {
+            self.is_superseded = true;
+            self.event(Event::Superseded { epoch });
+        } else if epoch == self.own.epoch && card.facts.bump > self.card.facts.bump {
+            self.renewal.beyond = self.renewal.beyond.max(card.facts.bump);
+            self.want_card(now);
+        }
+    }
+
+    pub(super) fn hear_cards(&mut self, now: Instant, from: NodeId, pool: Pool, cards: &[Vec<u8>]) {
+        let Some(link) = self.links.get(from) else { return };
+        let peer = link.peer.clone();
+        let answer = link.asked_all.filter(|(at, _)| now < *at + ALL_COMES);
+        // Everybody else knows what the first answer says: it need not be told again.
+        let spread = answer.is_none_or(|(_, is_first)| !is_first);
+        let mut relays = Vec::new();
+        for signed in cards {
+            match self.take_card(now, Some(&peer), signed) {
+                Ok(Taken::New(card)) => {
+                    self.apply_card(now, &card, spread);
+                    relays.push(card.id);
+                }
+                Ok(Taken::Old(card)) => {
+                    self.cards.found(card.id);
+                    relays.push(card.id);
+                }
+                Ok(Taken::Own) => {
+                    self.cards.found(self.own.id);
+                }
+                Err(why) => self.disbelieve(now, &peer, &why),
+            }
+        }
+        if pool == Pool::Relays {
+            self.hear_of_relays(now, &relays);
+        }
+        self.has_all |= answer.is_some();
+    }
+
+    fn disbelieve(&mut self, now: Instant, peer: &Peer, why: &str) {
+        if self.strikes.disbelieved(now, peer) {
+            self.strike(
+                now,
+                peer.id,
+                Offence::Strike,
+                &format!("a card that is not believed: {why}"),
+            );
+        }
+    }
+
+    /// A card that is new: what was said of its node before, or else that it lives, goes to its pool.
+    pub(super) fn apply_card(&mut self, now: Instant, card: &Card, spread: bool) {
+        let pair = card.pair();
+        let pending = self.cards.found(card.id);
+        let pool = self.pool_of(&card.region);
+        let Some(members) = self.members(pool) else { return };
+        let seen = members.seen(card.id);
+        let is_of_pool = pool == Pool::Region
+            || seen.is_some()
+            || pending.as_ref().is_some_and(|p| p.pool == Pool::Relays);
+        if !is_of_pool || seen.is_none() && members.is_full() {
+            return;
+        }
+        let mut update = Member::alive(pair);
+        if let Some(pending) = pending.filter(|p| p.pool == pool && *p.update.id() == pair)
+            && pending.update.state() != State::Down
+            && pending.update.incarnation() <= super::gossip::LEAP_MAX
+        {
+            update = pending.update;
+        }
+        if let Some(members) = self.members_mut(pool)
+            && members.is_news(&update)
+        {
+            members.apply(update, spread);
+            self.settle(now, pool);
+        }
+    }
+
+    /// `from` spoke of nodes whose cards are not known here.
+    pub(super) fn ask_cards(&mut self, now: Instant, from: NodeId, pool: Pool, nodes: Vec<NodeId>) {
+        if nodes.len() >= 8 && pool == Pool::Region {
+            self.ask_all(now, from);
+        }
+        if !nodes.is_empty() {
+            self.say(now, from, &Frame::CardsAsk(pool, nodes), Way::Stream);
+        }
+    }
+
+    /// Asks `from` for the cards of the whole region, if nobody was asked just now.
+    pub(super) fn ask_all(&mut self, now: Instant, from: NodeId) {
+        let gap = if self.has_all { ALL_GAP } else { ALL_ANSWER };
+        if self.asked_all.is_some_and(|at| now < at + gap) {
+            return;
+        }
+        let Some(link) = self.links.up.get_mut(&from) else { return };
+        link.asked_all = Some((now, !self.has_all));
+        self.asked_all = Some(now);
+        self.say(now, from, &Frame::CardsAsk(Pool::Region, vec![]), Way::Stream);
+    }
+
+    pub(super) fn hear_cards_ask(
+        &mut self,
+        now: Instant,
+        from: NodeId,
+        pool: Pool,
+        nodes: &[NodeId],
+    ) {
+        let cards: Vec<Arc<Card>> = if nodes.is_empty() {
+            let Some(link) = self.links.up.get_mut(&from) else { return };
+            let is_stranger = pool == Pool::Region && link.peer.region != self.own.region;
+            if is_stranger || link.gave_all.is_some_and(|(at, p)| now < at + ALL_GAP && p == pool) {
+                return;
+            }
+            link.gave_all = Some((now, pool));
+            self.cards_of(pool)
+        } else {
+            let known = |id: &NodeId| {
+                if *id == self.own.id { Some(&self.card) } else { self.cards.get(*id) }
+            };
+            nodes.iter().take(ASKED_MAX).filter_map(known).cloned().collect()
+        };
+        self.give_cards(now, from, pool, &cards);
+    }
+
+    pub(super) fn give_cards(&mut self, now: Instant, to: NodeId, pool: Pool, cards: &[Arc<Card>]) {
+        let mut batch = Vec::new();
+        let mut bytes = 0;
+        for card in cards {
+            if bytes + card.signed.len() > FRAME_BYTES && !batch.is_empty() {
+                let full = std::mem::take(&mut batch);
+                self.say(now, to, &Frame::Cards(pool, full), Way::Stream);
+                bytes = 0;
+            }
+            bytes += card.signed.len() + 4;
+            batch.push(card.signed.to_vec());
+        }
+        if !batch.is_empty() {
+            self.say(now, to, &Frame::Cards(pool, batch), Way::Stream);
+        }
+    }
+
+    fn cards_of(&self, pool: Pool) -> Vec<Arc<Card>> {
+        let of_region = |card: &&Arc<Card>| match pool {
+            Pool::Region => self.region.is_active(card.id),
+            Pool::Relays if card.region == self.own.region => self.relaying.is_of_ours(card.id),
+            Pool::Relays => self.relay.as_ref().is_none_or(|relay| relay.is_active(card.id)),
+        };
+        let is_own = pool == Pool::Region || self.relaying.is_of_ours(self.own.id);
+        let own = is_own.then(|| Arc::clone(&self.card));
+        let others =
+            self.cards.all().filter(|card| pool == Pool::Relays || card.region == self.own.region);
+        own.into_iter().chain(others.filter(of_region).cloned()).collect()
+    }
+
+    /// `id` spoke of a node and did not have its card when asked.
+    pub(super) fn had_no_card(&mut self, now: Instant, id: NodeId) {
+        let Some(link) = self.links.get(id) else { return };
+        let peer = link.peer.clone();
+        if self.strikes.unanswered(now, &peer) {
+            self.strike(now, id, Offence::Lie, "speaks of many nodes whose cards it does not have");
+        }
+    }
+
+    /// Cards of nodes that nobody speaks of any more are forgotten.
+    pub(super) fn sweep_cards(&mut self) {
+        // Relays of other regions are asked for again when one is heard of.
+        let drop_others = self.rounds.is_multiple_of(600);
+        let is_needed = |card: &Card| {
+            let pool = self.members(self.pool_of(&card.region));
+            let is_relay_elsewhere = self.relay.is_none() && card.region != self.own.region;
+            self.links.is_up(card.id)
+                || self.seeds.is_listed(card.id)
+                || pool.is_some_and(|members| members.seen(card.id).is_some())
+                || is_relay_elsewhere && !drop_others
+        };
+        let gone: Vec<_> =
+            self.cards.all().filter(|card| !is_needed(card)).map(|card| card.id).collect();
+        for id in gone {
+            self.forget(id);
+        }
+    }
+
+    /// Nothing is known of `id` any more.
+    pub(super) fn forget(&mut self, id: NodeId) {
+        if let Some(card) = self.cards.forget(id) {
+            self.bodies.release(&card.facts.descriptor);
+            self.figures.remove(&id);
+            self.event(Event::Forgotten(id));
+        }
+    }
+
+    pub(super) fn note(&mut self, fact: String) {
+        self.event(Event::Note(fact));
+    }
+
+    /// The pair on which `id` stands, by its newest card.
+    pub(super) fn pair_of(&self, id: NodeId) -> Option<Pair> {
+        self.cards.pair(id)
+    }
+}

@@ -1,0 +1,488 @@
+//! Who is linked and who is to be: links that come and go, dials, seeds, and who broke the rules.
+
+use std::time::{Duration, Instant};
+
+use rand::{RngExt as _, seq::IndexedRandom as _};
+
+use super::card::Taken;
+use super::{Event, Mesh, Output, Peer, Target, Transport, Way};
+use crate::{
+    Card, Frame, Hello, Judge, NodeId, Pool, WireError, decode,
+    links::{Begin, DIAL_TIMEOUT, IDLE, LINKS_MAX, Link, Place},
+    strikes::{Offence, Passage, Rate},
+};
+
+/// A random seed is asked this often, for as long as the node lives: it heals a mesh that began as two.
+const SEED_EVERY: Duration = Duration::from_secs(30);
+/// Seeds dialled at once while nobody is found.
+const SEEDS_AT_ONCE: usize = 8;
+/// A node that is new asks everybody it links for others.
+const YOUNG: Duration = Duration::from_secs(30);
+/// A node whose link was lost is dialled for so long although nobody needs it: it may be dead.
+const LOST: Duration = Duration::from_secs(20);
+/// Places kept from an earlier life.
+const KEPT_MAX: usize = 16;
+
+impl<J: Judge> Mesh<J> {
+    pub(super) fn link_up(
+        &mut self,
+        now: Instant,
+        peer: &Peer,
+        hello: &Hello,
+        transport: Transport,
+        dialled: bool,
+    ) {
+        let id = peer.id;
+        self.doomed.remove(&id);
+        if let Err(why) = self.admit(now, peer, hello) {
+            self.links.done(id);
+            self.drop_link(id);
+            return self.close(id, why);
+        }
+        let protocol = if hello.card.is_none() { 1 } else { hello.version().unwrap_or(1) };
+        let before = self.links.up.remove(&id).filter(|link| link.epoch == hello.epoch);
+        self.subscribers.remove(&id);
+        let was =
+            before.as_ref().filter(|link| link.is_legacy()).map_or((false, false), |l| l.dialled);
+        let link = Link {
+            peer: peer.clone(),
+            transport,
+            epoch: hello.epoch,
+            protocol,
+            rtt: before.as_ref().map_or(Duration::ZERO, |link| link.rtt),
+            heard: now,
+            used: now,
+            rate: before.as_ref().map_or_else(|| Rate::new(now), |link| link.rate),
+            dialled: (was.0 || dialled, was.1 || !dialled),
+            asked_all: None,
+            gave_all: before.as_ref().and_then(|link| link.gave_all),
+            subscribed: false,
+            load: before.as_ref().and_then(|link| link.load),
+            reachable: before.as_ref().is_some_and(|link| link.reachable),
+        };
+        let is_legacy = link.is_legacy();
+        self.links.up.insert(id, link);
+        self.doubts.clear(id);
+        self.found_seed(peer);
+        // A node of version 1 that dialled is dialled all the same: over its own link it says nothing.
+        let dial = if is_legacy && !dialled { None } else { self.links.done(id) };
+        let waiting = dial.map(|dial| dial.queue).unwrap_or_default();
+        if is_legacy {
+            self.greet_legacy(now, peer, hello.epoch, dialled);
+        } else {
+            waiting.into_iter().for_each(|packet| self.send(now, id, packet, Way::Datagram));
+            self.greet(now, peer);
+        }
+        self.weigh_reach(now, id);
+    }
+
+    /// Whether a link is kept, and the card of the other end.
+    fn admit(&mut self, now: Instant, peer: &Peer, hello: &Hello) -> Result<(), String> {
+        if self.strikes.is_quarantined(now, peer.id) {
+            return Err("this node is not listened to for a while".to_owned());
+        }
+        if self.is_leaving {
+            return Err("this node goes".to_owned());
+        }
+        if hello.version().is_none() {
+            return Err("no common version of the protocol".to_owned());
+        }
+        let Some(signed) = &hello.card else {
+            return if peer.id == self.own.id {
+                Err("this is the same node".to_owned())
+            } else {
+                Ok(())
+            };
+        };
+        let card = match self.take_card(now, Some(peer), signed) {
+            Ok(Taken::New(card)) => Card::clone(&card),
+            Ok(Taken::Old(card)) => card,
+            Ok(Taken::Own) if peer.id == self.own.id => {
+                return Err("this is the same node".to_owned());
+            }
+            Ok(Taken::Own) => return self.lie(now, peer, "says hello with another's card"),
+            Err(why) => {
+                self.convict(now, peer, Offence::Strike, "a card that is not believed");
+                return Err(format!("the card is not believed: {why}"));
+            }
+        };
+        if card.id != peer.id || card.facts.epoch != hello.epoch {
+            return self.lie(now, peer, "says hello with another's card");
+        }
+        match self.cards.get(peer.id).cloned() {
+            None => Err("as many nodes are known as can be".to_owned()),
+            Some(newest) if newest.facts.epoch > hello.epoch => {
+                // A later process has the name: this one is told, and must stop.
+                let frame = Frame::Cards(Pool::Region, vec![newest.signed.to_vec()]);
+                let bytes = crate::encode(&frame).into();
+                self.outputs.push_back(Output::Send { to: peer.id, bytes, way: Way::Stream });
+                self.doomed.insert(peer.id, now + 2 * super::ROUND);
+                Err(String::new())
+            }
+            Some(newest) => {
+                self.apply_card(now, &newest, true);
+                Ok(())
+            }
+        }
+    }
+
+    fn lie(&mut self, now: Instant, peer: &Peer, why: &str) -> Result<(), String> {
+        self.convict(now, peer, Offence::Lie, why);
+        Err(why.to_owned())
+    }
+
+    /// A node of version 2 is linked.
+    fn greet(&mut self, now: Instant, peer: &Peer) {
+        let id = peer.id;
+        let is_of_region = peer.region == self.own.region;
+        if is_of_region {
+            let seen = self.region.seen(id).copied();
+            let pair = self.pair_of(id);
+            let is_young = now < self.began + YOUNG;
+            if !self.has_all || self.region.active() < 4 {
+                self.ask_all(now, id);
+            }
+            // Who is down here has to hear it; who is new knows others.
+            if let Some(pair) = pair
+                && (is_young || seen.is_none_or(|seen| !seen.is_active()))
+            {
+                self.region.announce(pair);
+                self.settle(now, Pool::Region);
+            }
+        }
+        if !is_of_region || self.relaying.is_lonely() {
+            self.say(now, id, &Frame::CardsAsk(Pool::Relays, vec![]), Way::Stream);
+        }
+        if self.subscriptions.is_subscribed(&id) {
+            self.subscribe_to(now, id, true);
+        }
+    }
+
+    pub(super) fn link_down(&mut self, now: Instant, id: NodeId) {
+        self.doomed.remove(&id);
+        let Some(link) = self.drop_link(id) else { return };
+        if self.is_leaving {
+            return;
+        }
+        let is_wanted = self.wants(id);
+        let is_down = self.is_down(&link.peer);
+        if is_wanted && !is_down || !link.is_legacy() && !is_down && link.was_in_use(now) {
+            let lost = (!link.is_legacy() && link.was_in_use(now)).then_some(now);
+            self.plan_dial(now, id, lost);
+        }
+    }
+
+    /// Takes a link away here.
+    fn drop_link(&mut self, id: NodeId) -> Option<Link> {
+        let link = self.links.up.remove(&id)?;
+        self.subscribers.remove(&id);
+        if link.reachable {
+            self.event(Event::Reachable { id, is: false });
+        }
+        self.relaying.links_changed();
+        Some(link)
+    }
+
+    fn is_down(&self, peer: &Peer) -> bool {
+        let members = self.members(self.pool_of(&peer.region));
+        members.and_then(|m| m.seen(peer.id)).is_some_and(|seen| !seen.is_active())
+    }
+
+    /// Tells whether `id` can be reached, if that has changed.
+    pub(super) fn weigh_reach(&mut self, now: Instant, id: NodeId) {
+        let Some(link) = self.links.get(id) else { return };
+        let is = (link.is_legacy() || !self.is_down(&link.peer))
+            && !self.strikes.is_quarantined(now, id);
+        if is == link.reachable {
+            return;
+        }
+        if let Some(link) = self.links.up.get_mut(&id) {
+            link.reachable = is;
+        }
+        self.event(Event::Reachable { id, is });
+    }
+
+    pub(super) fn close(&mut self, id: NodeId, why: String) {
+        if !why.is_empty() {
+            self.outputs.push_back(Output::Close { id, why });
+        }
+    }
+
+    /// Whether this node needs a link with `id`.
+    pub(super) fn wants(&self, id: NodeId) -> bool {
+        self.subscriptions.is_subscribed(&id) || self.relaying.needs(id) || self.seeds.is_listed(id)
+    }
+
+    /// `id` is to be linked, unless it is.
+    pub(super) fn plan_dial(&mut self, now: Instant, id: NodeId, lost: Option<Instant>) {
+        let is_known = self.cards.get(id).is_some() || self.seeds.is_listed(id);
+        if self.links.is_heard(id) || !is_known || self.strikes.is_quarantined(now, id) {
+            return;
+        }
+        if self.links.plan(now, id, lost) {
+            self.dial(now, id);
+        }
+    }
+
+    /// The dial of `id` is due.
+    pub(super) fn dial(&mut self, now: Instant, id: NodeId) {
+        match self.links.begin(now, id) {
+            Begin::Nothing => {}
+            Begin::Later(at) => self.timers.set(at, crate::timers::Due::Dial(id)),
+            Begin::Now => match self.target(id) {
+                Some(target) if !self.is_leaving && !self.is_superseded => {
+                    self.outputs.push_back(Output::Dial(target));
+                }
+                _ => drop(self.links.done(id)),
+            },
+        }
+    }
+
+    /// Where `id` is: as its card says, and if that is of no use as whoever listed it says.
+    fn target(&self, id: NodeId) -> Option<Target> {
+        let failures = self.links.dials.get(&id).map_or(0, |dial| dial.failures);
+        let listed = self.seeds.listed().find(|(peer, _)| peer.id == id);
+        let listed = listed.map(|(_, seed)| Target::Seed(seed.clone()));
+        let member = self.cards.get(id).map(|card| Target::Member {
+            peer: Peer { id, node: card.node.clone(), region: card.region.clone() },
+            address: card.facts.gossip.clone(),
+        });
+        if failures % 2 == 0 { member.or(listed) } else { listed.or(member) }
+    }
+
+    pub(super) fn dial_failed(&mut self, now: Instant, target: &Target) {
+        let id = match target {
+            Target::Member { peer, .. } => Some(peer.id),
+            Target::Seed(seed) => seed.peer.as_ref().map(|peer| peer.id),
+        };
+        self.seeds.failed(now, target, &mut self.rng);
+        if let Some(id) = id {
+            self.failed(now, id);
+        }
+    }
+
+    fn failed(&mut self, now: Instant, id: NodeId) {
+        let Some(dial) = self.links.dials.get(&id) else { return };
+        let lost = dial.lost;
+        if self.links.is_heard(id) || self.is_leaving {
+            drop(self.links.done(id));
+            return;
+        }
+        self.not_reached(now, id, lost);
+        self.relaying.links_changed();
+        let is_alive = [Pool::Region, Pool::Relays]
+            .iter()
+            .any(|pool| self.members(*pool).is_some_and(|members| members.is_active(id)));
+        let is_down = self.cards.get(id).is_some() && !is_alive;
+        let is_lost = lost.is_some_and(|lost| now < lost + LOST);
+        if self.seeds.is_listed(id) || !is_down && (self.wants(id) || is_lost) {
+            let due = self.links.again(now, id, &mut self.rng);
+            self.timers.set(due, crate::timers::Due::Dial(id));
+        } else {
+            drop(self.links.done(id));
+        }
+    }
+
+    /// Once a second: links that are needed, and those that are not.
+    pub(super) fn tend_links(&mut self, now: Instant) {
+        let over: Vec<_> =
+            self.doomed.iter().filter(|(_, at)| now >= **at).map(|(id, _)| *id).collect();
+        for id in over {
+            self.doomed.remove(&id);
+            self.close(id, "a later process has this name".to_owned());
+        }
+        for id in self.links.overdue(now) {
+            self.failed(now, id);
+        }
+        if self.is_leaving {
+            return;
+        }
+        let listed = self.seeds.listed().map(|(peer, _)| peer.id);
+        let wanted: Vec<_> = self
+            .subscriptions
+            .all()
+            .iter()
+            .copied()
+            .chain(self.relaying.all_needed())
+            .filter(|id| *id != self.own.id && !self.links.is_up(*id))
+            .filter(|id| self.cards.get(*id).is_some_and(|card| !self.is_down(&peer_of(card))))
+            .chain(listed.filter(|id| *id != self.own.id))
+            .collect();
+        wanted.into_iter().for_each(|id| self.plan_dial(now, id, None));
+        self.close_idle(now);
+    }
+
+    fn close_idle(&mut self, now: Instant) {
+        let is_free = |id: &NodeId, link: &Link| {
+            !link.is_legacy() && !self.subscribers.contains(id) && !self.wants(*id)
+        };
+        let free = self.links.up.iter().filter(|(id, link)| is_free(id, link));
+        let mut free: Vec<_> = free.map(|(id, link)| (link.used.max(link.heard), *id)).collect();
+        free.sort_unstable();
+        let excess = if self.relaying.is_relay() {
+            0
+        } else {
+            self.links.up.len().saturating_sub(LINKS_MAX)
+        };
+        let idle = free.iter().take_while(|(used, _)| now >= *used + IDLE).count();
+        for (_, id) in free.into_iter().take(idle.max(excess)) {
+            self.drop_link(id);
+            self.close(id, "nobody needs this link now".to_owned());
+        }
+    }
+
+    /// Once a second: places where others may be found.
+    pub(super) fn tend_seeds(&mut self, now: Instant) {
+        if self.is_leaving || self.is_superseded {
+            return;
+        }
+        if self.links.up.values().any(|link| !link.is_legacy()) {
+            self.seeds.places.retain(|place| !place.is_kept);
+            if now >= self.next_seed {
+                self.next_seed = now + SEED_EVERY.mul_f64(self.rng.random_range(0.8..1.2));
+                self.ask_a_seed(now);
+            }
+            return;
+        }
+        let own = (&self.own.gossip, self.own.id);
+        let is_due = |place: &&mut Place| {
+            place.address() != own.0
+                && place.peer().is_none_or(|peer| peer.id != own.1)
+                && match place.since {
+                    Some(since) => now >= since + DIAL_TIMEOUT,
+                    None => now >= place.due,
+                }
+        };
+        let due = self.seeds.places.iter_mut().filter(is_due).take(SEEDS_AT_ONCE);
+        let targets: Vec<_> = due
+            .map(|place| {
+                place.since = Some(now);
+                place.target.clone()
+            })
+            .collect();
+        self.outputs.extend(targets.into_iter().map(Output::Dial));
+        self.next_seed = now + SEED_EVERY.mul_f64(self.rng.random_range(0.8..1.2));
+    }
+
+    fn ask_a_seed(&mut self, now: Instant) {
+        let places: Vec<_> = self
+            .seeds
+            .places
+            .iter()
+            .filter(|place| place.address() != self.own.gossip)
+            .map(|place| place.target.clone())
+            .collect();
+        let Some(target) = places.choose(&mut self.rng) else { return };
+        let linked = self.linked_at(target);
+        match linked {
+            None => self.outputs.push_back(Output::Dial(target.clone())),
+            Some(id) if self.region.is_active(id) => {
+                if let Some(pair) = self.pair_of(id) {
+                    self.region.announce(pair);
+                    self.settle(now, Pool::Region);
+                }
+            }
+            Some(id) => self.say(now, id, &Frame::CardsAsk(Pool::Relays, vec![]), Way::Stream),
+        }
+    }
+
+    fn linked_at(&self, target: &Target) -> Option<NodeId> {
+        let (address, peer) = match target {
+            Target::Member { address, peer } => (address, Some(peer)),
+            Target::Seed(seed) => (&seed.address, seed.peer.as_ref()),
+        };
+        let is_it = |id: &NodeId| {
+            peer.is_some_and(|peer| peer.id == *id)
+                || self.cards.get(*id).is_some_and(|card| card.facts.gossip == *address)
+        };
+        self.links.up.keys().copied().find(is_it)
+    }
+
+    fn found_seed(&mut self, peer: &Peer) {
+        let address = self.cards.get(peer.id).map(|card| card.facts.gossip.clone());
+        for place in &mut self.seeds.places {
+            let is_it = place.peer().is_some_and(|p| p.id == peer.id)
+                || address.as_deref() == Some(place.address());
+            if is_it {
+                (place.failures, place.since) = (0, None);
+            }
+        }
+    }
+
+    /// Judges cards that were kept, and dials some of them as if they were seeds.
+    pub fn remember(&mut self, now: Instant, cards: &[Vec<u8>]) {
+        for signed in cards.iter().take(4 * KEPT_MAX) {
+            let Ok(judged) = self.judge.judge(signed) else { continue };
+            let Ok(facts) = crate::decode_card(&judged.card) else { continue };
+            let kept = self.seeds.places.iter().filter(|place| place.is_kept).count();
+            if kept >= KEPT_MAX || judged.id == self.own.id {
+                continue;
+            }
+            let peer = Peer { id: judged.id, node: judged.node, region: judged.region };
+            let target = Target::Member { peer, address: facts.gossip };
+            self.seeds.places.push(Place::new(now, target, true));
+        }
+    }
+
+    /// A frame came.
+    pub(super) fn hear(&mut self, now: Instant, from: NodeId, bytes: &bytes::Bytes, rtt: Duration) {
+        let is_relay = self.relaying.is_of_ours(from)
+            || self.relaying.is_relay()
+            || self.relay.as_ref().is_some_and(|relay| relay.is_active(from));
+        let Some(link) = self.links.up.get_mut(&from) else { return };
+        let is_answer = link.asked_all.is_some_and(|(at, _)| now < at + Duration::from_secs(30));
+        let weight = if is_answer { 0 } else { bytes.len() };
+        (link.heard, link.rtt) = (now, rtt);
+        match link.rate.take(now, weight, is_relay || is_answer) {
+            Passage::Taken => {}
+            Passage::Dropped => return,
+            Passage::Struck => {
+                return self.strike(now, from, Offence::Strike, "more than it may send");
+            }
+        }
+        let is_legacy = link.is_legacy();
+        match decode(bytes) {
+            Ok(frame) if is_legacy => self.hear_legacy(now, from, frame),
+            Ok(frame) => self.hear_frame(now, from, frame),
+            Err(WireError::Unknown) => {}
+            Err(error) => self.strike(now, from, Offence::Strike, &error.to_string()),
+        }
+    }
+
+    fn hear_frame(&mut self, now: Instant, from: NodeId, frame: Frame) {
+        match frame {
+            Frame::Swim(pool, packet) => self.hear_swim(now, from, pool, &packet),
+            Frame::Load(frame) => self.hear_load(now, from, frame),
+            Frame::Cards(pool, cards) => self.hear_cards(now, from, pool, &cards),
+            Frame::CardsAsk(pool, nodes) => self.hear_cards_ask(now, from, pool, &nodes),
+            Frame::DescriptorsAsk(hashes) => self.hear_descriptors_ask(now, from, &hashes),
+            Frame::Descriptors(bodies) => self.hear_descriptors(now, &bodies),
+            Frame::Subscribe(wanted) => self.hear_subscribe(now, from, wanted),
+            Frame::NotSubscribed(wait) => self.not_subscribed(now, from, wait),
+            Frame::Digest(digest) => self.hear_digest(now, from, digest),
+            // Hellos and revocations are the business of whoever makes the links.
+            Frame::Hello(_) | Frame::Revocations(_) | Frame::Descriptor(_) => {}
+        }
+    }
+
+    /// A node that is linked broke a rule.
+    pub(super) fn strike(&mut self, now: Instant, id: NodeId, offence: Offence, why: &str) {
+        if let Some(link) = self.links.get(id) {
+            let peer = link.peer.clone();
+            self.convict(now, &peer, offence, why);
+        }
+    }
+
+    fn convict(&mut self, now: Instant, peer: &Peer, offence: Offence, why: &str) {
+        let Some(until) = self.strikes.commit(now, peer, offence, why) else { return };
+        self.drop_link(peer.id);
+        drop(self.links.done(peer.id));
+        self.close(peer.id, format!("not listened to for a while: {why}"));
+        let (peer, why) = (peer.clone(), why.to_owned());
+        self.event(Event::Quarantined { peer, until, why });
+    }
+}
+
+pub(super) fn peer_of(card: &Card) -> Peer {
+    Peer { id: card.id, node: card.node.clone(), region: card.region.clone() }
+}

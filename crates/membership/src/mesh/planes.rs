@@ -1,0 +1,404 @@
+//! What others serve, how pressed they are, and what other regions have: planes B, C and D, wired to the links.
+
+use std::{
+    collections::BTreeSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use base::{Load, RegionName};
+
+use super::{Event, Mesh, Peer, Way};
+use crate::{
+    Descriptor, Digest, Frame, Judge, LoadFrame, NodeId, Pool, digest::Sample, encode, links::Link,
+    pool::Members, strikes::Offence, subscribe::Known, view::within,
+};
+
+/// Nodes that may subscribe, the relays of this region aside. Further ones are told to wait for so long.
+const SUBSCRIBERS_MAX: usize = 128;
+const REFUSED_FOR: Duration = Duration::from_secs(30);
+/// In a region of so many everybody listens to everybody, and needs no digest of it.
+const DIGEST_ABOVE: usize = 64;
+
+impl<J: Judge> Mesh<J> {
+    /// What was asked for, what is to be chosen, said or summed up by now.
+    pub(super) fn tend_planes(&mut self, now: Instant) {
+        if self.is_leaving {
+            return;
+        }
+        self.ask_descriptors(now);
+        self.choose_subscriptions(now);
+        self.report(now);
+        if self.relaying.is_relay() && self.digester.next_deadline() <= now {
+            self.digest(now);
+        }
+        if self.regions.next_deadline().is_some_and(|due| due <= now) {
+            for view in self.regions.views(now) {
+                self.event(Event::Region(view));
+            }
+        }
+    }
+
+    pub(super) fn planes_deadline(&self) -> Option<Instant> {
+        if self.is_leaving {
+            return None;
+        }
+        let digest = self.relaying.is_relay().then(|| self.digester.next_deadline());
+        [
+            self.bodies.next_deadline(),
+            self.subscriptions.next_deadline(),
+            self.reporter.next_deadline(self.subscribers.len()),
+            self.regions.next_deadline(),
+            digest,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    // B: what they serve.
+
+    pub(super) fn describe(&mut self, now: Instant, descriptor: Descriptor) {
+        let judge = &self.judge;
+        let (hash, descriptor) = self.bodies.own(descriptor, |bytes| judge.sha256(bytes));
+        self.reporter.describes(descriptor.version);
+        self.descriptor = descriptor;
+        self.own_figures = None;
+        self.renewal.descriptor = hash;
+        self.want_card(now);
+        let legacy = self.subscribers.iter().filter(|id| self.is_legacy(**id));
+        for id in legacy.copied().collect::<Vec<_>>() {
+            self.say_descriptor(now, id);
+        }
+    }
+
+    fn is_legacy(&self, id: NodeId) -> bool {
+        self.links.get(id).is_some_and(Link::is_legacy)
+    }
+
+    fn say_descriptor(&mut self, now: Instant, to: NodeId) {
+        let frame = Frame::Descriptor(Descriptor::clone(&self.descriptor));
+        self.say(now, to, &frame, Way::Stream);
+    }
+
+    fn ask_descriptors(&mut self, now: Instant) {
+        if self.bodies.next_deadline().is_none_or(|due| due > now) {
+            return;
+        }
+        let links = &self.links;
+        let is_linked = |id| links.get(id).is_some_and(|link| !link.is_legacy());
+        for (to, hashes) in self.bodies.asks(now, is_linked) {
+            self.say(now, to, &Frame::DescriptorsAsk(hashes), Way::Stream);
+        }
+    }
+
+    pub(super) fn hear_descriptors_ask(
+        &mut self,
+        now: Instant,
+        from: NodeId,
+        hashes: &[crate::descriptors::Hash],
+    ) {
+        for frame in self.bodies.answer(hashes) {
+            self.say(now, from, &frame, Way::Stream);
+        }
+    }
+
+    pub(super) fn hear_descriptors(&mut self, now: Instant, bodies: &[Vec<u8>]) {
+        for body in bodies {
+            let judge = &self.judge;
+            let Some((hash, descriptor)) = self.bodies.take(now, body, |bytes| judge.sha256(bytes))
+            else {
+                continue;
+            };
+            let served = self.cards.all().filter(|card| card.facts.descriptor == hash);
+            let served: Vec<_> = served.map(|card| (card.id, card.facts.epoch)).collect();
+            for (id, epoch) in served {
+                self.described(now, id, epoch, Arc::clone(&descriptor));
+            }
+        }
+    }
+
+    pub(super) fn described(
+        &mut self,
+        now: Instant,
+        id: NodeId,
+        epoch: u64,
+        descriptor: Arc<Descriptor>,
+    ) {
+        self.subscriptions.changed(now);
+        self.event(Event::Described { id, epoch, descriptor });
+    }
+
+    // C: how pressed they are.
+
+    fn choose_subscriptions(&mut self, now: Instant) {
+        if !self.subscriptions.is_due(now) {
+            return;
+        }
+        let Self { cards, bodies, seeds, own, region, relay, subscriptions, rng, .. } = self;
+        let listed: BTreeSet<_> =
+            seeds.listed().map(|(peer, _)| peer.id).filter(|id| *id != own.id).collect();
+        let known = |id: NodeId| {
+            let card = cards.get(id)?;
+            Some(Known {
+                id,
+                in_region: card.region == own.region,
+                zone: card.facts.zone.as_ref(),
+                listed: listed.contains(&id),
+                descriptor: bodies.get(&card.facts.descriptor),
+            })
+        };
+        let of_region = region.all();
+        let relays = relay.iter().flat_map(Members::all);
+        let of_others =
+            relays.filter(|(id, _)| cards.get(*id).is_some_and(|c| c.region != own.region));
+        let alive = of_region.chain(of_others).filter(|(_, seen)| seen.is_active());
+        let mut members: Vec<_> = alive.filter_map(|(id, _)| known(id)).collect();
+        // Listed nodes may be of version 1, without a card, or of another region.
+        let present: BTreeSet<_> = members.iter().filter(|m| m.listed).map(|m| m.id).collect();
+        members.extend(listed.difference(&present).map(|id| {
+            known(*id).unwrap_or(Known {
+                id: *id,
+                in_region: false,
+                zone: None,
+                listed: true,
+                descriptor: None,
+            })
+        }));
+        let changes = subscriptions.update(now, rng, &members);
+        for id in changes.unsubscribe {
+            self.subscribe_to(now, id, false);
+        }
+        for id in changes.subscribe {
+            if self.links.is_up(id) {
+                self.subscribe_to(now, id, true);
+            } else {
+                self.plan_dial(now, id, None);
+            }
+        }
+    }
+
+    pub(super) fn subscribe_to(&mut self, now: Instant, id: NodeId, wanted: bool) {
+        let Some(link) = self.links.up.get_mut(&id) else { return };
+        if link.is_legacy() || link.subscribed == wanted {
+            return;
+        }
+        link.subscribed = wanted;
+        self.say(now, id, &Frame::Subscribe(wanted), Way::Stream);
+    }
+
+    pub(super) fn hear_subscribe(&mut self, now: Instant, from: NodeId, wanted: bool) {
+        if !wanted {
+            self.subscribers.remove(&from);
+            return;
+        }
+        let is_known = self.subscribers.contains(&from);
+        let has_room = self.subscribers.len() < SUBSCRIBERS_MAX;
+        if !is_known && !has_room && !self.relaying.is_of_ours(from) {
+            self.say(now, from, &Frame::NotSubscribed(REFUSED_FOR), Way::Stream);
+            return;
+        }
+        self.subscribers.insert(from);
+        if let Some(bytes) = self.reporter.first(now) {
+            self.send(now, from, bytes, Way::Datagram);
+        }
+    }
+
+    pub(super) fn not_subscribed(&mut self, now: Instant, from: NodeId, wait: Duration) {
+        if let Some(link) = self.links.up.get_mut(&from) {
+            link.subscribed = false;
+            self.subscriptions.refused(now, from, wait);
+        }
+    }
+
+    pub(super) fn sampled(
+        &mut self,
+        now: Instant,
+        loads: Vec<Load>,
+        arrivals: Vec<(RegionName, u64)>,
+    ) {
+        if self.relaying.is_relay() {
+            let frame = LoadFrame {
+                epoch: self.own.epoch,
+                sequence: 0,
+                descriptor_version: self.descriptor.version,
+                sample_age: Duration::ZERO,
+                next: Duration::from_secs(1),
+                draining: self.is_leaving,
+                engines: loads.clone(),
+                arrivals: vec![],
+            };
+            self.own_figures = Some((frame, now));
+        }
+        self.reporter.sampled(now, loads, arrivals);
+    }
+
+    /// Says how pressed this node is, if that is due.
+    pub(super) fn report(&mut self, now: Instant) {
+        let Some(bytes) = self.reporter.poll(now, self.subscribers.len()) else { return };
+        let subscribers: Vec<_> = self.subscribers.iter().copied().collect();
+        for id in subscribers {
+            self.send(now, id, bytes.clone(), Way::Datagram);
+        }
+    }
+
+    pub(super) fn hear_load(&mut self, now: Instant, from: NodeId, mut frame: LoadFrame) {
+        let Some(link) = self.links.up.get_mut(&from) else { return };
+        if frame.epoch > link.epoch {
+            return self.strike(now, from, Offence::Lie, "a load frame of another process");
+        }
+        if frame.epoch < link.epoch || link.load.is_some_and(|(last, _)| frame.sequence <= last) {
+            return;
+        }
+        link.load = Some((frame.sequence, now));
+        let rtt = link.rtt;
+        if !link.subscribed && !link.is_legacy() {
+            return;
+        }
+        self.cut(from, &mut frame);
+        if self.relaying.is_relay() && self.region.is_active(from) {
+            let age = frame.sample_age + rtt / 2;
+            let sampled = now.checked_sub(age).unwrap_or(now);
+            self.figures.insert(from, (frame.clone(), sampled));
+        }
+        self.event(Event::Load { id: from, frame: Box::new(frame), rtt });
+    }
+
+    /// Nobody has more slots than its descriptor says.
+    fn cut(&self, from: NodeId, frame: &mut LoadFrame) {
+        let card = self.cards.get(from);
+        let body = card.and_then(|card| self.bodies.get(&card.facts.descriptor));
+        let Some(descriptor) = body.filter(|body| body.version == frame.descriptor_version) else {
+            return;
+        };
+        for (load, engine) in frame.engines.iter_mut().zip(&descriptor.engines) {
+            *load = within(*load, engine.slots);
+        }
+    }
+
+    // Nodes of version 1.
+
+    pub(super) fn greet_legacy(&mut self, now: Instant, peer: &Peer, epoch: u64, dialled: bool) {
+        self.event(Event::Legacy { peer: peer.clone(), epoch });
+        let Some(link) = self.links.get(peer.id) else { return };
+        // Whoever dials subscribes, and is told nothing else.
+        if link.dialled.1 && (dialled || self.subscribers.len() < SUBSCRIBERS_MAX) {
+            self.subscribers.insert(peer.id);
+        }
+        if !dialled {
+            self.say_descriptor(now, peer.id);
+            if let Some(bytes) = self.reporter.first(now) {
+                self.send(now, peer.id, bytes, Way::Datagram);
+            }
+        }
+    }
+
+    pub(super) fn hear_legacy(&mut self, now: Instant, from: NodeId, frame: Frame) {
+        let Some(link) = self.links.get(from) else { return };
+        match frame {
+            Frame::Descriptor(descriptor) => {
+                let (id, epoch) = (from, link.epoch);
+                self.event(Event::Described { id, epoch, descriptor: Arc::new(descriptor) });
+            }
+            Frame::Load(frame) => self.hear_load(now, from, frame),
+            _ => {}
+        }
+    }
+
+    // D: what regions have.
+
+    fn digest(&mut self, now: Instant) {
+        let age = |sampled: &Instant| now.saturating_duration_since(*sampled);
+        let others = self.figures.iter().filter(|(id, _)| self.region.is_active(**id));
+        let others = others.filter_map(|(id, (frame, sampled))| {
+            let card = self.cards.get(*id)?;
+            let descriptor = self.bodies.get(&card.facts.descriptor)?;
+            Some(Sample { card, descriptor, frame, age: age(sampled) })
+        });
+        let (card, descriptor) = (&self.card, &self.descriptor);
+        let own = self.own_figures.as_ref().map(|(frame, sampled)| Sample {
+            card,
+            descriptor,
+            frame,
+            age: age(sampled),
+        });
+        self.digester.sum(now, others.chain(own));
+        let mut receivers: Vec<_> = self.relaying.partners().collect();
+        if self.region.active() >= DIGEST_ABOVE {
+            receivers.extend(self.ordinary());
+        }
+        for to in receivers.into_iter().filter(|id| self.links.is_up(*id)).collect::<Vec<_>>() {
+            for digest in self.digester.digests(now, &mut self.rng) {
+                self.say(now, to, &Frame::Digest(digest), Way::Datagram);
+            }
+        }
+    }
+
+    /// The linked nodes of this region that are no relays.
+    fn ordinary(&self) -> Vec<NodeId> {
+        let is_one = |id: &NodeId| self.region.is_active(*id) && !self.relaying.is_of_ours(*id);
+        self.links.up.keys().copied().filter(is_one).collect()
+    }
+
+    pub(super) fn hear_digest(&mut self, now: Instant, from: NodeId, mut digest: Digest) {
+        let Some(link) = self.links.get(from) else { return };
+        let is_theirs = link.peer.region == digest.region;
+        let is_of_region = link.peer.region == self.own.region;
+        let (epoch, one_way) = (link.epoch, link.rtt / 2);
+        match digest.relay {
+            None if !is_theirs => {
+                self.strike(now, from, Offence::Lie, "a digest of another region as its own");
+            }
+            None if digest.epoch > epoch => {
+                self.strike(now, from, Offence::Lie, "a digest of another process");
+            }
+            None if is_of_region => {
+                if self.relaying.is_of_ours(from) {
+                    self.regions.take(now, from, digest, one_way);
+                }
+            }
+            None => {
+                if self.relay.as_ref().is_some_and(|relay| relay.is_active(from)) {
+                    self.hand_on(now, from, &digest);
+                    digest.relay = Some(from);
+                    self.regions.take(now, from, digest, one_way);
+                }
+            }
+            Some(relay) => {
+                if !is_of_region || !self.relaying.is_of_ours(from) {
+                    return;
+                }
+                match self.cards.get(relay) {
+                    Some(card) if card.region == digest.region => {
+                        self.regions.take(now, from, digest, one_way);
+                    }
+                    Some(_) => {
+                        self.strike(now, from, Offence::Strike, "a digest of a relay of elsewhere");
+                    }
+                    None => {
+                        let update = foca::Member::alive(crate::Pair {
+                            id: relay,
+                            epoch: digest.epoch,
+                            bump: 0,
+                        });
+                        if self.cards.miss(now, Pool::Relays, update, from) {
+                            self.ask_cards(now, from, Pool::Relays, vec![relay]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// A partner's digest goes to everybody of this region that is linked, once, and as it came.
+    fn hand_on(&mut self, now: Instant, from: NodeId, digest: &Digest) {
+        let one_way = self.links.get(from).map_or(Duration::ZERO, |link| link.rtt / 2);
+        let age = digest.age + one_way;
+        let digest = Digest { relay: Some(from), age, ..digest.clone() };
+        let bytes: bytes::Bytes = encode(&Frame::Digest(digest)).into();
+        let linked = self.links.up.keys().copied().filter(|id| self.region.is_active(*id));
+        for to in linked.collect::<Vec<_>>() {
+            self.send(now, to, bytes.clone(), Way::Datagram);
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! Who speaks for the region, and with whom in others: whether this node is a relay, and who its partners are.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use base::RegionName;
+use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng, seq::IndexedRandom as _};
+
+use super::{Mesh, Way};
+use crate::{
+    Frame, Judge, NodeId, Pool,
+    pool::Members,
+    relays::{RELAYS, elect, weight},
+};
+
+/// A node that ranks among the relays becomes one after this, and one that does not any more ceases after that: in between
+/// somebody may come back.
+const BECOME: Duration = Duration::from_secs(2);
+const CEASE: Duration = Duration::from_secs(10);
+/// Relays asked to take this one into their pool at once.
+const ANNOUNCE_MAX: usize = 8;
+/// A relay asks somebody for relays of other regions in so many rounds.
+const ASK_ROUNDS: u64 = 30;
+
+/// What this node is to its region.
+#[derive(Debug)]
+pub(super) struct Relaying {
+    /// The relays of this region, in their order.
+    ours: Vec<NodeId>,
+    is_stale: bool,
+    is_relay: bool,
+    /// Since when this node is what it should not be.
+    since: Option<Instant>,
+    /// Pools of relays so far: timers of an older one are void.
+    generation: u32,
+    partners: BTreeMap<RegionName, NodeId>,
+    are_partners_stale: bool,
+}
+
+impl Relaying {
+    pub(super) fn new() -> Self {
+        Self {
+            ours: Vec::new(),
+            is_stale: true,
+            is_relay: false,
+            since: None,
+            generation: 0,
+            partners: BTreeMap::new(),
+            are_partners_stale: false,
+        }
+    }
+
+    pub(super) fn is_relay(&self) -> bool {
+        self.is_relay
+    }
+
+    /// Whether `id` is a relay of this region.
+    pub(super) fn is_of_ours(&self, id: NodeId) -> bool {
+        self.ours.contains(&id)
+    }
+
+    pub(super) fn ours(&self) -> &[NodeId] {
+        &self.ours
+    }
+
+    /// A relay that knows none in other regions.
+    pub(super) fn is_lonely(&self) -> bool {
+        self.is_relay && self.partners.is_empty()
+    }
+
+    pub(super) fn generation(&self, pool: Pool) -> u32 {
+        if pool == Pool::Relays { self.generation } else { 0 }
+    }
+
+    pub(super) fn partners(&self) -> impl Iterator<Item = NodeId> {
+        self.partners.values().copied()
+    }
+
+    /// Whether this node needs a link with `id`.
+    pub(super) fn needs(&self, id: NodeId) -> bool {
+        self.ours.contains(&id) || self.partners.values().any(|partner| *partner == id)
+    }
+
+    pub(super) fn all_needed(&self) -> impl Iterator<Item = NodeId> {
+        self.ours.iter().copied().chain(self.partners())
+    }
+
+    pub(super) fn links_changed(&mut self) {
+        self.are_partners_stale = true;
+    }
+}
+
+impl<J: Judge> Mesh<J> {
+    /// Somebody of a pool came or went.
+    pub(super) fn relays_change(&mut self, pool: Pool, id: NodeId, was: bool, is: bool) {
+        if was == is {
+            return;
+        }
+        if pool == Pool::Relays {
+            self.relaying.are_partners_stale = true;
+            return;
+        }
+        let key = self.own.region.as_str().as_bytes();
+        let ours = &self.relaying.ours;
+        let zone = |id: NodeId| self.cards.get(id).and_then(|card| card.facts.zone.as_ref());
+        let matters = if is {
+            let lightest = ours.iter().map(|id| weight(*id, key)).min();
+            let is_new_zone =
+                zone(id).is_some() && !ours.iter().any(|other| zone(*other) == zone(id));
+            ours.len() < RELAYS || is_new_zone || lightest.is_some_and(|l| weight(id, key) > l)
+        } else {
+            ours.contains(&id)
+        };
+        self.relaying.is_stale |= matters;
+    }
+
+    /// Once a second: who the relays are, whether this node is one, and with whom it speaks.
+    pub(super) fn tend_relays(&mut self, now: Instant) {
+        if self.is_leaving || self.is_superseded {
+            return;
+        }
+        if std::mem::take(&mut self.relaying.is_stale) {
+            self.elect_relays();
+        }
+        let should = self.relaying.ours.contains(&self.own.id);
+        if should == self.relaying.is_relay {
+            self.relaying.since = None;
+        } else {
+            let since = *self.relaying.since.get_or_insert(now);
+            if now >= since + if should { BECOME } else { CEASE } {
+                self.relaying.since = None;
+                if should { self.become_relay(now) } else { self.cease_relay(now) }
+            }
+        }
+        if self.relaying.is_relay {
+            if std::mem::take(&mut self.relaying.are_partners_stale) {
+                self.choose_partners();
+            }
+            let interval = if self.relaying.is_lonely() { ASK_ROUNDS / 6 } else { ASK_ROUNDS };
+            if self.rounds.is_multiple_of(interval) {
+                self.ask_for_relays(now);
+            }
+        }
+    }
+
+    fn elect_relays(&mut self) {
+        let key = self.own.region.as_str().as_bytes();
+        let alive = self.region.all().filter(|(_, seen)| seen.is_active()).map(|(id, _)| id);
+        let zone = |id: NodeId| {
+            if id == self.own.id {
+                return self.own.zone.as_ref();
+            }
+            self.cards.get(id).and_then(|card| card.facts.zone.as_ref())
+        };
+        let ours = elect(key, alive.chain([self.own.id]), zone);
+        if ours != self.relaying.ours {
+            self.relaying.ours = ours;
+            self.relaying.are_partners_stale = true;
+        }
+    }
+
+    fn become_relay(&mut self, now: Instant) {
+        self.relaying.is_relay = true;
+        self.relaying.generation = self.relaying.generation.wrapping_add(1);
+        let rng = SmallRng::seed_from_u64(self.rng.random());
+        self.relay = Some(Members::new(Pool::Relays, self.card.pair(), rng));
+        self.subscriptions.relays(now, true);
+        self.own_figures = None;
+        let known = self
+            .cards
+            .all()
+            .filter(|card| card.region != self.own.region || self.relaying.is_of_ours(card.id));
+        let known: Vec<_> = known.map(|card| card.id).collect();
+        self.announce_to(now, &known);
+        self.ask_for_relays(now);
+    }
+
+    fn cease_relay(&mut self, now: Instant) {
+        self.say_farewell(now, Pool::Relays);
+        self.relaying.is_relay = false;
+        self.relaying.partners.clear();
+        self.relay = None;
+        self.figures.clear();
+        self.own_figures = None;
+        self.subscriptions.relays(now, false);
+    }
+
+    /// Asks nodes whether they take this relay into their pool.
+    fn announce_to(&mut self, now: Instant, ids: &[NodeId]) {
+        let Some(relay) = &mut self.relay else { return };
+        let strangers = ids.iter().filter(|id| !relay.is_active(**id));
+        let pairs: Vec<_> =
+            strangers.filter_map(|id| self.cards.pair(*id)).take(ANNOUNCE_MAX).collect();
+        pairs.into_iter().for_each(|pair| relay.announce(pair));
+        self.settle(now, Pool::Relays);
+    }
+
+    /// Asks somebody which relays other regions have, and some that are known already whether they listen.
+    fn ask_for_relays(&mut self, now: Instant) {
+        let others = self.cards.all().filter(|card| card.region != self.own.region);
+        let mut others: Vec<_> = others.map(|card| card.id).collect();
+        others.retain(|id| !self.relay.as_ref().is_some_and(|relay| relay.seen(*id).is_some()));
+        let few: Vec<_> = others.sample(&mut self.rng, 2).copied().collect();
+        self.announce_to(now, &few);
+        let linked = self.links.up.iter().filter(|(_, link)| !link.is_legacy());
+        let linked: Vec<_> = linked.map(|(id, _)| *id).collect();
+        if let Some(id) = linked.choose(&mut self.rng) {
+            self.say(now, *id, &Frame::CardsAsk(Pool::Relays, vec![]), Way::Stream);
+        }
+    }
+
+    /// Somebody told of relays.
+    pub(super) fn hear_of_relays(&mut self, now: Instant, ids: &[NodeId]) {
+        let is_ours =
+            |id: &NodeId| self.cards.get(*id).is_some_and(|card| card.region == self.own.region);
+        let (ours, others): (Vec<_>, Vec<_>) = ids.iter().copied().partition(is_ours);
+        for id in ours {
+            // The way into this node's region, if it came by another.
+            if self.region.active() < RELAYS {
+                self.plan_dial(now, id, None);
+            }
+        }
+        self.announce_to(now, &others);
+    }
+
+    /// In every other region the relay of the same rank, or if that cannot be reached the next.
+    fn choose_partners(&mut self) {
+        let Some(relay) = &self.relay else { return };
+        let rank = self.relaying.ours.iter().position(|id| *id == self.own.id).unwrap_or(0);
+        let mut regions: BTreeMap<&RegionName, Vec<NodeId>> = BTreeMap::new();
+        for (id, _) in relay.all().filter(|(_, seen)| seen.is_active()) {
+            if let Some(card) = self.cards.get(id).filter(|card| card.region != self.own.region) {
+                regions.entry(&card.region).or_default().push(id);
+            }
+        }
+        let zone = |id: NodeId| self.cards.get(id).and_then(|card| card.facts.zone.as_ref());
+        let is_reached =
+            |id: &NodeId| self.links.dials.get(id).is_none_or(|dial| dial.failures == 0);
+        let chosen = regions.into_iter().filter_map(|(region, ids)| {
+            let mut relays = elect(region.as_str().as_bytes(), ids.into_iter(), zone);
+            let start = rank % relays.len().max(1);
+            relays.rotate_left(start);
+            let partner = relays.iter().find(|id| is_reached(id)).or(relays.first())?;
+            Some((region.clone(), *partner))
+        });
+        self.relaying.partners = chosen.collect();
+    }
+}

@@ -1,0 +1,302 @@
+//! Who breaks the rules, and is not listened to for a while.
+//!
+//! What cannot be a mistake costs a minute at once; what may be one counts, and five within a minute cost the same. Each
+//! further time costs twice as much, up to an hour.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use crate::{NodeId, Peer};
+
+const STRIKES_MAX: u32 = 5;
+const WINDOW: Duration = Duration::from_secs(60);
+const QUARANTINE: Duration = Duration::from_secs(60);
+const QUARANTINE_MAX: Duration = Duration::from_secs(3600);
+/// A node that behaved for so long has a clean record.
+const CLEAN_AFTER: Duration = Duration::from_secs(2 * 3600);
+/// Nodes remembered.
+const RECORDS_MAX: usize = 1024;
+/// New ids one node may bring in a minute.
+const NEW_IDS_MAX: u32 = 2048;
+/// Cards one node may name and not have, in a minute.
+const UNANSWERED_MAX: u32 = 32;
+/// Who calls others down that were just heard may be mistaken about so many of them, and so often, in a minute.
+const FALSE_DOWN_NODES: usize = 3;
+const FALSE_DOWNS: u32 = 5;
+/// Cards that are not believed count once in this: whoever trusts another authority brings many at once.
+const DISBELIEF: Duration = Duration::from_secs(5);
+
+/// What a node did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Offence {
+    /// It cannot have been a mistake.
+    Lie,
+    /// It may have been one.
+    Strike,
+}
+
+/// Everybody's record.
+#[derive(Debug, Default)]
+pub(crate) struct Strikes {
+    records: BTreeMap<NodeId, Record>,
+}
+
+#[derive(Debug)]
+struct Record {
+    peer: Peer,
+    strikes: Count,
+    new_ids: Count,
+    unanswered: Count,
+    false_downs: Count,
+    victims: Vec<NodeId>,
+    disbelieved: Option<Instant>,
+    /// The end of the quarantine, how long it was, and why.
+    quarantine: Option<(Instant, Duration, String)>,
+}
+
+/// How often something happened within a minute.
+#[derive(Clone, Copy, Debug, Default)]
+struct Count {
+    since: Option<Instant>,
+    number: u32,
+}
+
+impl Count {
+    fn more(&mut self, now: Instant) -> u32 {
+        if self.since.is_none_or(|since| now >= since + WINDOW) {
+            *self = Self { since: Some(now), number: 0 };
+        }
+        self.number = self.number.saturating_add(1);
+        self.number
+    }
+}
+
+impl Strikes {
+    /// Node `peer` did something. Returns until when it is in quarantine, if that begins now.
+    pub(crate) fn commit(
+        &mut self,
+        now: Instant,
+        peer: &Peer,
+        offence: Offence,
+        why: &str,
+    ) -> Option<Instant> {
+        let record = self.record(now, peer)?;
+        if record.is_quarantined(now) {
+            return None;
+        }
+        let strikes = record.strikes.more(now);
+        if offence == Offence::Strike && strikes < STRIKES_MAX {
+            return None;
+        }
+        let before = record.quarantine.as_ref().map(|(.., length, _)| *length);
+        let length = before.map_or(QUARANTINE, |before| (before * 2).min(QUARANTINE_MAX));
+        record.strikes = Count::default();
+        record.quarantine = Some((now + length, length, why.to_owned()));
+        Some(now + length)
+    }
+
+    pub(crate) fn is_quarantined(&self, now: Instant, id: NodeId) -> bool {
+        self.records.get(&id).is_some_and(|record| record.is_quarantined(now))
+    }
+
+    /// Who is in quarantine, how long yet, and why.
+    pub(crate) fn quarantined(&self, now: Instant) -> Vec<(Peer, Duration, String)> {
+        let shown = |record: &Record| {
+            let (until, _, why) = record.quarantine.as_ref()?;
+            (now < *until).then(|| (record.peer.clone(), *until - now, why.clone()))
+        };
+        self.records.values().filter_map(shown).collect()
+    }
+
+    /// `peer` brought a node nobody knew. Returns whether it is taken.
+    pub(crate) fn new_id(&mut self, now: Instant, peer: &Peer) -> bool {
+        self.record(now, peer).is_some_and(|record| record.new_ids.more(now) <= NEW_IDS_MAX)
+    }
+
+    /// `peer` spoke of a node whose card it does not have. Returns whether that is too often.
+    pub(crate) fn unanswered(&mut self, now: Instant, peer: &Peer) -> bool {
+        self.record(now, peer).is_some_and(|record| record.unanswered.more(now) > UNANSWERED_MAX)
+    }
+
+    /// `peer` calls `victim` down, which was heard just now. Returns whether that is too often.
+    pub(crate) fn false_down(&mut self, now: Instant, peer: &Peer, victim: NodeId) -> bool {
+        let Some(record) = self.record(now, peer) else { return false };
+        let times = record.false_downs.more(now);
+        if times == 1 {
+            record.victims.clear();
+        }
+        if !record.victims.contains(&victim) && record.victims.len() < FALSE_DOWN_NODES {
+            record.victims.push(victim);
+        }
+        record.victims.len() >= FALSE_DOWN_NODES || times >= FALSE_DOWNS
+    }
+
+    /// `peer` brought a card that is not believed. Returns whether it counts.
+    pub(crate) fn disbelieved(&mut self, now: Instant, peer: &Peer) -> bool {
+        let Some(record) = self.record(now, peer) else { return false };
+        let counts = record.disbelieved.is_none_or(|last| now >= last + DISBELIEF);
+        if counts {
+            record.disbelieved = Some(now);
+        }
+        counts
+    }
+
+    /// Forgets who has behaved for long.
+    pub(crate) fn sweep(&mut self, now: Instant) {
+        self.records.retain(|_, record| !record.is_clean(now));
+    }
+
+    fn record(&mut self, now: Instant, peer: &Peer) -> Option<&mut Record> {
+        if self.records.len() >= RECORDS_MAX && !self.records.contains_key(&peer.id) {
+            self.sweep(now);
+            if self.records.len() >= RECORDS_MAX {
+                return None;
+            }
+        }
+        Some(self.records.entry(peer.id).or_insert_with(|| Record {
+            peer: peer.clone(),
+            strikes: Count::default(),
+            new_ids: Count::default(),
+            unanswered: Count::default(),
+            false_downs: Count::default(),
+            victims: Vec::new(),
+            disbelieved: None,
+            quarantine: None,
+        }))
+    }
+}
+
+impl Record {
+    fn is_quarantined(&self, now: Instant) -> bool {
+        self.quarantine.as_ref().is_some_and(|(until, ..)| now < *until)
+    }
+
+    fn is_clean(&self, now: Instant) -> bool {
+        let counts = [self.strikes, self.new_ids, self.unanswered, self.false_downs];
+        let is_over = |count: &Count| count.since.is_none_or(|since| now >= since + WINDOW);
+        counts.iter().all(is_over)
+            && self.quarantine.as_ref().is_none_or(|(until, ..)| now >= *until + CLEAN_AFTER)
+    }
+}
+
+/// What one node may send: frames and bytes, each a bucket that fills with time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rate {
+    frames: f32,
+    bytes: f32,
+    at: Instant,
+    /// The last second in which there was too much.
+    struck: Option<Instant>,
+}
+
+/// What fits: the frames of an ordinary node, or of a relay that hands on digests.
+const FRAMES_PER_S: f32 = 200.0;
+const FRAMES_PER_S_RELAY: f32 = 2000.0;
+const BYTES_PER_S: f32 = 1e6;
+/// Two seconds of frames, four of bytes: all cards of a region come at once.
+const FRAMES_BURST_S: f32 = 2.0;
+const BYTES_BURST_S: f32 = 4.0;
+
+/// Whether a frame is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Passage {
+    /// It is.
+    Taken,
+    /// It is dropped.
+    Dropped,
+    /// It is dropped, and that counts.
+    Struck,
+}
+
+impl Rate {
+    pub(crate) fn new(now: Instant) -> Self {
+        Self {
+            frames: FRAMES_PER_S * FRAMES_BURST_S,
+            bytes: BYTES_PER_S * BYTES_BURST_S,
+            at: now,
+            struck: None,
+        }
+    }
+
+    /// A frame of `bytes` came; what was asked for (`bytes` 0) weighs nothing.
+    pub(crate) fn take(&mut self, now: Instant, bytes: usize, is_relay: bool) -> Passage {
+        let passed = now.saturating_duration_since(self.at).as_secs_f32();
+        self.at = self.at.max(now);
+        let per_s = if is_relay { FRAMES_PER_S_RELAY } else { FRAMES_PER_S };
+        self.frames = (self.frames + passed * per_s).min(per_s * FRAMES_BURST_S);
+        self.bytes = (self.bytes + passed * BYTES_PER_S).min(BYTES_PER_S * BYTES_BURST_S);
+        let weight = f32::from(u16::try_from(bytes).unwrap_or(u16::MAX));
+        if self.frames >= 1.0 && self.bytes >= weight {
+            self.frames -= 1.0;
+            self.bytes -= weight;
+            return Passage::Taken;
+        }
+        let is_new = self.struck.is_none_or(|last| now >= last + Duration::from_secs(1));
+        if is_new {
+            self.struck = Some(now);
+            return Passage::Struck;
+        }
+        Passage::Dropped
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer() -> Peer {
+        let id = NodeId([1; 16]);
+        Peer { id, node: "a".parse().unwrap(), region: "r".parse().unwrap() }
+    }
+
+    #[test]
+    fn five_strikes_in_a_minute_or_one_lie_are_a_minute_and_then_twice_as_much() {
+        let now = base::clock::now();
+        let mut strikes = Strikes::default();
+        for _ in 0..4 {
+            assert_eq!(strikes.commit(now, &peer(), Offence::Strike, "x"), None);
+        }
+        let until = strikes.commit(now, &peer(), Offence::Strike, "x");
+        assert_eq!(until, Some(now + QUARANTINE));
+        assert!(strikes.is_quarantined(now, peer().id));
+        let later = now + QUARANTINE;
+        assert!(!strikes.is_quarantined(later, peer().id));
+        let until = strikes.commit(later, &peer(), Offence::Lie, "y");
+        assert_eq!(until, Some(later + 2 * QUARANTINE));
+        strikes.sweep(later + Duration::from_secs(10_000));
+        assert!(strikes.quarantined(later).is_empty());
+    }
+
+    #[test]
+    fn strikes_that_are_far_apart_do_not_add_up() {
+        let now = base::clock::now();
+        let mut strikes = Strikes::default();
+        for i in 0..50 {
+            let at = now + i * Duration::from_secs(16);
+            assert_eq!(strikes.commit(at, &peer(), Offence::Strike, "x"), None);
+        }
+    }
+
+    #[test]
+    fn a_node_may_send_so_much_and_no_more() {
+        let now = base::clock::now();
+        let mut rate = Rate::new(now);
+        let taken = |rate: &mut Rate, n: usize, bytes, relay| {
+            (0..n).filter(|_| rate.take(now, bytes, relay) == Passage::Taken).count()
+        };
+        assert_eq!(taken(&mut rate, 1000, 100, false), 400);
+        let mut rate = Rate::new(now);
+        assert_eq!(taken(&mut rate, 400, 60_000, false), 66);
+        assert_eq!(rate.take(now + Duration::from_secs(1), 60_000, false), Passage::Taken);
+    }
+
+    #[test]
+    fn excess_counts_once_a_second() {
+        let now = base::clock::now();
+        let mut rate = Rate::new(now);
+        let all: Vec<_> = (0..1000).map(|_| rate.take(now, 0, false)).collect();
+        assert_eq!(all.iter().filter(|p| **p == Passage::Struck).count(), 1);
+    }
+}

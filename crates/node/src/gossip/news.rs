@@ -1,0 +1,103 @@
+//! What the log says of the others: who came, who went, and why. The machine calls them by id; people call them by name.
+
+use std::collections::BTreeMap;
+
+use base::{NodeName, RegionName, clock};
+use membership::{Event, NodeId, Peer, Transport};
+
+/// Names that are kept: more nodes than a mesh has.
+const NAMES_MAX: usize = 20_000;
+
+/// Tells the log.
+#[derive(Debug, Default)]
+pub(super) struct Teller {
+    names: BTreeMap<NodeId, Known>,
+}
+
+/// A node that the log has spoken of.
+#[derive(Debug)]
+struct Known {
+    node: NodeName,
+    region: RegionName,
+    /// Whether the log calls it down or gone.
+    is_down: bool,
+}
+
+impl Teller {
+    pub(super) fn link_up(&mut self, peer: &Peer, transport: Transport) {
+        self.know(peer.id, &peer.node, &peer.region);
+        let over = match transport {
+            Transport::Quic => "QUIC",
+            Transport::Tcp => "TCP",
+        };
+        tracing::debug!(peer = %peer.node, region = %peer.region, over, "a gossip link works");
+    }
+
+    pub(super) fn link_down(&self, id: NodeId, why: &str) {
+        let Some(Known { node, region, .. }) = self.names.get(&id) else { return };
+        tracing::debug!(peer = %node, %region, why, "a gossip link ended");
+    }
+
+    /// News from the machine.
+    pub(super) fn tell(&mut self, event: &Event) {
+        match event {
+            Event::Member(card) => self.member(card.id, &card.node, &card.region),
+            Event::Legacy { peer, .. } => {
+                self.know(peer.id, &peer.node, &peer.region);
+                tracing::info!(peer = %peer.node, region = %peer.region, "a peer of an older release is linked");
+            }
+            Event::Reachable { id, is } => self.reachable(*id, *is),
+            Event::Down { id, left } => self.down(*id, *left),
+            Event::Forgotten(id) => drop(self.names.remove(id)),
+            Event::Suspected { id, is } => {
+                let Some(Known { node, region, .. }) = self.names.get(id) else { return };
+                let said = if *is { "a node is suspected" } else { "a node is suspected no more" };
+                tracing::debug!(%node, %region, said);
+            }
+            Event::Quarantined { peer, until, why } => {
+                let for_s = until.saturating_duration_since(clock::now()).as_secs();
+                tracing::warn!(node = %peer.node, region = %peer.region, why, for_s, "a node broke the rules: it is not listened to for a while");
+            }
+            Event::Superseded { .. } => {}
+            Event::Note(note) => tracing::info!("{note}"),
+            Event::Described { .. } | Event::Load { .. } | Event::Region(_) => {}
+        }
+    }
+
+    fn know(&mut self, id: NodeId, node: &NodeName, region: &RegionName) -> bool {
+        if self.names.len() >= NAMES_MAX || self.names.contains_key(&id) {
+            return false;
+        }
+        let known = Known { node: node.clone(), region: region.clone(), is_down: false };
+        self.names.insert(id, known).is_none()
+    }
+
+    fn member(&mut self, id: NodeId, node: &NodeName, region: &RegionName) {
+        let is_new = self.know(id, node, region);
+        let was_down =
+            self.names.get_mut(&id).is_some_and(|known| std::mem::take(&mut known.is_down));
+        if is_new || was_down {
+            tracing::info!(%node, %region, "a node is a member");
+        }
+    }
+
+    fn reachable(&mut self, id: NodeId, is: bool) {
+        let Some(Known { node, region, is_down }) = self.names.get_mut(&id) else { return };
+        if is {
+            *is_down = false;
+            tracing::info!(%node, %region, "a node is reachable");
+        } else {
+            tracing::info!(%node, %region, "a node is not reachable");
+        }
+    }
+
+    fn down(&mut self, id: NodeId, left: bool) {
+        let Some(Known { node, region, is_down }) = self.names.get_mut(&id) else { return };
+        *is_down = true;
+        if left {
+            tracing::info!(%node, %region, "a node has left");
+        } else {
+            tracing::warn!(%node, %region, "a node is down");
+        }
+    }
+}
