@@ -155,6 +155,10 @@ impl World {
 
     /// A node `region/name`, with the first one as its seed.
     pub(super) fn add(&mut self, name: &str) -> usize {
+        self.add_at(name, 100)
+    }
+
+    pub(super) fn add_at(&mut self, name: &str, epoch: u64) -> usize {
         let index = self.nodes.len();
         let seed = self.rng.random();
         self.nodes.push(Node {
@@ -166,27 +170,13 @@ impl World {
             seed,
             wake: None,
         });
-        self.start(index, 100, &[0]);
+        self.start(index, epoch, &[0]);
         index
     }
 
     pub(super) fn start(&mut self, index: usize, epoch: u64, seeds: &[usize]) {
-        let node = &self.nodes[index];
-        let peer = node.peer();
-        let own = Own {
-            id: peer.id,
-            node: peer.node.clone(),
-            region: peer.region.clone(),
-            zone: None,
-            trust_domain: "mesh.example".parse().unwrap(),
-            epoch,
-            peers: format!("n{index}:2"),
-            gossip: format!("n{index}:1"),
-            release: "0.1.0".into(),
-        };
-        let toy = Toy { name: node.name.clone(), shelf: Arc::clone(&self.shelf) };
-        let described = descriptor(peer.node.as_str());
-        let mesh = Mesh::new(own, described, toy, self.now, node.seed).unwrap();
+        let (name, seed) = (self.nodes[index].name.clone(), self.nodes[index].seed);
+        let mesh = self.make(&name, &format!("n{index}"), epoch, seed);
         self.nodes[index].mesh = Some(mesh);
         let seeds = seeds.iter().map(|seed| Seed {
             address: format!("n{seed}:1"),
@@ -197,6 +187,28 @@ impl World {
         self.at(200 * MS, What::Sample(index));
     }
 
+    /// A machine that is not in the network.
+    pub(super) fn machine(&self, name: &str) -> Mesh<Toy> {
+        self.make(name, "nowhere", 100, 1)
+    }
+
+    fn make(&self, name: &str, host: &str, epoch: u64, seed: u64) -> Mesh<Toy> {
+        let (region, node) = name.split_once('/').unwrap();
+        let own = Own {
+            id: id_of(name),
+            node: node.parse().unwrap(),
+            region: region.parse().unwrap(),
+            zone: None,
+            trust_domain: "mesh.example".parse().unwrap(),
+            epoch,
+            peers: format!("{host}:2"),
+            gossip: format!("{host}:1"),
+            release: "0.1.0".into(),
+        };
+        let toy = Toy { name: name.to_owned(), shelf: Arc::clone(&self.shelf) };
+        Mesh::new(own, descriptor(node), toy, self.now, seed).unwrap()
+    }
+
     pub(super) fn mesh(&self, index: usize) -> &Mesh<Toy> {
         self.nodes[index].mesh.as_ref().unwrap()
     }
@@ -205,8 +217,10 @@ impl World {
         id_of(&self.nodes[index].name)
     }
 
-    fn index(&self, id: NodeId) -> Option<usize> {
-        self.nodes.iter().position(|node| id_of(&node.name) == id)
+    /// Who is linked with `from` under this id: two may have the same.
+    fn linked(&self, from: usize, id: NodeId) -> Option<usize> {
+        let is_linked = |to: &usize| self.links.contains(&(from.min(*to), from.max(*to)));
+        (0..self.nodes.len()).filter(|to| self.id(*to) == id).find(is_linked)
     }
 
     fn at(&mut self, after: Duration, what: What) {
@@ -229,7 +243,7 @@ impl World {
                 Output::Send { to, bytes, way } => self.send(index, to, bytes, way),
                 Output::Dial(target) => self.dial(index, target),
                 Output::Close { id, .. } => {
-                    if let Some(other) = self.index(id) {
+                    if let Some(other) = self.linked(index, id) {
                         self.unlink(index, other);
                     }
                 }
@@ -246,13 +260,12 @@ impl World {
     }
 
     fn send(&mut self, from: usize, to: NodeId, bytes: Bytes, way: Way) {
-        let Some(to) = self.index(to) else { return };
+        let Some(to) = self.linked(from, to) else { return };
         assert!(bytes.len() <= crate::STREAM_BYTES_MAX);
         assert!(way == Way::Stream || bytes.len() <= DATAGRAM_BYTES_MAX);
         self.sent += bytes.len() as u64;
-        let is_linked = self.links.contains(&(from.min(to), from.max(to)));
         let is_lost = way == Way::Datagram && self.rng.random_bool(self.loss);
-        if is_linked && !is_lost && self.hears(from, to) {
+        if !is_lost && self.hears(from, to) {
             self.at(LATENCY, What::Frame { from, to, bytes });
         }
     }
@@ -298,6 +311,21 @@ impl World {
         }
     }
 
+    pub(super) fn heal(&mut self) {
+        self.cut.clear();
+    }
+
+    /// Frame `frame` comes to `to` as if `from` had sent it.
+    pub(super) fn forge(&mut self, from: usize, to: usize, frame: &Frame) {
+        let bytes = encode(frame).into();
+        self.forge_bytes(from, to, bytes);
+    }
+
+    pub(super) fn forge_bytes(&mut self, from: usize, to: usize, bytes: Bytes) {
+        let from = self.id(from);
+        self.input(to, Input::Frame { from, bytes, rtt: 2 * LATENCY });
+    }
+
     pub(super) fn run(&mut self, time: Duration) {
         let until = self.now + time;
         while let Some(Reverse((at, _, key))) = self.heap.peek().copied() {
@@ -331,8 +359,7 @@ impl World {
             }
             What::Dialled { from, to, target } => self.dialled(from, to, target),
             What::Lost { at, other } => {
-                let still =
-                    self.index(other).is_some_and(|o| self.links.contains(&(at.min(o), at.max(o))));
+                let still = self.linked(at, other).is_some();
                 if !still {
                     self.input(at, Input::LinkDown { id: other, why: "gone".into() });
                 }
@@ -370,6 +397,15 @@ impl World {
     }
 
     fn link(&mut self, from: usize, to: usize) {
+        // A link with the same name elsewhere is replaced.
+        for (at, other) in [(from, to), (to, from)] {
+            let id = self.id(other);
+            if let Some(before) = self.linked(at, id) {
+                self.links.remove(&(at.min(before), at.max(before)));
+                let other = self.id(at);
+                self.at(LATENCY, What::Lost { at: before, other });
+            }
+        }
         self.links.insert((from.min(to), from.max(to)));
         let hellos = [self.hello(from), self.hello(to)];
         let [from_hello, to_hello] = hellos;
@@ -403,7 +439,11 @@ impl World {
 
     /// Whether all of `nodes` see each other alive.
     pub(super) fn converged(&self, nodes: &[usize]) -> bool {
-        nodes.iter().all(|a| nodes.iter().all(|b| a == b || self.sees(*a, *b) == Liveness::Alive))
+        nodes.iter().all(|a| {
+            nodes
+                .iter()
+                .all(|b| a == b || matches!(self.sees(*a, *b), Liveness::Alive | Liveness::Suspect))
+        })
     }
 
     pub(super) fn when(&self, at: usize, wanted: impl Fn(&Event) -> bool) -> Option<Instant> {
