@@ -362,29 +362,32 @@ pub(super) struct Pulse {
     asked: Option<Instant>,
     /// When the last one was sent.
     asked_last: Option<Instant>,
-    rtt: Duration,
+    /// The round trip, once one was measured.
+    rtt: Option<Duration>,
     /// When `timer` is to fire.
     due: Instant,
     timer: Pin<Box<Sleep>>,
 }
 
 impl Pulse {
-    /// `rtt` is what is known before the first ping is answered.
-    pub(super) fn new(ping: PingPong, heard: Arc<Mutex<Instant>>, rtt: Duration) -> Self {
+    /// Asks at once.
+    pub(super) fn new(ping: PingPong, heard: Arc<Mutex<Instant>>) -> Self {
         let timer = Box::pin(tokio::time::sleep(Duration::ZERO));
         let due = clock::now();
-        Self { ping, heard, asked: None, asked_last: None, rtt, due, timer }
+        Self { ping, heard, asked: None, asked_last: None, rtt: None, due, timer }
     }
 
     /// Ready when a ping was answered, with the round trip now, smoothed as RFC 6298 does.
     fn poll_pong(&mut self, cx: &mut Context<'_>) -> Poll<Duration> {
         let Some(asked) = self.asked else { return Poll::Pending };
-        if std::task::ready!(self.ping.poll_pong(cx)).is_ok() {
-            let measured = clock::now().saturating_duration_since(asked);
-            self.rtt = (self.rtt * 7 + measured) / 8;
+        if std::task::ready!(self.ping.poll_pong(cx)).is_err() {
+            // The connection is over, and says so itself.
+            return Poll::Pending;
         }
         self.asked = None;
-        Poll::Ready(self.rtt)
+        let measured = clock::now().saturating_duration_since(asked);
+        let rtt = self.rtt.map_or(measured, |rtt| (rtt * 7 + measured) / 8);
+        Poll::Ready(*self.rtt.insert(rtt))
     }
 
     /// Asks again where nothing comes by itself; `false`: the other end is gone.

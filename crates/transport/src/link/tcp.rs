@@ -11,7 +11,6 @@ use bytes::Bytes;
 use h2::{RecvStream, SendStream, server::SendResponse};
 use http::{Method, Request, Response, StatusCode, uri::Authority};
 use rustls::pki_types::{CertificateDer, ServerName};
-use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -82,7 +81,7 @@ impl Drivers {
         link: Unstarted,
     ) -> Result<TcpLink, String> {
         let ping = connection.ping_pong().ok_or("the connection is in use already")?;
-        let pulse = Pulse::new(ping, link.heard, link.rtt);
+        let pulse = Pulse::new(ping, link.heard);
         let pipe = Arc::new(Pipe::new(body.flow_control().clone(), link.rtt));
         let driver = Driver::new(connection, (send, body), pipe.clone(), pulse);
         self.tasks.spawn(driver.run(self.stop.clone()));
@@ -387,7 +386,7 @@ fn tune(stream: &TcpStream) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     #[cfg(target_os = "linux")]
     {
-        let socket = SockRef::from(stream);
+        let socket = socket2::SockRef::from(stream);
         // What the other end does not acknowledge is given up, also when the link is over here.
         socket.set_tcp_user_timeout(Some(DONE_WITHIN))?;
         // What waits is to wait where it can be counted, and dropped.
