@@ -79,6 +79,7 @@ pub(crate) struct Gossip {
 
 /// Asks a running gossip port. Cloneable.
 #[derive(Clone, Debug)]
+#[cfg_attr(not(test), expect(dead_code, reason = "the admin port is to ask"))]
 pub(crate) struct MeshHandle {
     asks: mpsc::Sender<StatusAsk>,
     superseded: watch::Receiver<Option<u64>>,
@@ -162,3 +163,6 @@ impl Prepared {
 fn arrivals() -> Vec<(RegionName, u64)> {
     Vec::new()
 }
+
+#[cfg(test)]
+mod tests;
