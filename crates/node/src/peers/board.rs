@@ -129,11 +129,6 @@ impl Board {
         NodeId(self.own.digest())
     }
 
-    /// The listed peers, by their places.
-    pub(crate) fn names(&self) -> &[PeerName] {
-        &self.listed
-    }
-
     /// Changes of who is there and of what they serve.
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
@@ -158,9 +153,10 @@ impl Board {
     }
 
     #[cfg(test)]
-    pub(crate) fn presence(&self, place: usize) -> Presence {
+    pub(crate) fn presence_of(&self, id: NodeId) -> Presence {
         let state = self.state.lock();
-        state.get(place).map_or(Presence::Unknown, |entry| entry.view.presence(clock::now()))
+        let entry = state.places.get(&id).and_then(|place| state.get(*place));
+        entry.map_or(Presence::Unknown, |entry| entry.view.presence(clock::now()))
     }
 
     /// Which way leads to the peer at `place`; `None`: none.

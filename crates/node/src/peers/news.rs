@@ -22,7 +22,6 @@ const REGIONS_MAX: usize = 256;
 
 impl Board {
     /// Takes in what membership says.
-    #[cfg_attr(not(test), expect(dead_code, reason = "gossip says nothing of members yet"))]
     pub(crate) fn apply(&self, event: &Event) {
         let now = clock::now();
         match event {
@@ -154,6 +153,7 @@ impl Board {
     }
 
     /// The peer at `place` said what it serves.
+    #[cfg(test)]
     pub(crate) fn describe(&self, place: usize, epoch: u64, descriptor: Descriptor) {
         self.described(place, epoch, Arc::new(descriptor));
     }
