@@ -6,7 +6,10 @@ use anyhow::Context as _;
 use base::ModelName;
 use clap::{Args, Subcommand};
 use serde_json::json;
-use sim::engine::{Config, Ended, Engine};
+use sim::{
+    engine::{Config, Ended, Engine},
+    mesh::{self, Fault},
+};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{Failure, log, output, parent, target::duration};
@@ -22,6 +25,48 @@ pub(crate) struct Options {
 enum Command {
     /// Run a simulated GPU server: KServe v2 over gRPC, OpenAI's API over HTTP, faults on demand
     Engine(EngineOptions),
+    /// Run the machines of a whole mesh on simulated time and a simulated network, and check what must always hold
+    Mesh(MeshOptions),
+}
+
+/// Options of `isobar sim mesh`.
+#[derive(Debug, Args)]
+struct MeshOptions {
+    /// Nodes in all
+    #[arg(long, default_value_t = mesh::Config::default().nodes)]
+    nodes: u32,
+    /// Regions the nodes are spread over evenly
+    #[arg(long, default_value_t = mesh::Config::default().regions)]
+    regions: u32,
+    /// Models; each node fronts one engine of one of them
+    #[arg(long, default_value_t = mesh::Config::default().models)]
+    models: u32,
+    /// What every draw follows from: the same seed has the same outcome
+    #[arg(long, default_value_t = mesh::Config::default().seed)]
+    seed: u64,
+    /// What goes wrong, several with commas between: none, crash, loss=PERCENT, asymmetric, flap, pause, restart,
+    /// restart-older, duplicate, clock-jump, partition, byzantine, join, rolling
+    #[arg(long, value_name = "FAULTS", default_value = "none", value_parser = faults)]
+    fault: Faults,
+    /// Simulated time in seconds; by default 90, or 30 for more than 2,000 nodes
+    #[arg(long, value_name = "SECONDS")]
+    seconds: Option<u64>,
+    /// Packets the network loses, in percent
+    #[arg(long, value_name = "PERCENT", default_value_t = 1.0)]
+    loss: f64,
+    /// Say on standard error what this node was told, line by line
+    #[arg(long, value_name = "NODE")]
+    watch: Option<u32>,
+    /// Print the result as one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Faults(Vec<Fault>);
+
+fn faults(text: &str) -> Result<Faults, mesh::FaultError> {
+    Fault::list(text).map(Faults)
 }
 
 /// Options of `isobar sim engine`.
@@ -68,7 +113,46 @@ struct EngineOptions {
 pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     match &options.command {
         Command::Engine(options) => engine(options),
+        Command::Mesh(options) => simulate(options),
     }
+}
+
+fn simulate(options: &MeshOptions) -> Result<(), Failure> {
+    let config = mesh::Config {
+        nodes: options.nodes,
+        regions: options.regions,
+        models: options.models,
+        seed: options.seed,
+        faults: options.fault.0.clone(),
+        time: options.seconds.map(Duration::from_secs),
+        loss: options.loss / 100.0,
+        watch: options.watch,
+    };
+    let began = base::clock::now();
+    let outcome = mesh::run(&config).map_err(Failure::usage)?;
+    let took = base::clock::now().saturating_duration_since(began);
+    outcome.story.iter().for_each(|line| output::note(line));
+    output::note(&format!("wall_s {:.1}", took.as_secs_f64()));
+    if options.json {
+        output::json_line(&serde_json::to_value(&outcome.report)?)?;
+    } else {
+        output::text(&figures(&outcome.report)?)?;
+    }
+    for mesh::Violation { at_s, seed, what } in &outcome.violations {
+        output::note(&format!("violated at {at_s:.3} s with seed {seed}: {what}"));
+    }
+    if outcome.report.violations > 0 { Err(Failure::Said) } else { Ok(()) }
+}
+
+/// One figure per line, those there is nothing to measure of left out.
+fn figures(report: &mesh::Report) -> Result<String, Failure> {
+    let all = serde_json::to_value(report)?;
+    let all = all.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
+    let lines = all.map(|(name, value)| {
+        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        format!("{:32} {value}", name.replace('_', " "))
+    });
+    Ok(lines.collect::<Vec<_>>().join("\n"))
 }
 
 fn engine(options: &EngineOptions) -> Result<(), Failure> {
