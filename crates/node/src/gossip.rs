@@ -80,7 +80,6 @@ pub(crate) struct Gossip {
 
 /// Asks a running gossip port. Cloneable.
 #[derive(Clone, Debug)]
-#[cfg_attr(not(test), expect(dead_code, reason = "the admin port is to ask"))]
 pub(crate) struct MeshHandle {
     asks: mpsc::Sender<StatusAsk>,
     superseded: watch::Receiver<Option<u64>>,
