@@ -6,7 +6,7 @@ use http::uri::Authority;
 use identity::{ExpectedPeer, IdentityError};
 use membership::{Hello, NodeId, Peer, Target};
 use tokio::sync::OwnedSemaphorePermit;
-use transport::{Link, Links};
+use transport::{Link, LinkTransport, Links};
 
 use super::link::{Common, News};
 
@@ -24,6 +24,8 @@ pub(super) struct Dial {
     pub(super) target: Target,
     /// The node in whose old link's place it is to come, of which the machine need not know.
     pub(super) renews: Option<NodeId>,
+    /// Whether only QUIC will do: there is a link over TCP.
+    pub(super) to_quic: bool,
 }
 
 impl Dial {
@@ -95,7 +97,12 @@ impl Common {
         let address: Authority =
             dial.address().parse().map_err(|_| "its address is no host and port".to_owned())?;
         let tls = self.tls(dial).map_err(|error| error.to_string())?;
-        let link = links.dial(&address, tls).await.map_err(|error| error.to_string())?;
+        let link = if dial.to_quic {
+            links.dial_over(&address, tls, LinkTransport::Quic).await
+        } else {
+            links.dial(&address, tls).await
+        };
+        let link = link.map_err(|error| error.to_string())?;
         let greeting = async {
             link.send_whole(self.first(hello)).await.map_err(|error| error.to_string())?;
             let (peer, hello) = self.greeted(&link).await?;

@@ -281,7 +281,7 @@ impl Driver {
                 }
             }
             News::Ended { number, id, why } => self.ended(number, id, why),
-            News::Old { number, id } => self.renew(number, id),
+            News::Old { number, id, to_quic } => self.renew(number, id, to_quic),
             News::Twin { epoch, answer } => {
                 if let Some(answer) = answer {
                     drop(answer.send(self.mesh.hello()));
@@ -383,13 +383,13 @@ impl Driver {
         }
     }
 
-    /// The lease of a link that this end dialled is half over.
-    fn renew(&mut self, number: u64, id: NodeId) {
+    /// The lease of a link that this end dialled is half over, or it goes over TCP and QUIC may work by now.
+    fn renew(&mut self, number: u64, id: NodeId, to_quic: bool) {
         if self.table.is_current(id, number)
             && let Some(dial) = self.dialled.get(&id).cloned()
             && self.renewing.insert(id)
         {
-            self.dial(Dial { renews: Some(id), ..dial });
+            self.dial(Dial { renews: Some(id), to_quic, ..dial });
             self.settle();
         }
     }
@@ -446,7 +446,7 @@ impl Driver {
                     self.gone(to, UNREAD.to_owned());
                 }
             }
-            Output::Dial(target) => self.dial_anew(Dial { target, renews: None }),
+            Output::Dial(target) => self.dial_anew(Dial { target, renews: None, to_quic: false }),
             Output::Close { id, why } => {
                 self.teller.link_down(id, &why);
                 self.close(id, &why);

@@ -45,6 +45,9 @@ const FLUSHED_WITHIN: Duration = Duration::from_secs(1);
 /// Waits between dials for a link in the place of one that is old, doubling.
 const REDIAL_FIRST: Duration = Duration::from_secs(1);
 const REDIAL_MAX: Duration = Duration::from_secs(30);
+/// A link over TCP is to go over QUIC as soon as UDP comes through: it is tried after this, and then so often.
+const TO_QUIC_FIRST: Duration = Duration::from_secs(5);
+const TO_QUIC_EVERY: Duration = Duration::from_secs(30);
 
 /// What a link tells whoever owns the machine.
 #[derive(Debug)]
@@ -57,8 +60,8 @@ pub(super) enum News {
     Frame { epoch: u64, from: NodeId, bytes: Bytes, rtt: Duration },
     /// Link `number` is gone.
     Ended { number: u64, id: NodeId, why: String },
-    /// The lease of link `number` is half over, and this end dialled it.
-    Old { number: u64, id: NodeId },
+    /// The lease of link `number` is half over, and this end dialled it; or `to_quic`, it goes over TCP and QUIC may work by now.
+    Old { number: u64, id: NodeId, to_quic: bool },
     /// Another process has this node's certificate; whom it dialled tells it of itself.
     Twin { epoch: u64, answer: Option<oneshot::Sender<Hello>> },
 }
@@ -383,16 +386,39 @@ impl Working<'_> {
         Ok(())
     }
 
-    /// Once the lease is old, asks again and again for a link that takes the place of this one. Ends when nobody listens.
+    /// Once the lease is old, asks again and again for a link that takes the place of this one; and before, now and then, for
+    /// one over QUIC while this is not. Ends when nobody listens.
     async fn ask_for_another(&self) {
         if !self.is_dialled {
             std::future::pending::<()>().await;
         }
-        self.lease.old().await;
+        tokio::select! {
+            () = self.lease.old() => {}
+            () = self.ask_for_quic() => return,
+        }
         let mut wait = REDIAL_FIRST;
-        while self.common.news.send(News::Old { number: self.number, id: self.id }).await.is_ok() {
+        while self.ask(false).await {
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(REDIAL_MAX);
         }
+    }
+
+    async fn ask_for_quic(&self) {
+        if self.link.transport() == LinkTransport::Quic {
+            std::future::pending::<()>().await;
+        }
+        let mut wait = TO_QUIC_FIRST;
+        loop {
+            tokio::time::sleep(wait).await;
+            if !self.ask(true).await {
+                return;
+            }
+            wait = TO_QUIC_EVERY;
+        }
+    }
+
+    async fn ask(&self, to_quic: bool) -> bool {
+        let (number, id) = (self.number, self.id);
+        self.common.news.send(News::Old { number, id, to_quic }).await.is_ok()
     }
 }

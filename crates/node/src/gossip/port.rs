@@ -4,6 +4,7 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use futures_util::FutureExt as _;
 use membership::{Hello, Peer};
 use tokio::{sync::oneshot, task::JoinSet};
 use transport::{Incoming, Link, Links};
@@ -107,7 +108,10 @@ impl Port {
             Ok((peer, hello)) if self.common.is_own(&peer) => self.tell_twin(&link, &hello).await,
             Ok(greeted) => self.link(&link, remote, greeted).await,
             Err(why) => {
-                trust.turned_away(TrustPort::Gossip, remote, &why);
+                // Who hangs up before it said anything was turned away by nobody: of two links that race, one does.
+                if link.closed().now_or_never().is_none() {
+                    trust.turned_away(TrustPort::Gossip, remote, &why);
+                }
                 link.close(&why);
             }
         }

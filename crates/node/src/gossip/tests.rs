@@ -86,6 +86,7 @@ impl World {
                 release: "test".to_owned(),
             },
             voice: Voice {
+                arrivals: Arc::default(),
                 catalog: Arc::new(Catalog::new(engines.clone(), board.clone())),
                 engines,
                 draining: draining.clone(),
