@@ -119,7 +119,7 @@ pub(crate) struct Dial {
     started: Instant,
     /// Packets that wait for the link.
     pub(crate) queue: Vec<Bytes>,
-    /// When a link with it was lost, if it was in use: that the dial fails then says something.
+    /// When it was last heard over a link that was in use and is lost: that the dial fails then says something.
     pub(crate) lost: Option<Instant>,
 }
 

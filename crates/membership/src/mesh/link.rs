@@ -155,7 +155,7 @@ impl<J: Judge> Mesh<J> {
         let is_wanted = self.wants(id);
         let is_down = self.is_down(&link.peer);
         if is_wanted && !is_down || !link.is_legacy() && !is_down && link.was_in_use(now) {
-            let lost = (!link.is_legacy() && link.was_in_use(now)).then_some(now);
+            let lost = (!link.is_legacy() && link.was_in_use(now)).then_some(link.heard);
             self.plan_dial(now, id, lost);
         }
     }

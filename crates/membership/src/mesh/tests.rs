@@ -602,9 +602,18 @@ fn a_node_of_version_one_that_dials_is_told_what_it_was_told_before_and_no_more(
     assert!(sent[1..].iter().all(|frame| matches!(frame, Frame::Load(_))));
 }
 
-/// What one machine takes, in a region of a thousand.
+/// What one machine takes, in a region of a thousand: measured in a process where nothing else runs.
 #[test]
 fn a_machine_with_a_thousand_members_is_small() {
+    let mut test = std::process::Command::new(std::env::current_exe().unwrap());
+    test.args(["--exact", "mesh::tests::memory_of_a_machine", "--ignored", "--nocapture"]);
+    let output = test.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
+#[test]
+#[ignore = "measures its whole process; run by the test above"]
+fn memory_of_a_machine() {
     const MACHINES: usize = 40;
     let mut world = World::new(5);
     world.add("eu/n0");
@@ -645,4 +654,33 @@ fn a_machine_with_a_thousand_members_is_small() {
 fn resident_bytes() -> usize {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
     statm.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
+#[test]
+fn a_paused_node_comes_back_by_itself_and_calls_nobody_down() {
+    let mut world = mesh_of(5);
+    world.run(10 * S);
+    world.pause(3);
+    world.run(12 * S);
+    assert_eq!(world.sees(0, 3), Liveness::Down);
+    world.resume(3, 12 * S);
+    world.run(10 * S);
+    assert!(world.converged(&all(5)));
+    assert_eq!(false_downs(&world, &[3]), 0);
+    assert_eq!(quarantined(&world, 0), []);
+    check(&world);
+}
+
+#[test]
+fn a_node_that_moves_is_found_where_its_card_says() {
+    let mut world = mesh_of(4);
+    world.run(5 * S);
+    world.kill(1);
+    world.run(15 * S);
+    assert_eq!(world.sees(2, 1), Liveness::Down);
+    let moved = world.add_at("eu/n1", 101);
+    world.run(5 * S);
+    assert!(world.converged(&[0, 2, 3, moved]));
+    let address = format!("n{moved}:1");
+    assert_eq!(world.mesh(3).cards.get(world.id(1)).unwrap().facts.gossip, address);
 }

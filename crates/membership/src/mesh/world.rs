@@ -85,10 +85,9 @@ impl Judge for Toy {
 
 pub(super) struct Node {
     pub(super) name: String,
+    id: NodeId,
     pub(super) mesh: Option<Mesh<Toy>>,
     pub(super) events: Vec<(Instant, Event)>,
-    pub(super) version_one: bool,
-    pub(super) heard: Vec<(NodeId, Frame)>,
     seed: u64,
     wake: Option<Instant>,
 }
@@ -116,6 +115,7 @@ pub(super) struct World {
     /// Nodes that do not hear each other.
     pub(super) cut: BTreeSet<(usize, usize)>,
     pub(super) links: BTreeSet<(usize, usize)>,
+    paused: BTreeSet<usize>,
     pub(super) sent: u64,
     heap: BinaryHeap<Reverse<(Instant, u64, usize)>>,
     pending: BTreeMap<usize, What>,
@@ -144,6 +144,7 @@ impl World {
             loss: 0.0,
             cut: BTreeSet::new(),
             links: BTreeSet::new(),
+            paused: BTreeSet::new(),
             sent: 0,
             heap: BinaryHeap::new(),
             pending: BTreeMap::new(),
@@ -163,10 +164,9 @@ impl World {
         let seed = self.rng.random();
         self.nodes.push(Node {
             name: name.to_owned(),
+            id: id_of(name),
             mesh: None,
             events: vec![],
-            version_one: false,
-            heard: vec![],
             seed,
             wake: None,
         });
@@ -214,7 +214,7 @@ impl World {
     }
 
     pub(super) fn id(&self, index: usize) -> NodeId {
-        id_of(&self.nodes[index].name)
+        self.nodes[index].id
     }
 
     /// Who is linked with `from` under this id: two may have the same.
@@ -232,6 +232,9 @@ impl World {
 
     pub(super) fn input(&mut self, index: usize, input: Input) {
         let now = self.now;
+        if self.paused.contains(&index) {
+            return;
+        }
         let Some(mesh) = &mut self.nodes[index].mesh else { return };
         mesh.handle(now, input);
         self.drain(index);
@@ -311,6 +314,31 @@ impl World {
         }
     }
 
+    /// The node stands still; the others notice after three seconds.
+    pub(super) fn pause(&mut self, index: usize) {
+        self.paused.insert(index);
+        let links: Vec<_> =
+            self.links.iter().copied().filter(|(a, b)| *a == index || *b == index).collect();
+        for (a, b) in links {
+            self.links.remove(&(a, b));
+            let (at, other) = (a + b - index, self.id(index));
+            self.at(3 * S, What::Lost { at, other });
+        }
+    }
+
+    /// It goes on, and finds its links gone.
+    pub(super) fn resume(&mut self, index: usize, after: Duration) {
+        self.paused.remove(&index);
+        self.nodes[index].wake = None;
+        self.input(index, Input::Lagged(after));
+        let linked: Vec<_> = self.mesh(index).links.up.keys().copied().collect();
+        for id in linked {
+            if self.linked(index, id).is_none() {
+                self.input(index, Input::LinkDown { id, why: "idle".into() });
+            }
+        }
+    }
+
     pub(super) fn heal(&mut self) {
         self.cut.clear();
     }
@@ -351,9 +379,6 @@ impl World {
             What::Frame { from, to, bytes } => {
                 if self.links.contains(&(from.min(to), from.max(to))) {
                     let from = self.id(from);
-                    if self.nodes[to].version_one {
-                        self.nodes[to].heard.push((from, crate::decode(&bytes).unwrap()));
-                    }
                     self.input(to, Input::Frame { from, bytes, rtt: 2 * LATENCY });
                 }
             }
@@ -383,7 +408,8 @@ impl World {
             return;
         }
         let is_there = |to: &usize| {
-            self.nodes.get(*to).is_some_and(|node| node.mesh.is_some() || node.version_one)
+            !self.paused.contains(to)
+                && self.nodes.get(*to).is_some_and(|node| node.mesh.is_some())
                 && self.hears(from, *to)
                 && self.hears(*to, from)
         };
@@ -419,15 +445,7 @@ impl World {
     }
 
     pub(super) fn hello(&self, index: usize) -> Hello {
-        match &self.nodes[index].mesh {
-            Some(mesh) => mesh.hello(),
-            None => {
-                let peer = self.nodes[index].peer();
-                let mut hello = self.mesh(0).hello();
-                (hello.node, hello.region) = (peer.node, peer.region);
-                Hello { card: None, protocol: (1, 1), epoch: 7, ..hello }
-            }
-        }
+        self.mesh(index).hello()
     }
 
     /// How node `a` sees node `b`.
