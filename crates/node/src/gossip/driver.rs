@@ -164,7 +164,7 @@ impl Driver {
 
     /// Where others may be found, from the configuration and from the last time.
     async fn begin(&mut self) {
-        self.parts.seeds.mark_changed();
+        self.tell_seeds();
         let Some(path) = self.parts.kept.clone() else { return };
         let reading = tokio::task::spawn_blocking(move || kept::read(&path));
         let cards = reading.await.unwrap_or_default();
@@ -268,11 +268,12 @@ impl Driver {
         match news {
             News::Up(up) => self.up(*up),
             News::DialFailed { dial, why, is_self } => {
-                if is_self && self.selves.insert(dial.address().to_owned()) {
-                    self.parts.seeds.mark_changed();
-                }
+                let is_news = is_self && self.selves.insert(dial.address().to_owned());
                 self.dial_failed(dial, why);
                 self.settle();
+                if is_news {
+                    self.tell_seeds();
+                }
             }
             // A frame of a link that was replaced counts as long as the same process is linked.
             News::Frame { epoch, from, bytes, rtt } => {
