@@ -25,6 +25,10 @@ const BACKOFF_MS: [u64; 6] = [0, 500, 1000, 2000, 5000, 10_000];
 /// A link that was used so recently when it went did not go because nobody needed it.
 const IN_USE: Duration = Duration::from_secs(5);
 
+/// Cards and descriptors given to one node within this, at most; who asks for more has to ask again.
+const GIVEN_IN: Duration = Duration::from_secs(10);
+const GIVEN_MAX: usize = 64 << 20;
+
 /// A link.
 #[derive(Debug)]
 pub(crate) struct Link {
@@ -45,6 +49,8 @@ pub(crate) struct Link {
     /// All cards were asked for, and whether none were known before; and given, of which pool.
     pub(crate) asked_all: Option<(Instant, bool)>,
     pub(crate) gave_all: Option<(Instant, Pool)>,
+    /// What was given to it lately: since when, and how many bytes.
+    given: (Instant, usize),
     /// It was asked for its load, and when a frame last came.
     pub(crate) subscribed: bool,
     pub(crate) load: Option<(u64, Instant)>,
@@ -53,6 +59,48 @@ pub(crate) struct Link {
 }
 
 impl Link {
+    pub(crate) fn new(now: Instant, peer: Peer, transport: Transport, epoch: u64) -> Self {
+        Self {
+            peer,
+            transport,
+            epoch,
+            protocol: 1,
+            rtt: Duration::ZERO,
+            heard: now,
+            used: now,
+            rate: Rate::new(now),
+            dialled: (false, false),
+            asked_all: None,
+            gave_all: None,
+            given: (now, 0),
+            subscribed: false,
+            load: None,
+            reachable: false,
+        }
+    }
+
+    /// The same node over another link: what it may do has not changed.
+    pub(crate) fn inherit(&mut self, before: &Self) {
+        (self.rtt, self.rate, self.load) = (before.rtt, before.rate, before.load);
+        (self.gave_all, self.given) = (before.gave_all, before.given);
+        self.reachable = before.reachable;
+        if before.is_legacy() && self.is_legacy() {
+            self.dialled = before.dialled;
+        }
+    }
+
+    /// Whether so many bytes more may be given to who asks for them.
+    pub(crate) fn may_give(&mut self, now: Instant, bytes: usize) -> bool {
+        if now >= self.given.0 + GIVEN_IN {
+            self.given = (now, 0);
+        }
+        let fits = self.given.1 + bytes <= GIVEN_MAX;
+        if fits {
+            self.given.1 += bytes;
+        }
+        fits
+    }
+
     pub(crate) fn is_legacy(&self) -> bool {
         self.protocol < 2
     }
@@ -71,7 +119,7 @@ pub(crate) struct Dial {
     started: Instant,
     /// Packets that wait for the link.
     pub(crate) queue: Vec<Bytes>,
-    /// When a link with it was lost, if it was in use: that the dial fails then says something.
+    /// When it was last heard over a link that was in use and is lost: that the dial fails then says something.
     pub(crate) lost: Option<Instant>,
 }
 
@@ -201,6 +249,10 @@ impl Place {
             Target::Member { address, .. } => address,
             Target::Seed(seed) => &seed.address,
         }
+    }
+
+    pub(crate) fn is_listed(&self) -> bool {
+        matches!(&self.target, Target::Seed(seed) if seed.is_listed && seed.peer.is_some())
     }
 
     pub(crate) fn peer(&self) -> Option<&Peer> {

@@ -67,6 +67,11 @@ const LENIENT: Duration = Duration::from_secs(10);
 /// A lag of more than this makes others look late.
 const LAG: Duration = Duration::from_millis(100);
 
+/// A relay nobody subscribes to looks at its own engines this often, to sum them up.
+const SUMMED_EVERY: Duration = Duration::from_millis(250);
+/// Room for outputs that is kept while there are none.
+const OUTPUTS_KEPT: usize = 32;
+
 /// The machine.
 #[derive(Debug)]
 pub struct Mesh<J> {
@@ -108,6 +113,7 @@ pub struct Mesh<J> {
     /// foca's timers wait until then, and suspicions.
     hold: Option<Instant>,
     lenient: Option<Instant>,
+    is_draining: bool,
     is_leaving: bool,
     is_superseded: bool,
 }
@@ -158,6 +164,7 @@ impl<J: Judge> Mesh<J> {
             regions: Regions::default(),
             hold: None,
             lenient: None,
+            is_draining: false,
             is_leaving: false,
             is_superseded: false,
             own,
@@ -182,14 +189,12 @@ impl<J: Judge> Mesh<J> {
             Input::Frame { from, bytes, rtt } => self.hear(now, from, &bytes, rtt),
             Input::Loads { loads, arrivals } => self.sampled(now, loads, arrivals),
             Input::Describe(descriptor) => self.describe(now, descriptor),
-            Input::Drain => {
-                self.reporter.drain();
-                self.report(now);
-            }
+            Input::Drain => self.drain(now),
             Input::Leave => self.leave(now),
             Input::Seeds(seeds) => {
                 self.seeds.replace(now, seeds);
                 self.subscriptions.changed(now);
+                self.dial_listed(now);
                 self.tend_seeds(now);
             }
             Input::Lagged(lag) if lag > LAG => {
@@ -197,14 +202,18 @@ impl<J: Judge> Mesh<J> {
                 self.lenient = Some(now + LENIENT);
             }
             Input::Lagged(_) => {}
-            Input::Renewed => self.want_card(now),
+            Input::Renewed => drop(self.want_card(now)),
         }
         self.run(now);
     }
 
     /// What is to be done, until there is nothing more.
     pub fn poll_output(&mut self) -> Option<Output> {
-        self.outputs.pop_front()
+        let output = self.outputs.pop_front();
+        if output.is_none() && self.outputs.capacity() > OUTPUTS_KEPT {
+            self.outputs.shrink_to(OUTPUTS_KEPT);
+        }
+        output
     }
 
     /// When [`Input::Tick`] is due, if nothing else comes before.
@@ -216,8 +225,8 @@ impl<J: Judge> Mesh<J> {
     /// How often loads are to be looked at; `None`: nobody wants to know.
     #[must_use]
     pub fn sample_interval(&self) -> Option<Duration> {
-        let itself = usize::from(self.relaying.is_relay());
-        self.reporter.sample_interval(self.subscribers.len() + itself)
+        let of_others = self.reporter.sample_interval(self.subscribers.len());
+        of_others.or_else(|| self.sums_up().then_some(SUMMED_EVERY))
     }
 
     /// The first frame of a link: the hello to send, without what is said of revocations.
@@ -277,13 +286,21 @@ impl<J: Judge> Mesh<J> {
         }
     }
 
+    fn drain(&mut self, now: Instant) {
+        self.is_draining = true;
+        if let Some((frame, _)) = &mut self.own_figures {
+            frame.draining = true;
+        }
+        self.reporter.drain();
+        self.report(now);
+    }
+
     fn leave(&mut self, now: Instant) {
         if self.is_leaving {
             return;
         }
         self.is_leaving = true;
-        self.reporter.drain();
-        self.report(now);
+        self.drain(now);
         for pool in [Pool::Region, Pool::Relays] {
             self.say_farewell(now, pool);
         }

@@ -7,7 +7,7 @@ use std::{
 
 use foca::{Member, State};
 
-use super::{Event, Mesh, Own, Peer, Way};
+use super::{Event, Mesh, Own, Peer, Way, gossip::LEAP_MAX};
 use crate::{
     ASKED_MAX, Card, Facts, Frame, Judge, NodeId, PROTOCOL_VERSION, Pair, Pool, cards::OTHERS_MAX,
     decode_card, encode, encode_card, strikes::Offence, wire::CARD_BYTES_MAX,
@@ -99,13 +99,15 @@ pub(super) fn make(
 }
 
 impl<J: Judge> Mesh<J> {
-    /// This node needs a new card: soon it has one.
-    pub(super) fn want_card(&mut self, now: Instant) {
-        if self.renewal.due.is_none() {
+    /// This node needs a new card: soon it has one. Returns whether that was not known yet.
+    pub(super) fn want_card(&mut self, now: Instant) -> bool {
+        let is_new = self.renewal.due.is_none();
+        if is_new {
             let due = self.renewal.earliest(now);
             self.renewal.due = Some(due);
             self.timers.set(due, crate::timers::Due::Renewal);
         }
+        is_new
     }
 
     pub(super) fn renew(&mut self, now: Instant) {
@@ -268,31 +270,33 @@ impl<J: Judge> Mesh<J> {
         }
     }
 
-    /// A card that is new: what was said of its node before, or else that it lives, goes to its pool.
+    /// A card that is new: what was said of its node before, or else that it lives, goes to its pools.
     pub(super) fn apply_card(&mut self, now: Instant, card: &Card, spread: bool) {
-        let pair = card.pair();
         let pending = self.cards.found(card.id);
-        let pool = self.pool_of(&card.region);
-        let Some(members) = self.members(pool) else { return };
-        let seen = members.seen(card.id);
-        let is_of_pool = pool == Pool::Region
-            || seen.is_some()
-            || pending.as_ref().is_some_and(|p| p.pool == Pool::Relays);
-        if !is_of_pool || seen.is_none() && members.is_full() {
-            return;
-        }
-        let mut update = Member::alive(pair);
-        if let Some(pending) = pending.filter(|p| p.pool == pool && *p.update.id() == pair)
-            && pending.update.state() != State::Down
-            && pending.update.incarnation() <= super::gossip::LEAP_MAX
-        {
-            update = pending.update;
-        }
-        if let Some(members) = self.members_mut(pool)
-            && members.is_news(&update)
-        {
-            members.apply(update, spread);
-            self.settle(now, pool);
+        for pool in [Pool::Region, Pool::Relays] {
+            let said = pending.as_ref().filter(|pending| pending.pool == pool);
+            let Some(members) = self.members(pool) else { continue };
+            let is_known = members.seen(card.id).is_some();
+            let is_of_pool = match pool {
+                Pool::Region => card.region == self.own.region,
+                Pool::Relays => is_known || said.is_some(),
+            };
+            if !is_of_pool || !is_known && !self.is_welcome(pool, card.id) {
+                continue;
+            }
+            let is_believed = |update: &&Member<Pair>| {
+                *update.id() == card.pair()
+                    && update.state() != State::Down
+                    && update.incarnation() <= LEAP_MAX
+            };
+            let update = said.map(|pending| &pending.update).filter(is_believed).cloned();
+            let update = update.unwrap_or_else(|| Member::alive(card.pair()));
+            if let Some(members) = self.members_mut(pool)
+                && members.is_news(&update)
+            {
+                members.apply(update, spread);
+                self.settle(now, pool);
+            }
         }
     }
 
@@ -345,6 +349,10 @@ impl<J: Judge> Mesh<J> {
     pub(super) fn give_cards(&mut self, now: Instant, to: NodeId, pool: Pool, cards: &[Arc<Card>]) {
         let mut batch = Vec::new();
         let mut bytes = 0;
+        let all = cards.iter().map(|card| card.signed.len()).sum();
+        if !self.links.up.get_mut(&to).is_some_and(|link| link.may_give(now, all)) {
+            return;
+        }
         for card in cards {
             if bytes + card.signed.len() > FRAME_BYTES && !batch.is_empty() {
                 let full = std::mem::take(&mut batch);

@@ -55,6 +55,7 @@ struct Suspicion {
     pair: Pair,
     incarnation: u16,
     since: Instant,
+    due: Instant,
 }
 
 impl Doubts {
@@ -89,9 +90,8 @@ impl<J: Judge> Mesh<J> {
             Err(lie) => return self.strike(now, from, Offence::Lie, lie),
         }
         if packet.header.message == Message::TurnUndead {
-            // What this node stands on is down for others: it needs a new card.
             if packet.header.dst == self.card.pair() {
-                self.want_card(now);
+                self.called_down(now, from);
             }
             return;
         }
@@ -178,7 +178,7 @@ impl<J: Judge> Mesh<J> {
     }
 
     /// Whether a pool has room for `id`, if it is new there.
-    fn is_welcome(&self, pool: Pool, id: NodeId) -> bool {
+    pub(super) fn is_welcome(&self, pool: Pool, id: NodeId) -> bool {
         let Some(members) = self.members(pool) else { return false };
         if members.seen(id).is_some() {
             return true;
@@ -260,9 +260,18 @@ impl<J: Judge> Mesh<J> {
             }
             State::Suspect => update.incarnation() == incarnation,
             State::Down => {
-                self.want_card(now);
+                self.called_down(now, from);
                 false
             }
+        }
+    }
+
+    /// What this node stands on is down for `from`: it needs a new card. Who says so again and again is not believed.
+    fn called_down(&mut self, now: Instant, from: NodeId) {
+        let Some(link) = self.links.get(from) else { return };
+        let peer = link.peer.clone();
+        if self.want_card(now) && self.strikes.false_down(now, &peer, self.own.id) {
+            self.strike(now, from, Offence::Strike, "calls this node down again and again");
         }
     }
 
@@ -378,7 +387,7 @@ impl<J: Judge> Mesh<J> {
         if is_same || self.doubts.suspicions.len() >= DOUBTS_MAX {
             return;
         }
-        let suspicion = Suspicion { pair, incarnation, since: now };
+        let suspicion = Suspicion { pair, incarnation, since: now, due };
         self.doubts.suspicions.insert((pool, pair.id), suspicion);
         self.timers.set(due, Due::Suspicion(pool, pair.id));
     }
@@ -390,9 +399,8 @@ impl<J: Judge> Mesh<J> {
     /// A suspicion of ours has had its time.
     pub(super) fn decide(&mut self, now: Instant, pool: Pool, id: NodeId) {
         let Some(suspicion) = self.doubts.suspicions.get(&(pool, id)).copied() else { return };
-        let due = suspicion.since + REFUTE_MIN;
         let wait = match self.lenient {
-            _ if now < due => Some(due),
+            _ if now < suspicion.due => Some(suspicion.due),
             Some(until) if now < until => Some(until),
             _ if self.is_cut_off(now, pool, id) && now < suspicion.since + ALONE => {
                 Some(now + COMPANY)
@@ -403,7 +411,7 @@ impl<J: Judge> Mesh<J> {
             return self.timers.set(until, Due::Suspicion(pool, id));
         }
         self.doubts.suspicions.remove(&(pool, id));
-        let Suspicion { pair, incarnation, since } = suspicion;
+        let Suspicion { pair, incarnation, since, .. } = suspicion;
         let is_heard = self.links.get(id).is_some_and(|link| link.heard > since);
         let seen = self.members(pool).and_then(|members| members.seen(id));
         let stands = seen.is_some_and(|seen| {

@@ -9,7 +9,7 @@ use super::{Event, Mesh, Output, Peer, Target, Transport, Way};
 use crate::{
     Card, Frame, Hello, Judge, NodeId, Pool, WireError, decode,
     links::{Begin, DIAL_TIMEOUT, IDLE, LINKS_MAX, Link, Place},
-    strikes::{Offence, Passage, Rate},
+    strikes::{Offence, Passage},
 };
 
 /// A random seed is asked this often, for as long as the node lives: it heals a mesh that began as two.
@@ -42,24 +42,12 @@ impl<J: Judge> Mesh<J> {
         let protocol = if hello.card.is_none() { 1 } else { hello.version().unwrap_or(1) };
         let before = self.links.up.remove(&id).filter(|link| link.epoch == hello.epoch);
         self.subscribers.remove(&id);
-        let was =
-            before.as_ref().filter(|link| link.is_legacy()).map_or((false, false), |l| l.dialled);
-        let link = Link {
-            peer: peer.clone(),
-            transport,
-            epoch: hello.epoch,
-            protocol,
-            rtt: before.as_ref().map_or(Duration::ZERO, |link| link.rtt),
-            heard: now,
-            used: now,
-            rate: before.as_ref().map_or_else(|| Rate::new(now), |link| link.rate),
-            dialled: (was.0 || dialled, was.1 || !dialled),
-            asked_all: None,
-            gave_all: before.as_ref().and_then(|link| link.gave_all),
-            subscribed: false,
-            load: before.as_ref().and_then(|link| link.load),
-            reachable: before.as_ref().is_some_and(|link| link.reachable),
-        };
+        let mut link = Link::new(now, peer.clone(), transport, hello.epoch);
+        link.protocol = protocol;
+        if let Some(before) = &before {
+            link.inherit(before);
+        }
+        link.dialled = (link.dialled.0 || dialled, link.dialled.1 || !dialled);
         let is_legacy = link.is_legacy();
         self.links.up.insert(id, link);
         self.doubts.clear(id);
@@ -167,7 +155,7 @@ impl<J: Judge> Mesh<J> {
         let is_wanted = self.wants(id);
         let is_down = self.is_down(&link.peer);
         if is_wanted && !is_down || !link.is_legacy() && !is_down && link.was_in_use(now) {
-            let lost = (!link.is_legacy() && link.was_in_use(now)).then_some(now);
+            let lost = (!link.is_legacy() && link.was_in_use(now)).then_some(link.heard);
             self.plan_dial(now, id, lost);
         }
     }
@@ -247,7 +235,7 @@ impl<J: Judge> Mesh<J> {
             peer: Peer { id, node: card.node.clone(), region: card.region.clone() },
             address: card.facts.gossip.clone(),
         });
-        if failures % 2 == 0 { member.or(listed) } else { listed.or(member) }
+        if failures.is_multiple_of(2) { member.or(listed) } else { listed.or(member) }
     }
 
     pub(super) fn dial_failed(&mut self, now: Instant, target: &Target) {
@@ -297,7 +285,6 @@ impl<J: Judge> Mesh<J> {
         if self.is_leaving {
             return;
         }
-        let listed = self.seeds.listed().map(|(peer, _)| peer.id);
         let wanted: Vec<_> = self
             .subscriptions
             .all()
@@ -306,10 +293,17 @@ impl<J: Judge> Mesh<J> {
             .chain(self.relaying.all_needed())
             .filter(|id| *id != self.own.id && !self.links.is_up(*id))
             .filter(|id| self.cards.get(*id).is_some_and(|card| !self.is_down(&peer_of(card))))
-            .chain(listed.filter(|id| *id != self.own.id))
             .collect();
         wanted.into_iter().for_each(|id| self.plan_dial(now, id, None));
+        self.dial_listed(now);
         self.close_idle(now);
+    }
+
+    /// Listed nodes are always linked.
+    pub(super) fn dial_listed(&mut self, now: Instant) {
+        let listed = self.seeds.listed().map(|(peer, _)| peer.id);
+        let listed: Vec<_> = listed.filter(|id| *id != self.own.id).collect();
+        listed.into_iter().for_each(|id| self.plan_dial(now, id, None));
     }
 
     fn close_idle(&mut self, now: Instant) {
@@ -345,8 +339,10 @@ impl<J: Judge> Mesh<J> {
             return;
         }
         let own = (&self.own.gossip, self.own.id);
+        // Listed nodes are dialled by their names.
         let is_due = |place: &&mut Place| {
-            place.address() != own.0
+            !place.is_listed()
+                && place.address() != own.0
                 && place.peer().is_none_or(|peer| peer.id != own.1)
                 && match place.since {
                     Some(since) => now >= since + DIAL_TIMEOUT,

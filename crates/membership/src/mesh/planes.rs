@@ -99,7 +99,10 @@ impl<J: Judge> Mesh<J> {
         hashes: &[crate::descriptors::Hash],
     ) {
         for frame in self.bodies.answer(hashes) {
-            self.say(now, from, &frame, Way::Stream);
+            let bytes: bytes::Bytes = encode(&frame).into();
+            if self.links.up.get_mut(&from).is_some_and(|link| link.may_give(now, bytes.len())) {
+                self.send(now, from, bytes, Way::Stream);
+            }
         }
     }
 
@@ -224,7 +227,7 @@ impl<J: Judge> Mesh<J> {
                 descriptor_version: self.descriptor.version,
                 sample_age: Duration::ZERO,
                 next: Duration::from_secs(1),
-                draining: self.is_leaving,
+                draining: self.is_draining,
                 engines: loads.clone(),
                 arrivals: vec![],
             };
@@ -307,6 +310,12 @@ impl<J: Judge> Mesh<J> {
     }
 
     // D: what regions have.
+
+    /// Whether somebody wants to know what this node sums up.
+    pub(super) fn sums_up(&self) -> bool {
+        self.relaying.is_relay()
+            && (!self.relaying.is_lonely() || self.region.active() >= DIGEST_ABOVE)
+    }
 
     fn digest(&mut self, now: Instant) {
         let age = |sampled: &Instant| now.saturating_duration_since(*sampled);

@@ -201,7 +201,7 @@ impl<J: Judge> Mesh<J> {
     fn ask_for_relays(&mut self, now: Instant) {
         let others = self.cards.all().filter(|card| card.region != self.own.region);
         let mut others: Vec<_> = others.map(|card| card.id).collect();
-        others.retain(|id| !self.relay.as_ref().is_some_and(|relay| relay.seen(*id).is_some()));
+        others.retain(|id| self.relay.as_ref().is_none_or(|relay| relay.seen(*id).is_none()));
         let few: Vec<_> = others.sample(&mut self.rng, 2).copied().collect();
         self.announce_to(now, &few);
         let linked = self.links.up.iter().filter(|(_, link)| !link.is_legacy());
@@ -242,7 +242,7 @@ impl<J: Judge> Mesh<J> {
             let mut relays = elect(region.as_str().as_bytes(), ids.into_iter(), zone);
             let start = rank % relays.len().max(1);
             relays.rotate_left(start);
-            let partner = relays.iter().find(|id| is_reached(id)).or(relays.first())?;
+            let partner = relays.iter().find(|id| is_reached(id)).or_else(|| relays.first())?;
             Some((region.clone(), *partner))
         });
         self.relaying.partners = chosen.collect();

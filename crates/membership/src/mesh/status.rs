@@ -71,7 +71,7 @@ impl<J: Judge> Mesh<J> {
         let epoch = card.as_ref().map(|card| card.facts.epoch);
         MemberStatus {
             state,
-            epoch: epoch.or(link.map(|link| link.epoch)).unwrap_or(0),
+            epoch: epoch.or_else(|| link.map(|link| link.epoch)).unwrap_or(0),
             link: link.map(|link| (link.transport, link.rtt)),
             protocol: link.map(|link| link.protocol),
             subscribed: link.is_some_and(|link| link.subscribed || link.is_legacy()),

@@ -85,10 +85,9 @@ impl Judge for Toy {
 
 pub(super) struct Node {
     pub(super) name: String,
+    id: NodeId,
     pub(super) mesh: Option<Mesh<Toy>>,
     pub(super) events: Vec<(Instant, Event)>,
-    pub(super) version_one: bool,
-    pub(super) heard: Vec<(NodeId, Frame)>,
     seed: u64,
     wake: Option<Instant>,
 }
@@ -116,6 +115,7 @@ pub(super) struct World {
     /// Nodes that do not hear each other.
     pub(super) cut: BTreeSet<(usize, usize)>,
     pub(super) links: BTreeSet<(usize, usize)>,
+    paused: BTreeSet<usize>,
     pub(super) sent: u64,
     heap: BinaryHeap<Reverse<(Instant, u64, usize)>>,
     pending: BTreeMap<usize, What>,
@@ -144,6 +144,7 @@ impl World {
             loss: 0.0,
             cut: BTreeSet::new(),
             links: BTreeSet::new(),
+            paused: BTreeSet::new(),
             sent: 0,
             heap: BinaryHeap::new(),
             pending: BTreeMap::new(),
@@ -155,38 +156,27 @@ impl World {
 
     /// A node `region/name`, with the first one as its seed.
     pub(super) fn add(&mut self, name: &str) -> usize {
+        self.add_at(name, 100)
+    }
+
+    pub(super) fn add_at(&mut self, name: &str, epoch: u64) -> usize {
         let index = self.nodes.len();
         let seed = self.rng.random();
         self.nodes.push(Node {
             name: name.to_owned(),
+            id: id_of(name),
             mesh: None,
             events: vec![],
-            version_one: false,
-            heard: vec![],
             seed,
             wake: None,
         });
-        self.start(index, 100, &[0]);
+        self.start(index, epoch, &[0]);
         index
     }
 
     pub(super) fn start(&mut self, index: usize, epoch: u64, seeds: &[usize]) {
-        let node = &self.nodes[index];
-        let peer = node.peer();
-        let own = Own {
-            id: peer.id,
-            node: peer.node.clone(),
-            region: peer.region.clone(),
-            zone: None,
-            trust_domain: "mesh.example".parse().unwrap(),
-            epoch,
-            peers: format!("n{index}:2"),
-            gossip: format!("n{index}:1"),
-            release: "0.1.0".into(),
-        };
-        let toy = Toy { name: node.name.clone(), shelf: Arc::clone(&self.shelf) };
-        let described = descriptor(peer.node.as_str());
-        let mesh = Mesh::new(own, described, toy, self.now, node.seed).unwrap();
+        let (name, seed) = (self.nodes[index].name.clone(), self.nodes[index].seed);
+        let mesh = self.make(&name, &format!("n{index}"), epoch, seed);
         self.nodes[index].mesh = Some(mesh);
         let seeds = seeds.iter().map(|seed| Seed {
             address: format!("n{seed}:1"),
@@ -197,16 +187,40 @@ impl World {
         self.at(200 * MS, What::Sample(index));
     }
 
+    /// A machine that is not in the network.
+    pub(super) fn machine(&self, name: &str) -> Mesh<Toy> {
+        self.make(name, "nowhere", 100, 1)
+    }
+
+    fn make(&self, name: &str, host: &str, epoch: u64, seed: u64) -> Mesh<Toy> {
+        let (region, node) = name.split_once('/').unwrap();
+        let own = Own {
+            id: id_of(name),
+            node: node.parse().unwrap(),
+            region: region.parse().unwrap(),
+            zone: None,
+            trust_domain: "mesh.example".parse().unwrap(),
+            epoch,
+            peers: format!("{host}:2"),
+            gossip: format!("{host}:1"),
+            release: "0.1.0".into(),
+        };
+        let toy = Toy { name: name.to_owned(), shelf: Arc::clone(&self.shelf) };
+        Mesh::new(own, descriptor(node), toy, self.now, seed).unwrap()
+    }
+
     pub(super) fn mesh(&self, index: usize) -> &Mesh<Toy> {
         self.nodes[index].mesh.as_ref().unwrap()
     }
 
     pub(super) fn id(&self, index: usize) -> NodeId {
-        id_of(&self.nodes[index].name)
+        self.nodes[index].id
     }
 
-    fn index(&self, id: NodeId) -> Option<usize> {
-        self.nodes.iter().position(|node| id_of(&node.name) == id)
+    /// Who is linked with `from` under this id: two may have the same.
+    fn linked(&self, from: usize, id: NodeId) -> Option<usize> {
+        let is_linked = |to: &usize| self.links.contains(&(from.min(*to), from.max(*to)));
+        (0..self.nodes.len()).filter(|to| self.id(*to) == id).find(is_linked)
     }
 
     fn at(&mut self, after: Duration, what: What) {
@@ -218,6 +232,9 @@ impl World {
 
     pub(super) fn input(&mut self, index: usize, input: Input) {
         let now = self.now;
+        if self.paused.contains(&index) {
+            return;
+        }
         let Some(mesh) = &mut self.nodes[index].mesh else { return };
         mesh.handle(now, input);
         self.drain(index);
@@ -229,7 +246,7 @@ impl World {
                 Output::Send { to, bytes, way } => self.send(index, to, bytes, way),
                 Output::Dial(target) => self.dial(index, target),
                 Output::Close { id, .. } => {
-                    if let Some(other) = self.index(id) {
+                    if let Some(other) = self.linked(index, id) {
                         self.unlink(index, other);
                     }
                 }
@@ -246,13 +263,12 @@ impl World {
     }
 
     fn send(&mut self, from: usize, to: NodeId, bytes: Bytes, way: Way) {
-        let Some(to) = self.index(to) else { return };
+        let Some(to) = self.linked(from, to) else { return };
         assert!(bytes.len() <= crate::STREAM_BYTES_MAX);
         assert!(way == Way::Stream || bytes.len() <= DATAGRAM_BYTES_MAX);
         self.sent += bytes.len() as u64;
-        let is_linked = self.links.contains(&(from.min(to), from.max(to)));
         let is_lost = way == Way::Datagram && self.rng.random_bool(self.loss);
-        if is_linked && !is_lost && self.hears(from, to) {
+        if !is_lost && self.hears(from, to) {
             self.at(LATENCY, What::Frame { from, to, bytes });
         }
     }
@@ -298,6 +314,46 @@ impl World {
         }
     }
 
+    /// The node stands still; the others notice after three seconds.
+    pub(super) fn pause(&mut self, index: usize) {
+        self.paused.insert(index);
+        let links: Vec<_> =
+            self.links.iter().copied().filter(|(a, b)| *a == index || *b == index).collect();
+        for (a, b) in links {
+            self.links.remove(&(a, b));
+            let (at, other) = (a + b - index, self.id(index));
+            self.at(3 * S, What::Lost { at, other });
+        }
+    }
+
+    /// It goes on, and finds its links gone.
+    pub(super) fn resume(&mut self, index: usize, after: Duration) {
+        self.paused.remove(&index);
+        self.nodes[index].wake = None;
+        self.input(index, Input::Lagged(after));
+        let linked: Vec<_> = self.mesh(index).links.up.keys().copied().collect();
+        for id in linked {
+            if self.linked(index, id).is_none() {
+                self.input(index, Input::LinkDown { id, why: "idle".into() });
+            }
+        }
+    }
+
+    pub(super) fn heal(&mut self) {
+        self.cut.clear();
+    }
+
+    /// Frame `frame` comes to `to` as if `from` had sent it.
+    pub(super) fn forge(&mut self, from: usize, to: usize, frame: &Frame) {
+        let bytes = encode(frame).into();
+        self.forge_bytes(from, to, bytes);
+    }
+
+    pub(super) fn forge_bytes(&mut self, from: usize, to: usize, bytes: Bytes) {
+        let from = self.id(from);
+        self.input(to, Input::Frame { from, bytes, rtt: 2 * LATENCY });
+    }
+
     pub(super) fn run(&mut self, time: Duration) {
         let until = self.now + time;
         while let Some(Reverse((at, _, key))) = self.heap.peek().copied() {
@@ -323,16 +379,12 @@ impl World {
             What::Frame { from, to, bytes } => {
                 if self.links.contains(&(from.min(to), from.max(to))) {
                     let from = self.id(from);
-                    if self.nodes[to].version_one {
-                        self.nodes[to].heard.push((from, crate::decode(&bytes).unwrap()));
-                    }
                     self.input(to, Input::Frame { from, bytes, rtt: 2 * LATENCY });
                 }
             }
             What::Dialled { from, to, target } => self.dialled(from, to, target),
             What::Lost { at, other } => {
-                let still =
-                    self.index(other).is_some_and(|o| self.links.contains(&(at.min(o), at.max(o))));
+                let still = self.linked(at, other).is_some();
                 if !still {
                     self.input(at, Input::LinkDown { id: other, why: "gone".into() });
                 }
@@ -356,7 +408,8 @@ impl World {
             return;
         }
         let is_there = |to: &usize| {
-            self.nodes.get(*to).is_some_and(|node| node.mesh.is_some() || node.version_one)
+            !self.paused.contains(to)
+                && self.nodes.get(*to).is_some_and(|node| node.mesh.is_some())
                 && self.hears(from, *to)
                 && self.hears(*to, from)
         };
@@ -370,6 +423,15 @@ impl World {
     }
 
     fn link(&mut self, from: usize, to: usize) {
+        // A link with the same name elsewhere is replaced.
+        for (at, other) in [(from, to), (to, from)] {
+            let id = self.id(other);
+            if let Some(before) = self.linked(at, id) {
+                self.links.remove(&(at.min(before), at.max(before)));
+                let other = self.id(at);
+                self.at(LATENCY, What::Lost { at: before, other });
+            }
+        }
         self.links.insert((from.min(to), from.max(to)));
         let hellos = [self.hello(from), self.hello(to)];
         let [from_hello, to_hello] = hellos;
@@ -383,15 +445,7 @@ impl World {
     }
 
     pub(super) fn hello(&self, index: usize) -> Hello {
-        match &self.nodes[index].mesh {
-            Some(mesh) => mesh.hello(),
-            None => {
-                let peer = self.nodes[index].peer();
-                let mut hello = self.mesh(0).hello();
-                (hello.node, hello.region) = (peer.node, peer.region);
-                Hello { card: None, protocol: (1, 1), epoch: 7, ..hello }
-            }
-        }
+        self.mesh(index).hello()
     }
 
     /// How node `a` sees node `b`.
@@ -403,7 +457,11 @@ impl World {
 
     /// Whether all of `nodes` see each other alive.
     pub(super) fn converged(&self, nodes: &[usize]) -> bool {
-        nodes.iter().all(|a| nodes.iter().all(|b| a == b || self.sees(*a, *b) == Liveness::Alive))
+        nodes.iter().all(|a| {
+            nodes
+                .iter()
+                .all(|b| a == b || matches!(self.sees(*a, *b), Liveness::Alive | Liveness::Suspect))
+        })
     }
 
     pub(super) fn when(&self, at: usize, wanted: impl Fn(&Event) -> bool) -> Option<Instant> {
