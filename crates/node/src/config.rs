@@ -137,8 +137,8 @@ pub struct ListenConfig {
     /// For other nodes, h3 over UDP and h2 over TCP with mutual TLS: an address and port such as "0.0.0.0:8444"; port 0
     /// takes any. Default "0.0.0.0:8444".
     pub peers: SocketAddr,
-    /// For other nodes to say how pressed they are, QUIC over UDP with mutual TLS: an address and port such as
-    /// "0.0.0.0:8445"; port 0 takes any. Default "0.0.0.0:8445".
+    /// For other nodes to say how pressed they are, QUIC over UDP and, where that is blocked, HTTP/2 over TCP, with mutual TLS:
+    /// an address and port such as "0.0.0.0:8445"; port 0 takes any. Default "0.0.0.0:8445".
     pub gossip: SocketAddr,
     /// For operators, gRPC: an address and port such as "127.0.0.1:9090"; port 0 takes any. On an address that is not loopback
     /// only a certificate of the mesh with the role operator is let in. Default "127.0.0.1:9090".

@@ -10,8 +10,10 @@
 //!                                                  └─ pipe <─> driver: the one stream, pings, good-bye
 //! ```
 
+mod connection;
 mod driver;
 mod pipe;
+mod pulse;
 mod quic;
 mod race;
 mod tcp;

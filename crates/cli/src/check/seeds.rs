@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use identity::{ENROL_ALPN, Role, SpiffeId};
 use node::config::{HostPort, SeedAddress};
 use rustls::ClientConfig;
-use transport::{Prober, Sight, Unreached};
+use transport::{LINK_ALPN, Prober, Sight, Unreached};
 
 use super::{
     dns,
@@ -83,8 +83,17 @@ async fn look(facts: &Facts, prober: &Prober, seed: &HostPort, tls: &ClientConfi
     let within = peers::share(facts.timeout, &addresses);
     let gossip = |address: SocketAddr| prober.link(address, tls.clone(), within);
     let enrol = |address: SocketAddr| prober.quic(address, tls.clone(), ENROL_ALPN, within);
-    let (gossip, enrol) =
-        tokio::join!(peers::first(&addresses, gossip), peers::first(&addresses, enrol));
+    let over_tcp =
+        |protocol| move |address| prober.link_over_tcp(address, tls.clone(), protocol, within);
+    let (gossip, enrol, gossip_tcp, enrol_tcp) = tokio::join!(
+        peers::first(&addresses, gossip),
+        peers::first(&addresses, enrol),
+        peers::first(&addresses, over_tcp(LINK_ALPN)),
+        peers::first(&addresses, over_tcp(ENROL_ALPN)),
+    );
+    // Over TCP a node that is no authority shows its own certificate.
+    let enrol_tcp = enrol_tcp.ok().filter(|sight| judge(facts, sight).is_ok());
+    let (gossip, enrol) = (gossip.or(gossip_tcp), enrol.or_else(|e| enrol_tcp.ok_or(e)));
     let told = match &enrol {
         Ok(sight) => authority(facts, &subject, sight),
         Err(_) => Looked { findings: vec![answers(&subject, seed, &gossip)], renews: false },
@@ -137,7 +146,7 @@ fn answers(subject: &str, seed: &HostPort, gossip: &Seen) -> Finding {
             Finding::ok(Check::SeedGossip, subject, what)
         }
         Err(error) => {
-            let what = format!("nobody is reached over UDP: {error}");
+            let what = format!("nobody is reached over UDP or TCP: {error}");
             Finding::warning(Check::SeedGossip, subject, what, to_reach(seed, error))
         }
     }
@@ -152,7 +161,7 @@ fn to_reach(seed: &HostPort, error: &Unreached) -> String {
             let text = seed.to_string();
             let number = text.rsplit(':').next().unwrap_or(&text);
             format!(
-                "let UDP port {number} through, and compare it with the `listen.gossip` of that node"
+                "let port {number} through for UDP and TCP, and compare it with the `listen.gossip` of that node"
             )
         }
     }
@@ -172,7 +181,7 @@ mod tests {
         let silent = Err(Unreached::Silent(Duration::from_secs(5)));
         let found = answers("seed", &seed, &silent);
         assert_eq!(found.level, Level::Warning);
-        assert!(found.remedy.contains("UDP port 8445"), "{}", found.remedy);
+        assert!(found.remedy.contains("port 8445"), "{}", found.remedy);
         let down = answers("seed", &seed, &Err(Unreached::Refused));
         assert!(down.remedy.contains("start that node"), "{}", down.remedy);
         let rtt = Duration::from_millis(3);

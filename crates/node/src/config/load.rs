@@ -457,7 +457,7 @@ impl Loader {
         let all = [
             ("listen.clients", Some(listen.clients), true, true),
             ("listen.peers", Some(listen.peers), true, true),
-            ("listen.gossip", Some(listen.gossip), false, true),
+            ("listen.gossip", Some(listen.gossip), true, true),
             ("listen.plaintext", listen.plaintext, true, false),
             ("listen.metrics", Some(listen.metrics), true, false),
             ("listen.admin", Some(listen.admin), true, false),

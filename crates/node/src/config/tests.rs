@@ -416,7 +416,7 @@ fn addresses_of_two_families_do_not_contradict() {
     assert!(listen("0.0.0.0:8443", "[::1]:8443").is_ok());
     assert!(listen("[::]:8443", "127.0.0.1:8443").is_err());
     let gossip = |address| load(&format!("[node]\nname = \"a\"\n[listen]\ngossip = \"{address}\""));
-    assert!(gossip("127.0.0.1:9464").is_ok(), "metrics is TCP, gossip UDP");
+    assert!(gossip("127.0.0.1:9464").is_err(), "metrics is TCP, gossip both");
     assert!(gossip("127.0.0.1:8443").is_err());
 }
 

@@ -2,8 +2,6 @@
 //! and says good-bye.
 
 use std::{
-    io,
-    pin::Pin,
     sync::Arc,
     task::{Context, Poll},
     time::{Duration, Instant},
@@ -11,20 +9,15 @@ use std::{
 
 use base::clock;
 use bytes::{Bytes, BytesMut};
-use h2::{Ping, PingPong, Reason, RecvStream, SendStream};
+use h2::{RecvStream, SendStream};
 use http::{HeaderMap, HeaderValue};
-use parking_lot::Mutex;
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-    time::Sleep,
-};
-use tokio_rustls::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    DONE_WITHIN, IDLE, KEEP_ALIVE,
+    DONE_WITHIN,
+    connection::Connection,
     pipe::{Assembler, End, Parting, Pipe},
+    pulse::Pulse,
 };
 
 /// How long it may take until the other end knows that a link is over.
@@ -35,108 +28,6 @@ const REASON_BYTES_MAX: usize = 512;
 const PIECE_BYTES_MAX: usize = 16 << 10;
 /// The trailer that says why a link ended, as gRPC names it.
 const REASON: &str = "grpc-message";
-
-/// A connection that notes when something came.
-#[derive(Debug)]
-pub(super) struct Heard {
-    stream: TlsStream<TcpStream>,
-    at: Arc<Mutex<Instant>>,
-}
-
-impl Heard {
-    pub(super) fn new(stream: TlsStream<TcpStream>) -> Self {
-        Self { stream, at: Arc::new(Mutex::new(clock::now())) }
-    }
-
-    /// When something came last.
-    pub(super) fn at(&self) -> Arc<Mutex<Instant>> {
-        self.at.clone()
-    }
-}
-
-impl AsyncRead for Heard {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let polled = Pin::new(&mut self.stream).poll_read(cx, buffer);
-        if buffer.filled().len() > before {
-            *self.at.lock() = clock::now();
-        }
-        polled
-    }
-}
-
-impl AsyncWrite for Heard {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        pieces: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, pieces)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-}
-
-/// The connection under a link, from either end.
-#[derive(Debug)]
-pub(super) enum Connection {
-    Client(h2::client::Connection<Heard, Bytes>),
-    Server(h2::server::Connection<Heard, Bytes>),
-}
-
-impl Connection {
-    pub(super) fn ping_pong(&mut self) -> Option<PingPong> {
-        match self {
-            Self::Client(connection) => connection.ping_pong(),
-            Self::Server(connection) => connection.ping_pong(),
-        }
-    }
-
-    /// Reads and writes; ready, with the reason, when the connection is over.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<String> {
-        let ended = match self {
-            Self::Client(connection) => std::task::ready!(Pin::new(connection).poll(cx)).err(),
-            Self::Server(connection) => loop {
-                match std::task::ready!(connection.poll_accept(cx)) {
-                    // One stream is a link; there is no other.
-                    Some(Ok((_, mut respond))) => respond.send_reset(Reason::REFUSED_STREAM),
-                    Some(Err(error)) => break Some(error),
-                    None => break None,
-                }
-            },
-        };
-        Poll::Ready(ended.map_or_else(|| "closed by peer".to_owned(), |error| error.to_string()))
-    }
-
-    /// Ends as soon as everything is written and no stream is open. A client's connection does so by itself.
-    fn shut_down(&mut self) {
-        if let Self::Server(connection) = self {
-            connection.graceful_shutdown();
-        }
-    }
-}
 
 /// Drives one link.
 pub(super) struct Driver {
@@ -273,7 +164,7 @@ impl Driver {
         if let Poll::Ready(rtt) = self.pulse.poll_pong(cx) {
             self.pipe.set_rtt(rtt);
         }
-        while self.pulse.timer.as_mut().poll(cx).is_ready() {
+        while self.pulse.poll_due(cx).is_ready() {
             let now = clock::now();
             let has_passed = |since: Instant| now.saturating_duration_since(since) >= DONE_WITHIN;
             if self.stuck.is_some_and(has_passed) {
@@ -351,59 +242,4 @@ fn shown(text: &[u8]) -> String {
     let text = String::from_utf8_lossy(text);
     let visible = |c: char| if c.is_ascii_graphic() || c == ' ' { c } else { '?' };
     text.chars().take(REASON_BYTES_MAX).map(visible).collect()
-}
-
-/// Finds out whether the other end lives, and how far away it is.
-#[derive(Debug)]
-pub(super) struct Pulse {
-    ping: PingPong,
-    heard: Arc<Mutex<Instant>>,
-    /// When a ping was sent that is not answered yet.
-    asked: Option<Instant>,
-    /// When the last one was sent.
-    asked_last: Option<Instant>,
-    rtt: Duration,
-    /// When `timer` is to fire.
-    due: Instant,
-    timer: Pin<Box<Sleep>>,
-}
-
-impl Pulse {
-    /// `rtt` is what is known before the first ping is answered.
-    pub(super) fn new(ping: PingPong, heard: Arc<Mutex<Instant>>, rtt: Duration) -> Self {
-        let timer = Box::pin(tokio::time::sleep(Duration::ZERO));
-        let due = clock::now();
-        Self { ping, heard, asked: None, asked_last: None, rtt, due, timer }
-    }
-
-    /// Ready when a ping was answered, with the round trip now, smoothed as RFC 6298 does.
-    fn poll_pong(&mut self, cx: &mut Context<'_>) -> Poll<Duration> {
-        let Some(asked) = self.asked else { return Poll::Pending };
-        if std::task::ready!(self.ping.poll_pong(cx)).is_ok() {
-            let measured = clock::now().saturating_duration_since(asked);
-            self.rtt = (self.rtt * 7 + measured) / 8;
-        }
-        self.asked = None;
-        Poll::Ready(self.rtt)
-    }
-
-    /// Asks again where nothing comes by itself; `false`: the other end is gone.
-    fn beat(&mut self, now: Instant) -> bool {
-        let heard = *self.heard.lock();
-        let quiet = now.saturating_duration_since(heard);
-        // When this process itself stood still, what came meanwhile may not have been read yet.
-        let is_late = now.saturating_duration_since(self.due) >= KEEP_ALIVE;
-        if quiet >= IDLE && !is_late {
-            return false;
-        }
-        let is_due = |at: Instant| now.saturating_duration_since(at) >= IDLE;
-        let wants = quiet >= KEEP_ALIVE / 2 || self.asked_last.is_none_or(is_due);
-        if self.asked.is_none() && wants && self.ping.send_ping(Ping::opaque()).is_ok() {
-            (self.asked, self.asked_last) = (Some(now), Some(now));
-        }
-        let dead_at = heard + IDLE;
-        self.due = if dead_at > now { dead_at.min(now + KEEP_ALIVE) } else { now + KEEP_ALIVE };
-        self.timer.as_mut().reset(self.due.into());
-        true
-    }
 }
