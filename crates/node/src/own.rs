@@ -86,7 +86,7 @@ pub(crate) fn address(config: &Config, bound: SocketAddr) -> String {
 fn reached_at(config: &Config) -> IpAddr {
     let all = config.listen.reachable();
     let outside = all.iter().rev().find(|ip| !ip.is_loopback());
-    outside.or(all.last()).copied().unwrap_or(Ipv4Addr::LOCALHOST.into())
+    outside.or_else(|| all.last()).copied().unwrap_or_else(|| Ipv4Addr::LOCALHOST.into())
 }
 
 #[cfg(test)]

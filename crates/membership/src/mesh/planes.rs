@@ -299,7 +299,8 @@ impl<J: Judge> Mesh<J> {
         if !dialled {
             self.say_descriptor(now, peer.id);
             if let Some(bytes) = self.reporter.first(now) {
-                self.send(now, peer.id, bytes, Way::Datagram);
+                // Behind the descriptor, without which it says nothing.
+                self.send(now, peer.id, bytes, Way::Stream);
             }
         }
     }

@@ -8,8 +8,12 @@ use std::{
 };
 
 use base::clock;
+use bytes::Bytes;
 use identity::NodeIdentity;
-use membership::{Event, Hello, Input, Mesh, NodeId, Output, Pair, Peer, Seed, Transport};
+use membership::{
+    Event, Frame, Hello, Input, Mesh, NodeId, Output, Pair, Peer, Pool, Seed, Transport, Way,
+    encode,
+};
 use tokio::{
     sync::{Semaphore, mpsc, watch},
     task::JoinSet,
@@ -23,7 +27,7 @@ use super::{
     LINKS_MAX, NodeJudge, StatusAsk, Voice,
     dial::Dial,
     kept,
-    link::{Answer, Common, News, Reins, Up},
+    link::{Answer, Common, News, Reins, SUPERSEDED, Up},
     news::Teller,
     table::{Entry, Left, Table},
 };
@@ -70,7 +74,7 @@ pub(super) struct Parts {
 pub(super) struct Driver {
     mesh: Mesh<NodeJudge>,
     parts: Parts,
-    table: Table<Reins>,
+    table: Table<Near>,
     next_number: u64,
     /// Links that have begun and not ended, those that are replaced too.
     open: usize,
@@ -89,6 +93,27 @@ pub(super) struct Driver {
     teller: Teller,
     keeping: JoinSet<()>,
     seen: Seen,
+}
+
+/// This end of a link, and the card of the other, signed.
+struct Near {
+    reins: Reins,
+    card: Option<Vec<u8>>,
+}
+
+impl Near {
+    /// Ends the link, for there is a later process of that node: its card says so.
+    fn supersede(self, card: Option<&Vec<u8>>) {
+        if let Some(frame) = card.map(|card| later(card)) {
+            self.reins.send(frame, Way::Stream);
+        }
+        self.reins.end(SUPERSEDED, LINGER);
+    }
+}
+
+/// What tells a process that there is a later one of its node.
+fn later(card: &[u8]) -> Bytes {
+    encode(&Frame::Cards(Pool::Region, vec![card.to_vec()])).into()
 }
 
 /// A node of version 1, as it last said hello.
@@ -165,6 +190,7 @@ impl Driver {
     /// Where others may be found, from the configuration and from the last time.
     async fn begin(&mut self) {
         self.tell_seeds();
+        self.settle();
         let Some(path) = self.parts.kept.clone() else { return };
         let reading = tokio::task::spawn_blocking(move || kept::read(&path));
         let cards = reading.await.unwrap_or_default();
@@ -227,14 +253,22 @@ impl Driver {
             let descriptor = self.parts.voice.catalog.descriptor();
             self.handle(Input::Describe(descriptor));
         }
+        // Nobody looks any more where there is nothing to look up.
         if self.parts.seeds.has_changed().unwrap_or(false) {
             self.tell_seeds();
+            self.settle();
         }
         if now >= self.seen.keep {
             self.seen.keep = now + KEEP;
             self.keep();
         }
         while self.keeping.try_join_next().is_some() {}
+        // A task that was ended tells nothing.
+        let gone = self.table.all().filter(|(_, _, near)| near.reins.is_closed());
+        let gone: Vec<_> = gone.map(|(id, number, _)| (id, number)).collect();
+        for (id, number) in gone {
+            self.lost(number, id, "its task is gone".to_owned());
+        }
     }
 
     /// Tells the machine where others may be found.
@@ -245,7 +279,7 @@ impl Driver {
             .filter(|address| *address != self.parts.own_gossip && !self.selves.contains(address));
         let seeds = others.map(|address| Seed { address, peer: None, is_listed: false });
         let seeds = self.parts.listed.iter().cloned().chain(seeds).collect();
-        self.handle(Input::Seeds(seeds));
+        self.tell(Input::Seeds(seeds));
     }
 
     /// Writes down the cards of others when they are others than last time.
@@ -268,7 +302,9 @@ impl Driver {
         match news {
             News::Up(up) => self.up(*up),
             News::DialFailed { dial, why, is_self } => {
-                let is_news = is_self && self.selves.insert(dial.address().to_owned());
+                if is_self && self.selves.insert(dial.address().to_owned()) {
+                    self.tell_seeds();
+                }
                 self.dial_failed(dial, why);
                 self.settle();
                 if is_news {
@@ -303,6 +339,8 @@ impl Driver {
         let (id, number, is_dialled) = (peer.id, self.next_number, dialled.is_some());
         self.next_number += 1;
         let (reins, taken) = Reins::new(number, self.mesh.hello());
+        let before = self.table.epoch(id);
+        let near = Near { reins, card: hello.card.clone() };
         let is_legacy = hello.card.is_none() || hello.version() == Some(1);
         let (epoch, since) = (hello.epoch, clock::now());
         let entry = Entry { number, epoch, dialled: is_dialled, is_legacy, since };
@@ -310,18 +348,29 @@ impl Driver {
             tracing::warn!(node = %peer.node, "a link was turned down: there are {LINKS_MAX} already");
             Err("too many links")
         } else {
-            self.table.admit(id, entry, reins)
+            self.table.admit(id, entry, near)
         };
         match admitted {
             Err(why) => {
-                drop(answer.send(Answer::Not(why.to_owned())));
+                let card = self.table.to(id).and_then(|near| near.card.as_ref());
+                drop(answer.send(match card.filter(|_| why == SUPERSEDED) {
+                    Some(card) => {
+                        let hello = Box::new(self.mesh.hello());
+                        Answer::Superseded { hello, frame: later(card) }
+                    }
+                    None => Answer::Not(why.to_owned()),
+                }));
                 if let Some(dial) = dialled {
                     self.dial_failed(dial, why.to_owned());
                 }
                 return self.settle();
             }
+            Ok(older) if before.is_some_and(|before| before < epoch) => {
+                older.into_iter().for_each(|one| one.supersede(hello.card.as_ref()));
+            }
             Ok(older) => {
-                older.into_iter().for_each(|one| one.end("another link takes its place", LINGER));
+                let why = "another link takes its place";
+                older.into_iter().for_each(|one| one.reins.end(why, LINGER));
             }
         }
         self.open += 1;
@@ -349,6 +398,10 @@ impl Driver {
     /// Link `number` has ended.
     fn ended(&mut self, number: u64, id: NodeId, why: String) {
         self.open = self.open.saturating_sub(1);
+        self.lost(number, id, why);
+    }
+
+    fn lost(&mut self, number: u64, id: NodeId, why: String) {
         match self.table.remove_number(id, number) {
             Left::AsBefore => return,
             Left::Nothing => self.gone(id, why),
@@ -442,7 +495,7 @@ impl Driver {
     fn perform(&mut self, output: Output) {
         match output {
             Output::Send { to, bytes, way } => {
-                if self.table.to(to).is_some_and(|reins| !reins.send(bytes, way)) {
+                if self.table.to(to).is_some_and(|near| !near.reins.send(bytes, way)) {
                     self.close(to, UNREAD);
                     self.gone(to, UNREAD.to_owned());
                 }
@@ -459,7 +512,7 @@ impl Driver {
     fn close(&mut self, id: NodeId, why: &str) {
         self.dialled.remove(&id);
         self.legacy.remove(&id);
-        self.table.remove(id).into_iter().for_each(|reins| reins.end(why, Duration::ZERO));
+        self.table.remove(id).into_iter().for_each(|near| near.reins.end(why, Duration::ZERO));
     }
 
     fn event(&mut self, event: &Event) {
@@ -492,8 +545,8 @@ impl Driver {
                 Some(ask) = self.parts.asks.recv() => self.answer(ask),
             }
         }
-        for reins in self.table.drain() {
-            reins.end("left", LEFT_LINGER);
+        for near in self.table.drain() {
+            near.reins.end("left", LEFT_LINGER);
         }
         let closing = async {
             while self.open > 0 {

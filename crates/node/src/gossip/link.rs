@@ -23,6 +23,7 @@ use bytes::Bytes;
 use identity::{Role, SignedRevocations, SpiffeId};
 use membership::{Frame, Hello, NodeId, Peer, Transport, Way, decode, encode};
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 use transport::{Lease, Link, LinkTransport, TransportError};
 
 use crate::trust::{Lists, Trust};
@@ -31,6 +32,10 @@ use super::{dial::Dial, judge};
 
 /// The first frame of a link must have come within this.
 const HELLO_WITHIN: Duration = Duration::from_secs(5);
+/// An earlier process is given so long to hear that there is a later one.
+const HEARD_WITHIN: Duration = Duration::from_secs(1);
+/// Why the link with it ends.
+pub(super) const SUPERSEDED: &str = "a later process of this node is linked";
 /// Frames that wait to leave: those that may be lost, and those that may not.
 const DATAGRAMS_MAX: usize = 256;
 const STREAMS_MAX: usize = 512;
@@ -85,6 +90,9 @@ pub(super) enum Answer {
     Taken(Box<Taken>),
     /// It is not needed; why.
     Not(String),
+    /// It is not needed, for there is a later process of that node: this frame says so. Before it goes this node's hello, for a
+    /// link that the other end dialled.
+    Superseded { hello: Box<Hello>, frame: Bytes },
 }
 
 /// How a link is driven.
@@ -152,6 +160,11 @@ impl Reins {
                 waiting + length <= STREAM_BYTES_MAX && self.streams.try_send(bytes).is_ok()
             }
         }
+    }
+
+    /// Whether the link's task is gone.
+    pub(super) fn is_closed(&self) -> bool {
+        self.datagrams.is_closed()
     }
 
     /// Ends the link once everything has left, after `linger`.
@@ -226,6 +239,10 @@ impl Common {
         let taken = match answered.await {
             Ok(Answer::Taken(taken)) => *taken,
             Ok(Answer::Not(why)) => return Err(why),
+            Ok(Answer::Superseded { hello, frame }) => {
+                let hello = (!is_dialled).then(|| self.first(*hello));
+                return Err(tell(link, hello.into_iter().chain([frame])).await);
+            }
             Err(_) => return Err("the node stops".to_owned()),
         };
         let Taken { number, hello, outlet } = taken;
@@ -279,6 +296,16 @@ impl Common {
     }
 }
 
+/// Says this and waits a moment, so that it is heard before the link is closed. Returns why it is.
+async fn tell(link: &Link, frames: impl Iterator<Item = Bytes>) -> String {
+    for frame in frames {
+        // Whoever is gone need not hear it.
+        drop(link.send_whole(frame).await);
+    }
+    drop(tokio::time::timeout(HEARD_WITHIN, link.closed()).await);
+    SUPERSEDED.to_owned()
+}
+
 /// How a link goes.
 fn transport(link: &Link) -> Transport {
     match link.transport() {
@@ -309,8 +336,11 @@ impl Working<'_> {
         }
         let Outlet { datagrams, streams, waiting_bytes, ending } = outlet;
         let reading = self.hear();
+        let flushed = CancellationToken::new();
         let writing = async {
-            tokio::try_join!(self.send(datagrams), self.send_whole(streams, &waiting_bytes))
+            tokio::try_join!(self.send(datagrams), self.send_whole(streams, &waiting_bytes))?;
+            flushed.cancel();
+            std::future::pending::<Result<(), TransportError>>().await
         };
         let handing_on = self.common.hand_on(self.link, &self.theirs);
         tokio::pin!(reading, writing);
@@ -331,11 +361,12 @@ impl Working<'_> {
         };
         let leaving = async {
             // Its queues are closed: what is in them is the rest.
-            drop(tokio::time::timeout(FLUSHED_WITHIN, &mut writing).await);
+            drop(tokio::time::timeout(FLUSHED_WITHIN, flushed.cancelled()).await);
             tokio::time::sleep(ending.linger).await;
         };
         tokio::select! {
             _ = &mut reading => {}
+            _ = &mut writing => {}
             () = leaving => {}
             () = self.lease.withdrawn() => {}
         }

@@ -19,8 +19,8 @@ pub(super) struct Teller {
 struct Known {
     node: NodeName,
     region: RegionName,
-    /// Whether the log calls it down or gone.
-    is_down: bool,
+    /// Whether the log calls it a member, neither down nor gone.
+    is_member: bool,
 }
 
 impl Teller {
@@ -41,7 +41,10 @@ impl Teller {
     /// News from the machine.
     pub(super) fn tell(&mut self, event: &Event) {
         match event {
-            Event::Member(card) => self.member(card.id, &card.node, &card.region),
+            Event::Member(card) => {
+                self.know(card.id, &card.node, &card.region);
+                self.member(card.id);
+            }
             Event::Legacy { peer, .. } => {
                 self.know(peer.id, &peer.node, &peer.region);
                 tracing::info!(peer = %peer.node, region = %peer.region, "a peer of an older release is linked");
@@ -64,27 +67,23 @@ impl Teller {
         }
     }
 
-    fn know(&mut self, id: NodeId, node: &NodeName, region: &RegionName) -> bool {
-        if self.names.len() >= NAMES_MAX || self.names.contains_key(&id) {
-            return false;
+    fn know(&mut self, id: NodeId, node: &NodeName, region: &RegionName) {
+        if self.names.len() < NAMES_MAX && !self.names.contains_key(&id) {
+            let known = Known { node: node.clone(), region: region.clone(), is_member: false };
+            self.names.insert(id, known);
         }
-        let known = Known { node: node.clone(), region: region.clone(), is_down: false };
-        self.names.insert(id, known).is_none()
     }
 
-    fn member(&mut self, id: NodeId, node: &NodeName, region: &RegionName) {
-        let is_new = self.know(id, node, region);
-        let was_down =
-            self.names.get_mut(&id).is_some_and(|known| std::mem::take(&mut known.is_down));
-        if is_new || was_down {
+    fn member(&mut self, id: NodeId) {
+        let Some(Known { node, region, is_member }) = self.names.get_mut(&id) else { return };
+        if !std::mem::replace(is_member, true) {
             tracing::info!(%node, %region, "a node is a member");
         }
     }
 
-    fn reachable(&mut self, id: NodeId, is: bool) {
-        let Some(Known { node, region, is_down }) = self.names.get_mut(&id) else { return };
+    fn reachable(&self, id: NodeId, is: bool) {
+        let Some(Known { node, region, .. }) = self.names.get(&id) else { return };
         if is {
-            *is_down = false;
             tracing::info!(%node, %region, "a node is reachable");
         } else {
             tracing::info!(%node, %region, "a node is not reachable");
@@ -92,8 +91,8 @@ impl Teller {
     }
 
     fn down(&mut self, id: NodeId, left: bool) {
-        let Some(Known { node, region, is_down }) = self.names.get_mut(&id) else { return };
-        *is_down = true;
+        let Some(Known { node, region, is_member }) = self.names.get_mut(&id) else { return };
+        *is_member = false;
         if left {
             tracing::info!(%node, %region, "a node has left");
         } else {

@@ -10,6 +10,8 @@ use std::{
 
 use membership::NodeId;
 
+use super::link::SUPERSEDED;
+
 /// Dials of both ends that are further apart did not cross: whoever dials then has lost the older link.
 const CROSSING: Duration = Duration::from_secs(10);
 
@@ -138,12 +140,17 @@ impl<L> Table<L> {
     /// Why the older of two links is the better one, if it is.
     fn prefers(&self, id: NodeId, older: &Entry, newer: &Entry) -> Option<&'static str> {
         if older.epoch != newer.epoch {
-            return (newer.epoch < older.epoch).then_some("a later process of this node is linked");
+            return (newer.epoch < older.epoch).then_some(SUPERSEDED);
         }
         let are_one = older.side() == Side::Both && newer.side() == Side::Both;
         let crossed = newer.since.saturating_duration_since(older.since) < CROSSING;
         let dialler = |entry: &Entry| if entry.dialled { self.own } else { id };
         (are_one && crossed && dialler(older) < dialler(newer)).then_some("doubled")
+    }
+
+    /// Every link: with whom, its number, and what is kept of it.
+    pub(super) fn all(&self) -> impl Iterator<Item = (NodeId, u64, &L)> {
+        self.links.iter().map(|((id, _), held)| (*id, held.entry.number, &held.link))
     }
 
     /// Takes all links with a node out.

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use transport::{Link, LinkTransport, QuicKeys};
 
 use super::*;
-use crate::config::Config;
+use crate::{config::Config, peers::MakeTarget};
 
 /// Long enough for a loaded machine; a test that waits so long has failed.
 const LONG: Duration = Duration::from_secs(40);
@@ -66,7 +66,8 @@ impl World {
         let links = links(&identity);
         let address = links.address().unwrap();
         let id = identity.id().clone();
-        let board = Arc::new(Board::of_test(&[]));
+        let make = MakeTarget(Box::new(|_, _| Err("nobody is called".to_owned())));
+        let board = Arc::new(Board::new(id.clone(), vec![], make));
         let engines = engines(id.name.as_str());
         let draining = CancellationToken::new();
         let trust = Arc::new(Trust::new(identity, None));
@@ -373,7 +374,7 @@ async fn a_node_of_version_1_that_dials_is_told_what_it_asked_for() {
     let old = world.identity("old");
     let (_links, link) = dial(&old, a.address, "a", vec![Frame::Hello(hello("old", 7))]).await;
     let mut kinds = Vec::new();
-    while kinds.len() < 4 {
+    while !["hello", "descriptor", "load"].iter().all(|kind| kinds.contains(kind)) {
         match hear(&link).await.unwrap() {
             Frame::Hello(hello) => {
                 assert!(kinds.is_empty() && hello.protocol == (1, 2));
@@ -390,7 +391,6 @@ async fn a_node_of_version_1_that_dials_is_told_what_it_asked_for() {
             other => panic!("it would not understand {other:?}"),
         }
     }
-    assert_eq!(kinds[..2], ["hello", "descriptor"], "in the order in which it is understood");
 }
 
 #[tokio::test]
@@ -466,8 +466,9 @@ async fn a_revoked_node_is_out_at_once() {
     let a = world.start("a", 1, &[]);
     let b = world.start("b", 1, &[a.address]);
     a.until("b", is_alive).await;
-    let authority = Authority::open(world.0.path(), clock::wall()).unwrap();
-    authority.revoke(b.trust.identity().id(), clock::wall()).unwrap();
+    let authority = || Authority::open(world.0.path(), clock::wall()).unwrap();
+    authority().revoke(b.trust.identity().id(), clock::wall()).unwrap();
+    let authority = authority();
     assert!(a.trust.adopt(authority.revocations().clone()).unwrap());
     a.until("b", |member| member.link.is_none()).await;
     a.until_presence("b", Presence::Silent).await;

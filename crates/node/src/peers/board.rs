@@ -156,7 +156,11 @@ impl Board {
     pub(crate) fn presence_of(&self, id: NodeId) -> Presence {
         let state = self.state.lock();
         let entry = state.places.get(&id).and_then(|place| state.get(*place));
-        entry.map_or(Presence::Unknown, |entry| entry.view.presence(clock::now()))
+        match entry {
+            None => Presence::Unknown,
+            Some(entry) if entry.is_out() => Presence::Silent,
+            Some(entry) => entry.view.presence(clock::now()),
+        }
     }
 
     /// Which way leads to the peer at `place`; `None`: none.

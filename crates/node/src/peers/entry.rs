@@ -214,7 +214,7 @@ impl Entry {
     }
 
     /// Whether this node should leave it alone, whatever is known of its room.
-    fn is_out(&self) -> bool {
+    pub(super) fn is_out(&self) -> bool {
         self.life != Life::Alive || self.quarantined.is_some() || self.is_linked == Some(false)
     }
 

@@ -152,12 +152,6 @@ impl Board {
         }
     }
 
-    /// The peer at `place` said what it serves.
-    #[cfg(test)]
-    pub(crate) fn describe(&self, place: usize, epoch: u64, descriptor: Descriptor) {
-        self.described(place, epoch, Arc::new(descriptor));
-    }
-
     fn described(&self, place: usize, epoch: u64, descriptor: Arc<Descriptor>) {
         let mut lost_models = false;
         self.change(|state| {
