@@ -20,7 +20,7 @@ const GAP_MIN: Duration = Duration::from_millis(50);
 /// A change of this share of the slots is worth a frame.
 const CHANGE: f64 = 0.1;
 /// Figures older than this are not worth a frame for a new subscriber: newer ones come soon.
-const FRESH: Duration = Duration::from_secs(1);
+const FRESH: Duration = GAP_MIN;
 
 /// Decides when a frame is due, and makes it.
 #[derive(Clone, Debug)]

@@ -32,6 +32,8 @@ pub struct View {
     /// Nothing came over its connections although something was due: out until it speaks again.
     cut_off: Option<Instant>,
     engines: Vec<Figures>,
+    /// The newest frame, when it came, while it is of a descriptor that has not come.
+    early: Option<Box<(LoadFrame, Instant)>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -105,6 +107,9 @@ impl View {
             self.engines.clear();
         }
         self.descriptor = Some((epoch, descriptor));
+        if let Some(early) = self.early.take() {
+            self.take(&early.0, early.1);
+        }
         true
     }
 
@@ -131,15 +136,25 @@ impl View {
         self.heard = Some(Heard { at: now, next: frame.next, one_way });
         self.draining = frame.draining;
         self.cut_off = None;
-        // Figures of a descriptor we do not hold cannot be told apart; that the node speaks still counts.
+        self.take(frame, now);
+        true
+    }
+
+    /// Takes the figures of a frame that came at `at`. Those of a descriptor we do not hold cannot be told apart: they wait for it.
+    fn take(&mut self, frame: &LoadFrame, at: Instant) {
+        self.early = None;
+        let one_way = self.one_way();
         let known = self.descriptor.as_ref().filter(|(epoch, descriptor)| {
             *epoch == frame.epoch
                 && descriptor.version == frame.descriptor_version
                 && descriptor.engines.len() == frame.engines.len()
         });
-        let Some((_, descriptor)) = known else { return true };
+        let Some((_, descriptor)) = known else {
+            self.early = Some(Box::new((frame.clone(), at)));
+            return;
+        };
         let age = frame.sample_age + one_way;
-        let sampled = now.checked_sub(age).unwrap_or(now);
+        let sampled = at.checked_sub(age).unwrap_or(at);
         let before = std::mem::take(&mut self.engines).into_iter().map(Some);
         let before = before.chain(std::iter::repeat_with(|| None));
         self.engines = frame
@@ -154,7 +169,6 @@ impl View {
                 figures
             })
             .collect();
-        true
     }
 
     /// A reply from engine `engine` said how pressed it is, at `now`.
@@ -338,6 +352,17 @@ mod tests {
 
     fn in_flight(view: &View, now: Instant) -> u32 {
         view.seen(0, now).unwrap().load.in_flight
+    }
+
+    #[test]
+    fn figures_that_come_before_the_descriptor_wait_for_it() {
+        let now = base::clock::now();
+        let mut view = View::default();
+        assert!(view.frame(&frame(1, 1, 7), RTT, now));
+        assert!(view.seen(0, now).is_none());
+        assert!(view.describe(1, descriptor(1).into()));
+        let seen = view.seen(0, now + 10 * MS).unwrap();
+        assert_eq!((seen.load.in_flight, seen.age), (7, 15 * MS));
     }
 
     #[test]

@@ -63,7 +63,6 @@ impl<J: Judge> Mesh<J> {
     pub(super) fn describe(&mut self, now: Instant, descriptor: Descriptor) {
         let judge = &self.judge;
         let (hash, descriptor) = self.bodies.own(descriptor, |bytes| judge.sha256(bytes));
-        self.reporter.describes(descriptor.version);
         self.descriptor = descriptor;
         self.own_figures = None;
         self.renewal.descriptor = hash;

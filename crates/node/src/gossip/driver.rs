@@ -307,9 +307,6 @@ impl Driver {
                 }
                 self.dial_failed(dial, why);
                 self.settle();
-                if is_news {
-                    self.tell_seeds();
-                }
             }
             // A frame of a link that was replaced counts as long as the same process is linked.
             News::Frame { epoch, from, bytes, rtt } => {
