@@ -211,7 +211,9 @@ class Lan:
     def cut_off(self, region: int):
         """Nothing enters the region, and nothing leaves it."""
         bridge = f"br{region}"
-        self.router.drop(f"region {region}", f'iifname "{bridge}"', f'oifname "{bridge}"')
+        # Where bridges hand packets to nftables, those within the region come by here too.
+        inside, outside = f'"{bridge}"', f'!= "{bridge}"'
+        self.router.drop(f"region {region}", f"iifname {inside} oifname {outside}", f"iifname {outside} oifname {inside}")
 
     def lose(self, percent: int):
         """So much of what comes over the network is lost."""

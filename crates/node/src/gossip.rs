@@ -90,7 +90,6 @@ type StatusAsk = oneshot::Sender<Status>;
 
 impl MeshHandle {
     /// What the mesh looks like from here; `None`: the port does not answer, for it stops or is at its limit.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the admin port is to ask"))]
     pub(crate) async fn status(&self) -> Option<Status> {
         let (ask, answer) = oneshot::channel();
         self.asks.try_send(ask).ok()?;

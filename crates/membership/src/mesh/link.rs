@@ -10,6 +10,8 @@ use crate::{
     strikes::Offence,
 };
 
+/// Why a link ends that is not needed: the other end has nothing to fear for.
+const NOT_NEEDED: &str = "nobody needs this link now";
 /// A node that is new asks everybody it links for others.
 const YOUNG: Duration = Duration::from_secs(30);
 /// A node whose link was lost is dialled for so long although nobody needs it: it may be dead.
@@ -138,27 +140,46 @@ impl<J: Judge> Mesh<J> {
         }
     }
 
-    pub(super) fn link_down(&mut self, now: Instant, id: NodeId) {
+    pub(super) fn link_down(&mut self, now: Instant, id: NodeId, why: &str) {
         self.doomed.remove(&id);
-        let Some(link) = self.drop_link(id) else { return };
+        let is_idle = why.contains(NOT_NEEDED);
+        let link = if is_idle { self.part(id) } else { self.drop_link(id) };
+        let Some(link) = link else { return };
         if self.is_leaving {
             return;
         }
         let is_wanted = self.wants(id);
         let is_down = self.is_down(&link.peer);
+        if is_idle && !is_wanted {
+            return;
+        }
         if is_wanted && !is_down || !link.is_legacy() && !is_down && link.was_in_use(now) {
             let lost = (!link.is_legacy() && link.was_in_use(now)).then_some(link.heard);
             self.plan_dial(now, id, lost);
         }
     }
 
-    /// Takes a link away here.
+    /// Takes a link away here: the node cannot be reached.
     pub(super) fn drop_link(&mut self, id: NodeId) -> Option<Link> {
-        let link = self.links.up.remove(&id)?;
-        self.subscribers.remove(&id);
+        let link = self.take_link(id)?;
         if link.reachable {
             self.event(Event::Reachable { id, is: false });
         }
+        Some(link)
+    }
+
+    /// Takes a link away here that nobody needs.
+    fn part(&mut self, id: NodeId) -> Option<Link> {
+        let link = self.take_link(id)?;
+        if link.reachable {
+            self.event(Event::Parted(id));
+        }
+        Some(link)
+    }
+
+    fn take_link(&mut self, id: NodeId) -> Option<Link> {
+        let link = self.links.up.remove(&id)?;
+        self.subscribers.remove(&id);
         self.relaying.links_changed();
         Some(link)
     }
@@ -315,8 +336,8 @@ impl<J: Judge> Mesh<J> {
         };
         let idle = free.iter().take_while(|(used, _)| now >= *used + IDLE).count();
         for (_, id) in free.into_iter().take(idle.max(excess)) {
-            self.drop_link(id);
-            self.close(id, "nobody needs this link now".to_owned());
+            self.part(id);
+            self.close(id, NOT_NEEDED.to_owned());
         }
     }
 }

@@ -63,7 +63,7 @@ impl Teller {
             }
             Event::Superseded { .. } => {}
             Event::Note(note) => tracing::info!("{note}"),
-            Event::Described { .. } | Event::Load { .. } | Event::Region(_) => {}
+            Event::Described { .. } | Event::Load { .. } | Event::Region(_) | Event::Parted(_) => {}
         }
     }
 

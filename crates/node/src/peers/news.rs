@@ -52,6 +52,7 @@ impl Board {
                 true => entry.linked(),
                 false => entry.unlinked(now),
             }),
+            Event::Parted(id) => self.change_of(*id, |entry| entry.is_linked = None),
             Event::Down { id, left } => self.change_of(*id, |entry| {
                 entry.life = if *left { Life::Left } else { Life::Down };
             }),
