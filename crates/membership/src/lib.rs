@@ -1,11 +1,8 @@
 //! Who is out there, what they serve, and how pressed they are.
 //!
-//! Pure: frames and time in, figures out. [`Reporter`] decides when this node says how pressed it is, [`View`] keeps what
-//! others said and how old it is, [`wire`](decode) turns bytes into either and back. A node speaks only about itself; that
-//! the speaker is who it says is checked where certificates are.
-//!
-//! So far the others are listed in the configuration. Finding them, and noticing their death by other means than silence,
-//! will fill the same view.
+//! Pure: frames and time in, frames, links to make and news out. [`Mesh`] is the machine behind the gossip port, [`View`]
+//! keeps what others said of their load and how old it is, [`wire`](decode) turns bytes into frames and back. A node speaks
+//! only about itself; that the speaker is who it says is checked where certificates are ([`Judge`]).
 
 mod card;
 mod cards;

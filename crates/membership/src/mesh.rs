@@ -2,8 +2,8 @@
 //! for whoever routes come out. `node` drives it with sockets, `sim` with one heap of events.
 //!
 //! ```text
-//!  LinkUp, LinkDown, DialFailed ──> link.rs ──> Dial, Close            who is linked, seeds, own evidence of death
-//!  Frame: Swim ─────> gossip.rs ──> Swim to others, Down, Suspected    what is believed of whom (A)
+//!  LinkUp, LinkDown, DialFailed ──> link.rs, seeds.rs ──> Dial, Close  who is linked
+//!  Frame: Swim ─────> gossip.rs, doubts.rs ──> Swim, Down, Suspected   what is believed of whom (A)
 //!  Frame: Cards ────> card.rs ────> CardsAsk, Member                   whose words these are
 //!  Frame: the rest ─> planes.rs ──> Described, Load, Region            what they serve (B), how pressed they are (C, D)
 //!  the round, once a second ──────> relay.rs                           who speaks for the region
@@ -13,11 +13,14 @@
 //! death only one node speaks of.
 
 mod card;
+mod doubts;
 mod gossip;
+mod hear;
 mod io;
 mod link;
 mod planes;
 mod relay;
+mod seeds;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -55,7 +58,7 @@ use crate::{
     wire::DATAGRAM_BYTES_MAX,
 };
 use card::Renewal;
-use gossip::Doubts;
+use doubts::Doubts;
 use relay::Relaying;
 
 /// How often everything is looked at that is not due at a moment of its own.
@@ -69,6 +72,8 @@ const LAG: Duration = Duration::from_millis(100);
 
 /// A relay nobody subscribes to looks at its own engines this often, to sum them up.
 const SUMMED_EVERY: Duration = Duration::from_millis(250);
+/// Nothing has to be done more often.
+const SOONEST: Duration = Duration::from_millis(1);
 /// Room for outputs that is kept while there are none.
 const OUTPUTS_KEPT: usize = 32;
 
@@ -249,7 +254,8 @@ impl<J: Judge> Mesh<J> {
             self.fall_due(now, due);
         }
         self.tend_planes(now);
-        self.deadline = [self.timers.next(), self.planes_deadline()].into_iter().flatten().min();
+        let planes = self.planes_deadline().map(|due| due.max(now + SOONEST));
+        self.deadline = [self.timers.next(), planes].into_iter().flatten().min();
     }
 
     fn fall_due(&mut self, now: Instant, due: Due) {

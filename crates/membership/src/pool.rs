@@ -235,17 +235,6 @@ impl Members {
         self.settle();
     }
 
-    /// A packet by which this node tells another that it goes.
-    pub(crate) fn farewell(&self, to: Pair) -> Vec<u8> {
-        let header = foca::Header {
-            src: self.own(),
-            src_incarnation: self.incarnation,
-            dst: to,
-            message: Message::Gossip,
-        };
-        Packet { header, updates: vec![Member::down(self.own())] }.write()
-    }
-
     /// The same as foca's members, for tests.
     #[cfg(test)]
     pub(crate) fn is_true(&self) -> bool {
@@ -310,6 +299,12 @@ impl Members {
         let active = |seen: Option<&Seen>| usize::from(seen.is_some_and(Seen::is_active));
         self.active = self.active + active(after) - active(before);
     }
+}
+
+/// A packet by which a node tells another that it goes, or that it is of a pool no more.
+pub(crate) fn farewell(own: Pair, to: Pair) -> Vec<u8> {
+    let header = foca::Header { src: own, src_incarnation: 0, dst: to, message: Message::Gossip };
+    Packet { header, updates: vec![Member::down(own)] }.write()
 }
 
 /// SWIM's order of preference among what is said of one pair.

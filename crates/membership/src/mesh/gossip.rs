@@ -1,17 +1,14 @@
-//! What is believed of whom: packets of SWIM judged before foca sees them, deaths only one node speaks of, and own evidence.
+//! What is believed of whom: packets of SWIM are judged before foca sees them, and what foca wants is done.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use foca::{Member, Message, State, Timer};
 
-use super::{Event, Mesh, Way};
+use super::{Event, Mesh, Way, doubts::suspect_for};
 use crate::{
     Frame, Judge, NodeId, Pair, Pool,
-    pool::{Change, Seen},
+    pool::{Change, Seen, farewell},
     strikes::Offence,
     swim::{Packet, readdressed},
     timers::Due,
@@ -19,65 +16,14 @@ use crate::{
 
 /// Nobody but a node itself may raise its incarnation by more.
 pub(super) const LEAP_MAX: u16 = 64;
-/// A node that had to refute so much takes a new card, with which its incarnation begins anew: leaps stay short.
+/// A node that had to refute so much takes a new card, with which its incarnation begins anew.
 const WORN: u16 = 48;
+/// So nobody has a higher one, and whoever speaks of one lies.
+const INCARNATION_MAX: u16 = 128;
 /// Who was heard so recently is not down because somebody says so.
 const HEARD: Duration = Duration::from_secs(2);
-/// Two who call the same node down within this are believed.
-const SECOND: Duration = Duration::from_secs(30);
-/// A node that could not be reached counts as evidence for so long.
-const UNREACHED: Duration = Duration::from_secs(30);
-/// A suspected node has at least so long to say that it lives.
-const REFUTE_MIN: Duration = Duration::from_millis(1500);
-/// Who hears nobody at all is likelier cut off than alone: it waits so long before it calls others down.
-const ALONE: Duration = Duration::from_secs(30);
-/// Who has heard somebody so recently is not cut off.
-const COMPANY: Duration = Duration::from_secs(3);
 /// Relays taken from one region.
 const RELAYS_OF_REGION_MAX: usize = 8;
-/// Deaths, suspicions and misses remembered.
-const DOUBTS_MAX: usize = 4096;
-
-/// What speaks against the life of others.
-#[derive(Debug, Default)]
-pub(super) struct Doubts {
-    suspicions: BTreeMap<(Pool, NodeId), Suspicion>,
-    /// Who was called down by one node only, which, and when.
-    held: BTreeMap<NodeId, (NodeId, Instant)>,
-    /// Who could not be reached, and when.
-    unreached: BTreeMap<NodeId, Instant>,
-    /// When this node last began a suspicion because it could not reach somebody.
-    blamed: BTreeMap<NodeId, Instant>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Suspicion {
-    pair: Pair,
-    incarnation: u16,
-    since: Instant,
-    due: Instant,
-}
-
-impl Doubts {
-    /// Node `id` was heard.
-    pub(super) fn clear(&mut self, id: NodeId) {
-        self.held.remove(&id);
-        self.unreached.remove(&id);
-        for pool in [Pool::Region, Pool::Relays] {
-            self.suspicions.remove(&(pool, id));
-        }
-    }
-
-    pub(super) fn sweep(&mut self, now: Instant) {
-        self.held.retain(|_, (_, at)| now < *at + SECOND);
-        self.unreached.retain(|_, at| now < *at + UNREACHED);
-        self.blamed.retain(|_, at| now < *at + UNREACHED);
-    }
-
-    fn is_unreached(&self, now: Instant, id: NodeId) -> bool {
-        self.unreached.get(&id).is_some_and(|at| now < *at + UNREACHED)
-    }
-}
 
 impl<J: Judge> Mesh<J> {
     pub(super) fn hear_swim(&mut self, now: Instant, from: NodeId, pool: Pool, bytes: &[u8]) {
@@ -86,7 +32,7 @@ impl<J: Judge> Mesh<J> {
         };
         match self.judge_header(now, from, pool, &mut packet) {
             Ok(true) => {}
-            Ok(false) => return,
+            Ok(false) => return self.decline(now, from, pool, &packet),
             Err(lie) => return self.strike(now, from, Offence::Lie, lie),
         }
         if packet.header.message == Message::TurnUndead {
@@ -99,6 +45,10 @@ impl<J: Judge> Mesh<J> {
         let has_left = updates
             .iter()
             .any(|update| *update.id() == packet.header.src && update.state() == State::Down);
+        let highest = updates.iter().map(Member::incarnation).max().unwrap_or(0);
+        if highest.max(packet.header.src_incarnation) > INCARNATION_MAX {
+            return self.strike(now, from, Offence::Strike, "an incarnation nobody can have");
+        }
         packet.updates = self.judge_updates(now, from, pool, updates);
         // A lie in the updates closes the link.
         if !self.links.is_up(from) {
@@ -115,6 +65,17 @@ impl<J: Judge> Mesh<J> {
             members.leaves(from);
         }
         self.settle(now, pool);
+    }
+
+    /// Who takes this node for a relay although it is none is told so.
+    fn decline(&mut self, now: Instant, from: NodeId, pool: Pool, packet: &Packet) {
+        let is_for_relay = pool == Pool::Relays && self.relay.is_none();
+        let is_asked =
+            matches!(packet.header.message, Message::Ping(_) | Message::IndirectPing { .. });
+        if is_for_relay && is_asked {
+            let frame = Frame::Swim(pool, farewell(self.card.pair(), packet.header.src));
+            self.say(now, from, &frame, Way::Datagram);
+        }
     }
 
     /// Whether a packet may go on; an error is a lie.
@@ -250,15 +211,14 @@ impl<J: Judge> Mesh<J> {
         if pair != own {
             return false;
         }
-        let incarnation = self.members(pool).map_or(0, crate::pool::Members::incarnation);
         match update.state() {
             State::Alive => false,
-            State::Suspect if update.incarnation() > incarnation => {
-                let why = "claims an incarnation of this node that it never had";
-                self.strike(now, from, Offence::Strike, why);
+            // Refuted by a higher incarnation, as long as there is one.
+            State::Suspect if update.incarnation() < WORN => true,
+            State::Suspect => {
+                self.want_card(now);
                 false
             }
-            State::Suspect => update.incarnation() == incarnation,
             State::Down => {
                 self.called_down(now, from);
                 false
@@ -299,7 +259,6 @@ impl<J: Judge> Mesh<J> {
         }
         let known = seen.filter(|seen| seen.pair(pair.id) == pair).map_or(0, |s| s.incarnation);
         if update.incarnation() > known.saturating_add(LEAP_MAX) && pair.id != from {
-            self.strike(now, from, Offence::Strike, "a leap of another's incarnation");
             return false;
         }
         update.state() != State::Down || pair.id == from || self.judge_down(now, from, pool, pair)
@@ -309,125 +268,22 @@ impl<J: Judge> Mesh<J> {
     fn judge_down(&mut self, now: Instant, from: NodeId, pool: Pool, pair: Pair) -> bool {
         let id = pair.id;
         if self.was_heard(now, id, HEARD) {
-            let peer = self.links.get(from).map(|link| link.peer.clone());
+            // Of the pool of relays a node may be gone, and live.
+            let link = self.links.get(from).filter(|_| pool == Pool::Region);
+            let peer = link.map(|link| link.peer.clone());
             if peer.is_some_and(|peer| self.strikes.false_down(now, &peer, id)) {
                 self.strike(now, from, Offence::Strike, "calls others down that live");
             }
             return false;
         }
-        let own =
-            self.doubts.suspicions.contains_key(&(pool, id)) || self.doubts.is_unreached(now, id);
-        let second = self.doubts.held.get(&id);
-        if own || second.is_some_and(|(other, at)| *other != from && now < *at + SECOND) {
-            self.doubts.held.remove(&id);
+        if self.doubts.confirm(now, from, pool, id) {
             return true;
-        }
-        if self.doubts.held.len() < DOUBTS_MAX {
-            self.doubts.held.insert(id, (from, now));
         }
         // Until somebody else says so: it is asked itself.
         if !self.links.is_up(id) && !self.is_leaving {
             self.plan_dial(now, id, None);
         }
         false
-    }
-
-    fn was_heard(&self, now: Instant, id: NodeId, within: Duration) -> bool {
-        self.links.get(id).is_some_and(|link| now < link.heard + within)
-    }
-
-    /// A dial of `id` failed; `lost`: a link with it was lost before.
-    pub(super) fn not_reached(&mut self, now: Instant, id: NodeId, lost: Option<Instant>) {
-        if self.doubts.unreached.len() < DOUBTS_MAX {
-            self.doubts.unreached.insert(id, now);
-        }
-        let is_held = self.doubts.held.remove(&id).is_some_and(|(_, at)| now < at + SECOND);
-        for pool in [Pool::Region, Pool::Relays] {
-            let seen = self.members(pool).and_then(|members| members.seen(id)).copied();
-            let Some(seen) = seen.filter(Seen::is_active) else { continue };
-            if is_held && self.pool_of_node(id) == pool {
-                self.call(now, pool, Member::new(seen.pair(id), seen.incarnation, State::Down));
-            } else if let Some(lost) = lost {
-                self.blame(now, pool, id, seen, lost);
-            }
-        }
-    }
-
-    fn pool_of_node(&self, id: NodeId) -> Pool {
-        self.cards.get(id).map_or(Pool::Region, |card| self.pool_of(&card.region))
-    }
-
-    /// A link that was in use is lost and cannot be made again: own evidence, which the others are told.
-    fn blame(&mut self, now: Instant, pool: Pool, id: NodeId, seen: Seen, lost: Instant) {
-        let is_recent = |at: &Instant| now < *at + UNREACHED;
-        let is_suspected = self.doubts.suspicions.contains_key(&(pool, id));
-        if is_suspected
-            || self.is_lenient(now)
-            || self.doubts.blamed.get(&id).is_some_and(is_recent)
-        {
-            return;
-        }
-        self.doubts.blamed.insert(id, now);
-        let update = Member::new(seen.pair(id), seen.incarnation, State::Suspect);
-        self.call(now, pool, update);
-        let due = (lost + suspect_for(pool)).max(now + REFUTE_MIN);
-        self.suspect(now, pool, seen.pair(id), seen.incarnation, due);
-    }
-
-    fn call(&mut self, now: Instant, pool: Pool, update: Member<Pair>) {
-        if let Some(members) = self.members_mut(pool) {
-            members.apply(update, true);
-            self.settle(now, pool);
-        }
-    }
-
-    fn suspect(&mut self, now: Instant, pool: Pool, pair: Pair, incarnation: u16, due: Instant) {
-        let before = self.doubts.suspicions.get(&(pool, pair.id));
-        let is_same = before.is_some_and(|s| s.pair == pair && s.incarnation == incarnation);
-        if is_same || self.doubts.suspicions.len() >= DOUBTS_MAX {
-            return;
-        }
-        let suspicion = Suspicion { pair, incarnation, since: now, due };
-        self.doubts.suspicions.insert((pool, pair.id), suspicion);
-        self.timers.set(due, Due::Suspicion(pool, pair.id));
-    }
-
-    fn is_lenient(&self, now: Instant) -> bool {
-        self.lenient.is_some_and(|until| now < until)
-    }
-
-    /// A suspicion of ours has had its time.
-    pub(super) fn decide(&mut self, now: Instant, pool: Pool, id: NodeId) {
-        let Some(suspicion) = self.doubts.suspicions.get(&(pool, id)).copied() else { return };
-        let wait = match self.lenient {
-            _ if now < suspicion.due => Some(suspicion.due),
-            Some(until) if now < until => Some(until),
-            _ if self.is_cut_off(now, pool, id) && now < suspicion.since + ALONE => {
-                Some(now + COMPANY)
-            }
-            _ => None,
-        };
-        if let Some(until) = wait {
-            return self.timers.set(until, Due::Suspicion(pool, id));
-        }
-        self.doubts.suspicions.remove(&(pool, id));
-        let Suspicion { pair, incarnation, since, .. } = suspicion;
-        let is_heard = self.links.get(id).is_some_and(|link| link.heard > since);
-        let seen = self.members(pool).and_then(|members| members.seen(id));
-        let stands = seen.is_some_and(|seen| {
-            (seen.pair(id), seen.incarnation, seen.state) == (pair, incarnation, State::Suspect)
-        });
-        if stands && !is_heard && !self.strikes.is_quarantined(now, id) {
-            self.call(now, pool, Member::new(pair, incarnation, State::Down));
-        }
-    }
-
-    /// Whether this node hears nobody of a pool, although there are several.
-    fn is_cut_off(&self, now: Instant, pool: Pool, but: NodeId) -> bool {
-        let Some(members) = self.members(pool) else { return false };
-        let is_company = |id: &NodeId| *id != but && members.seen(*id).is_some();
-        members.active() > 1
-            && !self.links.up.iter().any(|(id, link)| now < link.heard + COMPANY && is_company(id))
     }
 
     pub(super) fn foca_timer(
@@ -485,12 +341,15 @@ impl<J: Judge> Mesh<J> {
             self.event(Event::Suspected { id, is: suspected(after) });
         }
         if !is_active {
-            self.doubts.suspicions.remove(&(pool, id));
+            self.doubts.decided(pool, id);
         }
         if was_active && !is_active {
             let left =
                 self.members(pool).and_then(|members| members.seen(id)).is_some_and(|s| s.left);
-            self.event(Event::Down { id, left });
+            // Who leaves the pool of relays is no relay any more, and lives.
+            if !left || pool == Pool::Region {
+                self.event(Event::Down { id, left });
+            }
         }
         if was_active != is_active {
             self.subscriptions.changed(now);
@@ -544,7 +403,7 @@ impl<J: Judge> Mesh<J> {
             .up
             .keys()
             .filter_map(pair)
-            .map(|pair| (pair.id, members.farewell(pair)))
+            .map(|pair| (pair.id, farewell(self.card.pair(), pair)))
             .collect();
         for (to, packet) in packets {
             self.say(now, to, &Frame::Swim(pool, packet), Way::Stream);
@@ -553,12 +412,5 @@ impl<J: Judge> Mesh<J> {
             members.leave();
             self.settle(now, pool);
         }
-    }
-}
-
-fn suspect_for(pool: Pool) -> Duration {
-    match pool {
-        Pool::Region => Duration::from_secs(3),
-        Pool::Relays => Duration::from_secs(10),
     }
 }

@@ -92,8 +92,8 @@ pub enum Input {
         /// Time to the node and back.
         rtt: Duration,
     },
-    /// How pressed the engines are, in the order of the descriptor. Wanted every [`Mesh::sample_interval`], and when something
-    /// changed.
+    /// How pressed the engines are, in the order of the descriptor. Wanted every
+    /// [`sample_interval`](crate::Mesh::sample_interval), and when something changed.
     Loads {
         /// One per engine.
         loads: Vec<Load>,

@@ -1,27 +1,19 @@
-//! Who is linked and who is to be: links that come and go, dials, seeds, and who broke the rules.
+//! Who is linked and who is to be: links that come and go, dials, and those that are not needed any more.
 
 use std::time::{Duration, Instant};
 
-use rand::{RngExt as _, seq::IndexedRandom as _};
-
-use super::card::Taken;
-use super::{Event, Mesh, Output, Peer, Target, Transport, Way};
+use super::{Event, Mesh, Output, Peer, Target, Transport, Way, card::Taken};
 use crate::{
-    Card, Frame, Hello, Judge, NodeId, Pool, WireError, decode,
-    links::{Begin, DIAL_TIMEOUT, IDLE, LINKS_MAX, Link, Place},
-    strikes::{Offence, Passage},
+    Card, Frame, Hello, Judge, NodeId, Pool,
+    links::{Begin, IDLE, LINKS_MAX, Link},
+    pool::Members,
+    strikes::Offence,
 };
 
-/// A random seed is asked this often, for as long as the node lives: it heals a mesh that began as two.
-const SEED_EVERY: Duration = Duration::from_secs(30);
-/// Seeds dialled at once while nobody is found.
-const SEEDS_AT_ONCE: usize = 8;
 /// A node that is new asks everybody it links for others.
 const YOUNG: Duration = Duration::from_secs(30);
 /// A node whose link was lost is dialled for so long although nobody needs it: it may be dead.
 const LOST: Duration = Duration::from_secs(20);
-/// Places kept from an earlier life.
-const KEPT_MAX: usize = 16;
 
 impl<J: Judge> Mesh<J> {
     pub(super) fn link_up(
@@ -161,7 +153,7 @@ impl<J: Judge> Mesh<J> {
     }
 
     /// Takes a link away here.
-    fn drop_link(&mut self, id: NodeId) -> Option<Link> {
+    pub(super) fn drop_link(&mut self, id: NodeId) -> Option<Link> {
         let link = self.links.up.remove(&id)?;
         self.subscribers.remove(&id);
         if link.reachable {
@@ -173,7 +165,10 @@ impl<J: Judge> Mesh<J> {
 
     fn is_down(&self, peer: &Peer) -> bool {
         let members = self.members(self.pool_of(&peer.region));
-        members.and_then(|m| m.seen(peer.id)).is_some_and(|seen| !seen.is_active())
+        let seen = members.and_then(|members| members.seen(peer.id));
+        // Who left the pool of relays only is no relay any more.
+        let has_left = seen.is_some_and(|seen| seen.left) && peer.region != self.own.region;
+        seen.is_some_and(|seen| !seen.is_active()) && !has_left
     }
 
     /// Tells whether `id` can be reached, if that has changed.
@@ -198,7 +193,10 @@ impl<J: Judge> Mesh<J> {
 
     /// Whether this node needs a link with `id`.
     pub(super) fn wants(&self, id: NodeId) -> bool {
-        self.subscriptions.is_subscribed(&id) || self.relaying.needs(id) || self.seeds.is_listed(id)
+        self.subscriptions.is_subscribed(&id)
+            || self.relaying.needs(id)
+            || self.relay.as_ref().is_some_and(|relay| relay.is_active(id))
+            || self.seeds.is_listed(id)
     }
 
     /// `id` is to be linked, unless it is.
@@ -285,25 +283,22 @@ impl<J: Judge> Mesh<J> {
         if self.is_leaving {
             return;
         }
+        // Relays are few, and far away: a link would come too late for a probe.
+        let relays = self.relay.iter().flat_map(Members::all);
+        let relays = relays.filter(|(_, seen)| seen.is_active()).map(|(id, _)| id);
         let wanted: Vec<_> = self
             .subscriptions
             .all()
             .iter()
             .copied()
             .chain(self.relaying.all_needed())
+            .chain(relays)
             .filter(|id| *id != self.own.id && !self.links.is_up(*id))
             .filter(|id| self.cards.get(*id).is_some_and(|card| !self.is_down(&peer_of(card))))
             .collect();
         wanted.into_iter().for_each(|id| self.plan_dial(now, id, None));
         self.dial_listed(now);
         self.close_idle(now);
-    }
-
-    /// Listed nodes are always linked.
-    pub(super) fn dial_listed(&mut self, now: Instant) {
-        let listed = self.seeds.listed().map(|(peer, _)| peer.id);
-        let listed: Vec<_> = listed.filter(|id| *id != self.own.id).collect();
-        listed.into_iter().for_each(|id| self.plan_dial(now, id, None));
     }
 
     fn close_idle(&mut self, now: Instant) {
@@ -323,159 +318,6 @@ impl<J: Judge> Mesh<J> {
             self.drop_link(id);
             self.close(id, "nobody needs this link now".to_owned());
         }
-    }
-
-    /// Once a second: places where others may be found.
-    pub(super) fn tend_seeds(&mut self, now: Instant) {
-        if self.is_leaving || self.is_superseded {
-            return;
-        }
-        if self.links.up.values().any(|link| !link.is_legacy()) {
-            self.seeds.places.retain(|place| !place.is_kept);
-            if now >= self.next_seed {
-                self.next_seed = now + SEED_EVERY.mul_f64(self.rng.random_range(0.8..1.2));
-                self.ask_a_seed(now);
-            }
-            return;
-        }
-        let own = (&self.own.gossip, self.own.id);
-        // Listed nodes are dialled by their names.
-        let is_due = |place: &&mut Place| {
-            !place.is_listed()
-                && place.address() != own.0
-                && place.peer().is_none_or(|peer| peer.id != own.1)
-                && match place.since {
-                    Some(since) => now >= since + DIAL_TIMEOUT,
-                    None => now >= place.due,
-                }
-        };
-        let due = self.seeds.places.iter_mut().filter(is_due).take(SEEDS_AT_ONCE);
-        let targets: Vec<_> = due
-            .map(|place| {
-                place.since = Some(now);
-                place.target.clone()
-            })
-            .collect();
-        self.outputs.extend(targets.into_iter().map(Output::Dial));
-        self.next_seed = now + SEED_EVERY.mul_f64(self.rng.random_range(0.8..1.2));
-    }
-
-    fn ask_a_seed(&mut self, now: Instant) {
-        let places: Vec<_> = self
-            .seeds
-            .places
-            .iter()
-            .filter(|place| place.address() != self.own.gossip)
-            .map(|place| place.target.clone())
-            .collect();
-        let Some(target) = places.choose(&mut self.rng) else { return };
-        let linked = self.linked_at(target);
-        match linked {
-            None => self.outputs.push_back(Output::Dial(target.clone())),
-            Some(id) if self.region.is_active(id) => {
-                if let Some(pair) = self.pair_of(id) {
-                    self.region.announce(pair);
-                    self.settle(now, Pool::Region);
-                }
-            }
-            Some(id) => self.say(now, id, &Frame::CardsAsk(Pool::Relays, vec![]), Way::Stream),
-        }
-    }
-
-    fn linked_at(&self, target: &Target) -> Option<NodeId> {
-        let (address, peer) = match target {
-            Target::Member { address, peer } => (address, Some(peer)),
-            Target::Seed(seed) => (&seed.address, seed.peer.as_ref()),
-        };
-        let is_it = |id: &NodeId| {
-            peer.is_some_and(|peer| peer.id == *id)
-                || self.cards.get(*id).is_some_and(|card| card.facts.gossip == *address)
-        };
-        self.links.up.keys().copied().find(is_it)
-    }
-
-    fn found_seed(&mut self, peer: &Peer) {
-        let address = self.cards.get(peer.id).map(|card| card.facts.gossip.clone());
-        for place in &mut self.seeds.places {
-            let is_it = place.peer().is_some_and(|p| p.id == peer.id)
-                || address.as_deref() == Some(place.address());
-            if is_it {
-                (place.failures, place.since) = (0, None);
-            }
-        }
-    }
-
-    /// Judges cards that were kept, and dials some of them as if they were seeds.
-    pub fn remember(&mut self, now: Instant, cards: &[Vec<u8>]) {
-        for signed in cards.iter().take(4 * KEPT_MAX) {
-            let Ok(judged) = self.judge.judge(signed) else { continue };
-            let Ok(facts) = crate::decode_card(&judged.card) else { continue };
-            let kept = self.seeds.places.iter().filter(|place| place.is_kept).count();
-            if kept >= KEPT_MAX || judged.id == self.own.id {
-                continue;
-            }
-            let peer = Peer { id: judged.id, node: judged.node, region: judged.region };
-            let target = Target::Member { peer, address: facts.gossip };
-            self.seeds.places.push(Place::new(now, target, true));
-        }
-    }
-
-    /// A frame came.
-    pub(super) fn hear(&mut self, now: Instant, from: NodeId, bytes: &bytes::Bytes, rtt: Duration) {
-        let is_relay = self.relaying.is_of_ours(from)
-            || self.relaying.is_relay()
-            || self.relay.as_ref().is_some_and(|relay| relay.is_active(from));
-        let Some(link) = self.links.up.get_mut(&from) else { return };
-        let is_answer = link.asked_all.is_some_and(|(at, _)| now < at + Duration::from_secs(30));
-        let weight = if is_answer { 0 } else { bytes.len() };
-        (link.heard, link.rtt) = (now, rtt);
-        match link.rate.take(now, weight, is_relay || is_answer) {
-            Passage::Taken => {}
-            Passage::Dropped => return,
-            Passage::Struck => {
-                return self.strike(now, from, Offence::Strike, "more than it may send");
-            }
-        }
-        let is_legacy = link.is_legacy();
-        match decode(bytes) {
-            Ok(frame) if is_legacy => self.hear_legacy(now, from, frame),
-            Ok(frame) => self.hear_frame(now, from, frame),
-            Err(WireError::Unknown) => {}
-            Err(error) => self.strike(now, from, Offence::Strike, &error.to_string()),
-        }
-    }
-
-    fn hear_frame(&mut self, now: Instant, from: NodeId, frame: Frame) {
-        match frame {
-            Frame::Swim(pool, packet) => self.hear_swim(now, from, pool, &packet),
-            Frame::Load(frame) => self.hear_load(now, from, frame),
-            Frame::Cards(pool, cards) => self.hear_cards(now, from, pool, &cards),
-            Frame::CardsAsk(pool, nodes) => self.hear_cards_ask(now, from, pool, &nodes),
-            Frame::DescriptorsAsk(hashes) => self.hear_descriptors_ask(now, from, &hashes),
-            Frame::Descriptors(bodies) => self.hear_descriptors(now, &bodies),
-            Frame::Subscribe(wanted) => self.hear_subscribe(now, from, wanted),
-            Frame::NotSubscribed(wait) => self.not_subscribed(now, from, wait),
-            Frame::Digest(digest) => self.hear_digest(now, from, digest),
-            // Hellos and revocations are the business of whoever makes the links.
-            Frame::Hello(_) | Frame::Revocations(_) | Frame::Descriptor(_) => {}
-        }
-    }
-
-    /// A node that is linked broke a rule.
-    pub(super) fn strike(&mut self, now: Instant, id: NodeId, offence: Offence, why: &str) {
-        if let Some(link) = self.links.get(id) {
-            let peer = link.peer.clone();
-            self.convict(now, &peer, offence, why);
-        }
-    }
-
-    fn convict(&mut self, now: Instant, peer: &Peer, offence: Offence, why: &str) {
-        let Some(until) = self.strikes.commit(now, peer, offence, why) else { return };
-        self.drop_link(peer.id);
-        drop(self.links.done(peer.id));
-        self.close(peer.id, format!("not listened to for a while: {why}"));
-        let (peer, why) = (peer.clone(), why.to_owned());
-        self.event(Event::Quarantined { peer, until, why });
     }
 }
 

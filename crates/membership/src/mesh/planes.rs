@@ -17,6 +17,8 @@ use crate::{
 /// Nodes that may subscribe, the relays of this region aside. Further ones are told to wait for so long.
 const SUBSCRIBERS_MAX: usize = 128;
 const REFUSED_FOR: Duration = Duration::from_secs(30);
+/// So many slots are never a mistake, unless the descriptor says about as many.
+const ABSURD_MIN: u32 = 1024;
 /// In a region of so many everybody listens to everybody, and needs no digest of it.
 const DIGEST_ABOVE: usize = 64;
 
@@ -258,7 +260,9 @@ impl<J: Judge> Mesh<J> {
         if !link.subscribed && !link.is_legacy() {
             return;
         }
-        self.cut(from, &mut frame);
+        if self.cut(from, &mut frame) {
+            self.strike(now, from, Offence::Strike, "many more slots than its descriptor says");
+        }
         if self.relaying.is_relay() && self.region.is_active(from) {
             let age = frame.sample_age + rtt / 2;
             let sampled = now.checked_sub(age).unwrap_or(now);
@@ -267,16 +271,20 @@ impl<J: Judge> Mesh<J> {
         self.event(Event::Load { id: from, frame: Box::new(frame), rtt });
     }
 
-    /// Nobody has more slots than its descriptor says.
-    fn cut(&self, from: NodeId, frame: &mut LoadFrame) {
+    /// Nobody has more slots than its descriptor says. Returns whether it claims so many that it is no mistake.
+    fn cut(&self, from: NodeId, frame: &mut LoadFrame) -> bool {
         let card = self.cards.get(from);
         let body = card.and_then(|card| self.bodies.get(&card.facts.descriptor));
         let Some(descriptor) = body.filter(|body| body.version == frame.descriptor_version) else {
-            return;
+            return false;
         };
+        let mut is_absurd = false;
         for (load, engine) in frame.engines.iter_mut().zip(&descriptor.engines) {
+            let most = engine.slots.map_or(u32::MAX, |slots| slots.saturating_mul(4));
+            is_absurd |= load.slots.is_some_and(|slots| slots > most.max(ABSURD_MIN));
             *load = within(*load, engine.slots);
         }
+        is_absurd
     }
 
     // Nodes of version 1.

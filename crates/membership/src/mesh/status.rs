@@ -63,6 +63,7 @@ impl<J: Judge> Mesh<J> {
         let state = match seen {
             _ if card.is_none() && link.is_some() => Liveness::Alive,
             None => Liveness::Unknown,
+            Some(Seen { left: true, .. }) if peer.region != self.own.region => Liveness::Unknown,
             Some(Seen { left: true, .. }) => Liveness::Left,
             Some(Seen { state: State::Alive, .. }) => Liveness::Alive,
             Some(Seen { state: State::Suspect, .. }) => Liveness::Suspect,

@@ -192,6 +192,46 @@ fn a_node_that_was_cut_off_calls_nobody_down_and_comes_back() {
 }
 
 #[test]
+fn a_node_that_was_cut_off_for_long_brings_no_news_of_deaths() {
+    let mut world = mesh_of(6);
+    world.run(10 * S);
+    world.part(&[5], &all(5));
+    world.run(90 * S);
+    assert!((0..5).all(|at| world.sees(5, at) == Liveness::Down));
+    world.heal();
+    world.run(20 * S);
+    assert!(world.converged(&all(6)));
+    for at in 0..5 {
+        assert_eq!(quarantined(&world, at), []);
+        let downs = world.nodes[at].events.iter().filter(|(_, e)| matches!(e, Event::Down { .. }));
+        assert_eq!(downs.count(), 1);
+    }
+    check(&world);
+}
+
+#[test]
+fn an_incarnation_that_was_raised_by_a_liar_is_refuted() {
+    let mut world = mesh_of(4);
+    world.run(5 * S);
+    let victim = pair(&world, 2);
+    for incarnation in [60, 120] {
+        for to in [0, 3] {
+            let frame = gossip(&world, 1, to, vec![Member::new(victim, incarnation, State::Alive)]);
+            world.forge(1, to, &frame);
+        }
+    }
+    let frame = gossip(&world, 1, 0, vec![Member::new(victim, 120, State::Suspect)]);
+    world.forge(1, 0, &frame);
+    assert_eq!(world.sees(0, 2), Liveness::Suspect);
+    world.run(10 * S);
+    assert_eq!(false_downs(&world, &[]), 0);
+    assert_eq!(world.sees(0, 2), Liveness::Alive);
+    assert_eq!(pair(&world, 2).bump, 1);
+    assert_eq!((quarantined(&world, 0), quarantined(&world, 2)), (vec![], vec![]));
+    check(&world);
+}
+
+#[test]
 fn who_cannot_reach_one_other_does_not_make_it_die() {
     let mut world = mesh_of(6);
     world.run(10 * S);
@@ -353,6 +393,31 @@ fn bogus_members_cost_nothing_and_whoever_names_them_is_quarantined() {
     assert_eq!(quarantined(&world, 0).len(), 1);
     assert_eq!(world.mesh(0).cards.all().count(), 2);
     check(&world);
+}
+
+#[test]
+fn who_claims_absurd_capacity_is_cut_to_its_descriptor_and_quarantined() {
+    let mut world = mesh_of(3);
+    world.run(5 * S);
+    let load = |sequence: u64| {
+        Frame::Load(LoadFrame {
+            epoch: 100,
+            sequence,
+            descriptor_version: 1,
+            sample_age: Duration::ZERO,
+            next: S,
+            draining: false,
+            engines: vec![Load { slots: Some(1 << 20), ..Load::default() }],
+            arrivals: vec![],
+        })
+    };
+    for sequence in 1000..1005 {
+        world.forge(1, 0, &load(sequence));
+    }
+    let id = world.id(1);
+    let is_more = |event: &Event| matches!(event, Event::Load { id: who, frame, .. } if *who == id && frame.engines[0].slots > Some(64));
+    assert!(world.when(0, is_more).is_none());
+    assert_eq!(quarantined(&world, 0).len(), 1);
 }
 
 #[test]
@@ -683,4 +748,31 @@ fn a_node_that_moves_is_found_where_its_card_says() {
     assert!(world.converged(&[0, 2, 3, moved]));
     let address = format!("n{moved}:1");
     assert_eq!(world.mesh(3).cards.get(world.id(1)).unwrap().facts.gossip, address);
+}
+
+#[test]
+fn a_node_that_is_no_relay_any_more_leaves_their_pool_and_lives() {
+    let mut world = World::new(8);
+    for i in 0..3 {
+        world.add(&format!("eu/e{i}"));
+        world.add(&format!("us/u{i}"));
+    }
+    world.run(20 * S);
+    assert!((0..6).all(|at| world.mesh(at).relay.as_ref().is_some_and(|r| r.active() == 5)));
+    // More come, until some of those rank no more.
+    let mut names = 3..;
+    let is_old = |world: &World, id: &NodeId| (0..6).any(|at| world.id(at) == *id);
+    while world.mesh(0).relaying.ours().iter().all(|id| is_old(&world, id)) {
+        world.add(&format!("eu/e{}", names.next().unwrap()));
+        world.run(3 * S);
+    }
+    world.run(40 * S);
+    let is_relay = |at: &usize| world.mesh(*at).relay.is_some();
+    let relays: Vec<_> = (0..world.nodes.len()).filter(is_relay).collect();
+    assert_eq!(relays.len(), 6);
+    for at in &relays {
+        assert_eq!(world.mesh(*at).relay.as_ref().unwrap().active(), 5);
+    }
+    assert_eq!(false_downs(&world, &[]), 0);
+    check(&world);
 }

@@ -1,0 +1,200 @@
+//! Who may be dead: own evidence, suspicions that stand for a while, and deaths only one node speaks of.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use foca::{Member, State};
+
+use super::Mesh;
+use crate::{Judge, NodeId, Pair, Pool, pool::Seen, timers::Due};
+
+/// Two who call the same node down within this are believed.
+const SECOND: Duration = Duration::from_secs(30);
+/// A node that could not be reached counts as evidence for so long.
+const UNREACHED: Duration = Duration::from_secs(30);
+/// A suspected node has at least so long to say that it lives.
+const REFUTE_MIN: Duration = Duration::from_millis(1500);
+/// Who hears nobody at all is likelier cut off than alone: it waits so long before it calls others down.
+const ALONE: Duration = Duration::from_secs(30);
+/// Who has heard somebody so recently is not cut off.
+const COMPANY: Duration = Duration::from_secs(3);
+/// Deaths, suspicions and misses remembered.
+const DOUBTS_MAX: usize = 4096;
+
+/// What speaks against the life of others.
+#[derive(Debug, Default)]
+pub(super) struct Doubts {
+    suspicions: BTreeMap<(Pool, NodeId), Suspicion>,
+    /// Who was called down by one node only, which, and when.
+    held: BTreeMap<NodeId, (NodeId, Instant)>,
+    /// Who could not be reached, and when.
+    unreached: BTreeMap<NodeId, Instant>,
+    /// When this node last began a suspicion because it could not reach somebody.
+    blamed: BTreeMap<NodeId, Instant>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Suspicion {
+    pair: Pair,
+    incarnation: u16,
+    since: Instant,
+    due: Instant,
+}
+
+impl Doubts {
+    /// Node `id` was heard.
+    pub(super) fn clear(&mut self, id: NodeId) {
+        self.held.remove(&id);
+        self.unreached.remove(&id);
+        for pool in [Pool::Region, Pool::Relays] {
+            self.suspicions.remove(&(pool, id));
+        }
+    }
+
+    /// A suspicion is over.
+    pub(super) fn decided(&mut self, pool: Pool, id: NodeId) {
+        self.suspicions.remove(&(pool, id));
+    }
+
+    /// `from` says that `id` is down: whether this node knows so itself, or somebody else said so. If not it is remembered.
+    pub(super) fn confirm(&mut self, now: Instant, from: NodeId, pool: Pool, id: NodeId) -> bool {
+        let own = self.suspicions.contains_key(&(pool, id)) || self.is_unreached(now, id);
+        let second = self.held.get(&id);
+        if own || second.is_some_and(|(other, at)| *other != from && now < *at + SECOND) {
+            self.held.remove(&id);
+            return true;
+        }
+        if self.held.len() < DOUBTS_MAX {
+            self.held.insert(id, (from, now));
+        }
+        false
+    }
+
+    pub(super) fn sweep(&mut self, now: Instant) {
+        self.held.retain(|_, (_, at)| now < *at + SECOND);
+        self.unreached.retain(|_, at| now < *at + UNREACHED);
+        self.blamed.retain(|_, at| now < *at + UNREACHED);
+    }
+
+    fn is_unreached(&self, now: Instant, id: NodeId) -> bool {
+        self.unreached.get(&id).is_some_and(|at| now < *at + UNREACHED)
+    }
+}
+
+impl<J: Judge> Mesh<J> {
+    pub(super) fn was_heard(&self, now: Instant, id: NodeId, within: Duration) -> bool {
+        self.links.get(id).is_some_and(|link| now < link.heard + within)
+    }
+
+    /// A dial of `id` failed; `lost`: a link with it was lost before.
+    pub(super) fn not_reached(&mut self, now: Instant, id: NodeId, lost: Option<Instant>) {
+        if self.doubts.unreached.len() < DOUBTS_MAX {
+            self.doubts.unreached.insert(id, now);
+        }
+        let is_held = self.doubts.held.remove(&id).is_some_and(|(_, at)| now < at + SECOND);
+        for pool in [Pool::Region, Pool::Relays] {
+            let seen = self.members(pool).and_then(|members| members.seen(id)).copied();
+            let Some(seen) = seen.filter(Seen::is_active) else { continue };
+            if is_held && self.pool_of_node(id) == pool {
+                let down = Member::new(seen.pair(id), seen.incarnation, State::Down);
+                self.call(now, pool, down, true);
+            } else if let Some(lost) = lost {
+                self.blame(now, pool, id, seen, lost);
+            }
+        }
+    }
+
+    pub(super) fn pool_of_node(&self, id: NodeId) -> Pool {
+        self.cards.get(id).map_or(Pool::Region, |card| self.pool_of(&card.region))
+    }
+
+    /// A link that was in use is lost and cannot be made again: own evidence, which the others are told.
+    fn blame(&mut self, now: Instant, pool: Pool, id: NodeId, seen: Seen, lost: Instant) {
+        let is_recent = |at: &Instant| now < *at + UNREACHED;
+        let is_suspected = self.doubts.suspicions.contains_key(&(pool, id));
+        if is_suspected
+            || self.is_lenient(now)
+            || self.doubts.blamed.get(&id).is_some_and(is_recent)
+        {
+            return;
+        }
+        self.doubts.blamed.insert(id, now);
+        let update = Member::new(seen.pair(id), seen.incarnation, State::Suspect);
+        self.call(now, pool, update, true);
+        let due = (lost + suspect_for(pool)).max(now + REFUTE_MIN);
+        self.suspect(now, pool, seen.pair(id), seen.incarnation, due);
+    }
+
+    fn call(&mut self, now: Instant, pool: Pool, update: Member<Pair>, spread: bool) {
+        if let Some(members) = self.members_mut(pool) {
+            members.apply(update, spread);
+            self.settle(now, pool);
+        }
+    }
+
+    pub(super) fn suspect(
+        &mut self,
+        now: Instant,
+        pool: Pool,
+        pair: Pair,
+        incarnation: u16,
+        due: Instant,
+    ) {
+        let before = self.doubts.suspicions.get(&(pool, pair.id));
+        let is_same = before.is_some_and(|s| s.pair == pair && s.incarnation == incarnation);
+        if is_same || self.doubts.suspicions.len() >= DOUBTS_MAX {
+            return;
+        }
+        let suspicion = Suspicion { pair, incarnation, since: now, due };
+        self.doubts.suspicions.insert((pool, pair.id), suspicion);
+        self.timers.set(due, Due::Suspicion(pool, pair.id));
+    }
+
+    fn is_lenient(&self, now: Instant) -> bool {
+        self.lenient.is_some_and(|until| now < until)
+    }
+
+    /// A suspicion of ours has had its time.
+    pub(super) fn decide(&mut self, now: Instant, pool: Pool, id: NodeId) {
+        let Some(suspicion) = self.doubts.suspicions.get(&(pool, id)).copied() else { return };
+        let is_cut_off = self.is_cut_off(now, pool, id);
+        let wait = match self.lenient {
+            _ if now < suspicion.due => Some(suspicion.due),
+            Some(until) if now < until => Some(until),
+            _ if is_cut_off && now < suspicion.since + ALONE => Some(now + COMPANY),
+            _ => None,
+        };
+        if let Some(until) = wait {
+            return self.timers.set(until, Due::Suspicion(pool, id));
+        }
+        self.doubts.suspicions.remove(&(pool, id));
+        let Suspicion { pair, incarnation, since, .. } = suspicion;
+        let is_heard = self.links.get(id).is_some_and(|link| link.heard > since);
+        let seen = self.members(pool).and_then(|members| members.seen(id));
+        let stands = seen.is_some_and(|seen| {
+            (seen.pair(id), seen.incarnation, seen.state) == (pair, incarnation, State::Suspect)
+        });
+        if stands && !is_heard && !self.strikes.is_quarantined(now, id) {
+            // Who is cut off does not come back with the news that all others are dead.
+            let down = Member::new(pair, incarnation, State::Down);
+            self.call(now, pool, down, !is_cut_off);
+        }
+    }
+
+    /// Whether this node hears nobody of a pool, although there are several.
+    fn is_cut_off(&self, now: Instant, pool: Pool, but: NodeId) -> bool {
+        let Some(members) = self.members(pool) else { return false };
+        let is_company = |id: &NodeId| *id != but && members.seen(*id).is_some();
+        members.active() > 1
+            && !self.links.up.iter().any(|(id, link)| now < link.heard + COMPANY && is_company(id))
+    }
+}
+
+pub(super) fn suspect_for(pool: Pool) -> Duration {
+    match pool {
+        Pool::Region => Duration::from_secs(3),
+        Pool::Relays => Duration::from_secs(10),
+    }
+}
