@@ -112,6 +112,11 @@ impl Failed {
                 let (failed, may_have_run) = (failed.to_string(), self.may_have_run);
                 Refusal::NoOther { what, failed, may_have_run, retry_after }.into()
             }
+            (Answer::Refusal(_), elsewhere @ Refusal::CertificateEnded { .. })
+                if self.outcome == Outcome::Broken =>
+            {
+                elsewhere.into()
+            }
             (answer, _) => answer,
         }
     }
@@ -538,6 +543,10 @@ mod tests {
         // An engine's own word is passed on.
         let failed = failed(at_peer(Ok(reply(&[("grpc-status", "14")])), "e", false));
         assert!(matches!(failed.without_another(full()), Answer::Reply(_)));
+        // That no peer lets this node in is what has to be mended.
+        let ended = Refusal::CertificateEnded { until: "then".into() };
+        let answer = gone().without_another(ended);
+        assert!(matches!(answer, Answer::Refusal(Refusal::CertificateEnded { .. })), "{answer:?}");
         let busy = Failed { outcome: Outcome::Busy, ..gone() };
         let answer = busy.without_another(full());
         assert!(matches!(answer, Answer::Refusal(Refusal::Unacknowledged { .. })), "{answer:?}");

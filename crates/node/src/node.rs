@@ -111,7 +111,8 @@ pub enum NodeError {
     Gossip(String),
     /// Two processes have one name, and this is the earlier one. Others do not listen to it any more.
     #[error(
-        "another process is {node} too, started at {since}, and others listen to the later one: this one stops. Stop the other,          or give one of the two another node.name and its own certificate"
+        "another process is {node} too, started at {since}, and others listen to the later one: this one stops. \
+         Stop the other, or give one of the two another node.name and its own certificate"
     )]
     Superseded {
         /// Who.

@@ -104,7 +104,11 @@ impl Router {
                 }
                 None => {
                     let unknown = self.peers.board().unknown(&tried);
-                    if unknown.is_some() {
+                    // Where there are peers, that they do not let this node in says more than that they cannot be reached.
+                    let is_peer = |(server, _): &(Server, Load)| {
+                        matches!(server.place, Place::Peer { .. }) && !was_tried(server)
+                    };
+                    if unknown.is_some() || servers.iter().any(is_peer) {
                         self.check_certificate()?;
                     }
                     return unknown
