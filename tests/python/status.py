@@ -19,6 +19,7 @@ class Member:
     load_age_ms: float | None
     subscribed: bool
     quarantine: str | None
+    slots: int | None
 
     @staticmethod
     def read(said: dict) -> "Member":
@@ -27,6 +28,7 @@ class Member:
             gossip=said["gossip"] or "", transport=said["transport"],
             load_age_ms=said["load_age_ms"], subscribed=said["subscribed"],
             quarantine=said["quarantine"] and said["quarantine"]["why"],
+            slots=said["load"] and said["load"]["slots"],
         )
 
 

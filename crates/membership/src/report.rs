@@ -15,6 +15,8 @@ use crate::{
 const ACTIVE: Duration = Duration::from_millis(200);
 /// Time between frames of an idle node.
 const IDLE: Duration = Duration::from_secs(1);
+/// An engine that ends no more calls in a second, and runs none, is idle.
+const IDLE_RATE: f64 = 0.5;
 /// Frames are never closer than this.
 const GAP_MIN: Duration = Duration::from_millis(50);
 /// A change of this share of the slots is worth a frame.
@@ -169,8 +171,10 @@ impl Figures {
 
 /// How long after figures like these the next frame comes at the latest.
 fn next(loads: &[Load]) -> Duration {
-    let is_active = loads.iter().any(|load| load.in_flight > 0 || load.queued > 0);
-    if is_active { ACTIVE } else { IDLE }
+    // One whose calls are short runs none at many a moment.
+    let is_active =
+        |load: &Load| load.in_flight > 0 || load.queued > 0 || load.drain_rate > IDLE_RATE;
+    if loads.iter().any(is_active) { ACTIVE } else { IDLE }
 }
 
 fn changed(before: &[Load], now: &[Load]) -> bool {

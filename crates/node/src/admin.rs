@@ -157,7 +157,7 @@ impl admin_server::Admin for Admin {
             Status::unavailable("membership did not answer in time: the node is overloaded")
         })?;
         let status = status.ok_or_else(|| {
-            Status::unavailable("this node has left the mesh, for it stops: ask another")
+            Status::unavailable("its gossip port does not answer: the node stops, or its processors are at their limit; ask again, or another")
         })?;
         let loads = self.board.loads_by_peer().into_iter();
         let known = mesh::Known {

@@ -121,6 +121,11 @@ impl Failed {
         }
     }
 
+    /// Whether a peer was asked and nothing came back in time.
+    pub(crate) fn is_unacknowledged(&self) -> bool {
+        matches!(self.answer, Answer::Refusal(Refusal::Unacknowledged { .. }))
+    }
+
     fn refusal(outcome: Outcome, may_have_run: bool, refusal: Refusal) -> Self {
         Self {
             outcome,

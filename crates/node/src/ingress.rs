@@ -266,7 +266,13 @@ impl Ingress {
             retries += 1 + failed.retries_below;
             let may_retry =
                 retries <= RETRIES_MAX && failed.allows_another(idempotent, &replay, deadline);
-            let another = may_retry.then(|| parts.router.route(&ask, &tried));
+            let another = may_retry.then(|| {
+                parts.router.route(&ask, &tried).or_else(|why| {
+                    // Whoever has not acknowledged in time may only be slow, or a packet was lost: better than nobody.
+                    let others = tried.split_last().filter(|_| failed.is_unacknowledged());
+                    others.map_or(Err(why), |(_, others)| parts.router.route(&ask, others))
+                })
+            });
             let another = match another {
                 Some(Ok(another)) if parts.router.take_retry() => another,
                 Some(Err(why)) => return Err(failed.without_another(why)),
