@@ -32,6 +32,8 @@ pub struct View {
     /// Nothing came over its connections although something was due: out until it speaks again.
     cut_off: Option<Instant>,
     engines: Vec<Figures>,
+    /// The newest frame, while the descriptor whose engines it speaks of is on its way, and when it came.
+    early: Option<(LoadFrame, Instant)>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -105,6 +107,9 @@ impl View {
             self.engines.clear();
         }
         self.descriptor = Some((epoch, descriptor));
+        if let Some((frame, at)) = self.early.take() {
+            self.take(&frame, at);
+        }
         true
     }
 
@@ -132,12 +137,19 @@ impl View {
         self.draining = frame.draining;
         self.cut_off = None;
         // Figures of a descriptor we do not hold cannot be told apart; that the node speaks still counts.
+        self.early = (!self.take(frame, now)).then(|| (frame.clone(), now));
+        true
+    }
+
+    /// Takes in the figures of a frame that came at `now`. `false`: they are of another descriptor.
+    fn take(&mut self, frame: &LoadFrame, now: Instant) -> bool {
         let known = self.descriptor.as_ref().filter(|(epoch, descriptor)| {
             *epoch == frame.epoch
                 && descriptor.version == frame.descriptor_version
                 && descriptor.engines.len() == frame.engines.len()
         });
-        let Some((_, descriptor)) = known else { return true };
+        let Some((_, descriptor)) = known else { return false };
+        let one_way = self.heard.map_or(Duration::ZERO, |heard| heard.one_way);
         let age = frame.sample_age + one_way;
         let sampled = now.checked_sub(age).unwrap_or(now);
         let before = std::mem::take(&mut self.engines).into_iter().map(Some);
@@ -329,6 +341,22 @@ mod tests {
         assert!(view.describe(1, descriptor(1).into()));
         assert!(view.frame(&frame(1, 1, 10), RTT, now));
         view
+    }
+
+    #[test]
+    fn figures_that_come_before_what_they_are_of_count_once_it_is_known() {
+        let now = base::clock::now();
+        let mut view = View::default();
+        assert!(view.frame(&frame(1, 1, 10), RTT, now));
+        assert!(view.seen(0, now).is_none());
+        assert!(view.describe(1, descriptor(1).into()));
+        let seen = view.seen(0, now + MS).unwrap();
+        assert_eq!((seen.load.in_flight, seen.age), (10, RTT / 2 + MS));
+        // Those of another descriptor never do.
+        let of_next = LoadFrame { descriptor_version: 2, ..frame(1, 2, 20) };
+        assert!(view.frame(&of_next, RTT, now + MS));
+        assert!(view.describe(1, descriptor(1).into()));
+        assert_eq!(in_flight(&view, now + MS), 10);
     }
 
     fn ended(view: &mut View, began: Instant, counted: bool) {
