@@ -13,8 +13,10 @@ use crate::{
     decode_card, encode, encode_card, strikes::Offence, wire::CARD_BYTES_MAX,
 };
 
-/// This node makes at most one card in this.
+/// This node makes at most one card in this, but for the first few: a node that starts learns what its engines serve.
 const RENEWAL_GAP: Duration = Duration::from_secs(1);
+const RENEWAL_GAP_FIRST: Duration = Duration::from_millis(50);
+const RENEWALS_FIRST: u32 = 3;
 /// If it has to make many, it waits longer from one to the next.
 const RENEWAL_GAP_MAX: Duration = Duration::from_secs(10);
 /// So many make it wait.
@@ -48,6 +50,9 @@ impl Renewal {
 
     /// When the next card may be made.
     fn earliest(&self, now: Instant) -> Instant {
+        if self.burst < RENEWALS_FIRST {
+            return self.last.map_or(now, |last| now.max(last + RENEWAL_GAP_FIRST));
+        }
         let factor = 1 << self.burst.saturating_sub(RENEWALS_FEW).min(4);
         let gap = (RENEWAL_GAP * factor).min(RENEWAL_GAP_MAX);
         self.last.map_or(now, |last| now.max(last + gap))
