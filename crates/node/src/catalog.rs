@@ -3,17 +3,12 @@
 //!
 //! Filled by `collect`, read by `reflection` and the gossip port, which tells peers which services there are.
 
-use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use inference::{Declarations, Reflected};
 use membership::{Descriptor, Frame, STREAM_BYTES_MAX, is_service};
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use crate::{
     engines::Engine,
@@ -39,7 +34,7 @@ pub(crate) struct Catalog {
     /// What peers declare, by the services they say they have: who has the same is taken to declare them the same.
     peers: Mutex<BTreeMap<Arc<[String]>, Arc<Reflected>>>,
     /// Counts up with every change of what this node says of itself.
-    version: AtomicU32,
+    version: watch::Sender<u32>,
     built_in: Declarations,
 }
 
@@ -56,7 +51,7 @@ impl Catalog {
     pub(crate) fn new(engines: Arc<[Arc<Engine>]>, board: Arc<Board>) -> Self {
         // A test reads the same bytes; without them reflection knows less, and calls go on.
         let built_in = Declarations::of_set(proto::FILE_DESCRIPTOR_SET).unwrap_or_default();
-        Self { engines, board, peers: Mutex::default(), version: AtomicU32::new(1), built_in }
+        Self { engines, board, peers: Mutex::default(), version: watch::Sender::new(1), built_in }
     }
 
     /// Engine `index` of this node reflects this.
@@ -64,7 +59,7 @@ impl Catalog {
         let Some(engine) = self.engines.get(index) else { return };
         let before = engine.reflect(named(reflected));
         if before != engine.reflected() {
-            self.version.fetch_add(1, Ordering::Relaxed);
+            self.version.send_modify(|version| *version = version.wrapping_add(1));
         }
     }
 
@@ -80,7 +75,12 @@ impl Catalog {
 
     /// The version of [`Catalog::descriptor`].
     pub(crate) fn version(&self) -> u32 {
-        self.version.load(Ordering::Relaxed)
+        *self.version.borrow()
+    }
+
+    /// Word of every newer version.
+    pub(crate) fn changes(&self) -> watch::Receiver<u32> {
+        self.version.subscribe()
     }
 
     /// What this node says of itself to peers. Names of services that do not fit in a frame are left out.

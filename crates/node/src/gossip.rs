@@ -113,6 +113,7 @@ impl Gossip {
         let judge = NodeJudge(trust.identity().clone());
         let (epoch, own_gossip) = (own.epoch, own.gossip.clone());
         let descriptor = voice.catalog.descriptor();
+        let described = descriptor.version;
         let mesh = Mesh::new(own, descriptor, judge, clock::now(), seed)?;
         let (tell, news) = mpsc::channel(NEWS_MAX);
         let (ask, asks) = mpsc::channel(ASKS_MAX);
@@ -131,7 +132,7 @@ impl Gossip {
             own_gossip,
             superseded,
         };
-        let driver = Driver::new(mesh, parts);
+        let driver = Driver::new(mesh, parts, described);
         let prepared = Prepared { driver, links, common, enrolment };
         Ok((prepared, MeshHandle { asks: ask, superseded: told }))
     }

@@ -138,11 +138,12 @@ struct Seen {
 }
 
 impl Driver {
-    pub(super) fn new(mesh: Mesh<NodeJudge>, parts: Parts) -> Self {
+    /// `described` is the version of the descriptor that the machine knows.
+    pub(super) fn new(mesh: Mesh<NodeJudge>, parts: Parts, described: u32) -> Self {
         let now = clock::now();
         let seen = Seen {
             identity: parts.common.trust.identity().current(),
-            descriptor: parts.voice.catalog.version(),
+            descriptor: described,
             draining: false,
             cards: Vec::new(),
             look: now,
@@ -173,11 +174,15 @@ impl Driver {
     pub(super) async fn run(mut self, stop: CancellationToken) {
         self.begin().await;
         let draining = self.parts.voice.draining.clone();
+        let mut described = self.parts.voice.catalog.changes();
+        // What changed meanwhile.
+        described.mark_changed();
         while !stop.is_cancelled() {
             let due = self.turn();
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = draining.cancelled(), if !self.seen.draining => {}
+                Ok(()) = described.changed() => self.describe(),
                 () = tokio::time::sleep_until(due.into()) => {}
                 Some(news) = self.parts.news.recv() => self.take(news),
                 Some(ask) = self.parts.asks.recv() => self.answer(ask),
@@ -247,12 +252,6 @@ impl Driver {
             self.seen.identity = identity;
             self.handle(Input::Renewed);
         }
-        let version = self.parts.voice.catalog.version();
-        if version != self.seen.descriptor {
-            self.seen.descriptor = version;
-            let descriptor = self.parts.voice.catalog.descriptor();
-            self.handle(Input::Describe(descriptor));
-        }
         // Nobody looks any more where there is nothing to look up.
         if self.parts.seeds.has_changed().unwrap_or(false) {
             self.tell_seeds();
@@ -268,6 +267,14 @@ impl Driver {
         let gone: Vec<_> = gone.map(|(id, number, _)| (id, number)).collect();
         for (id, number) in gone {
             self.lost(number, id, "its task is gone".to_owned());
+        }
+    }
+
+    /// Tells the machine what this node serves, if that is news.
+    fn describe(&mut self) {
+        let descriptor = self.parts.voice.catalog.descriptor();
+        if std::mem::replace(&mut self.seen.descriptor, descriptor.version) != descriptor.version {
+            self.handle(Input::Describe(descriptor));
         }
     }
 

@@ -63,7 +63,12 @@ impl Teller {
             }
             Event::Superseded { .. } => {}
             Event::Note(note) => tracing::info!("{note}"),
-            Event::Described { .. } | Event::Load { .. } | Event::Region(_) | Event::Parted(_) => {}
+            Event::Described { id, descriptor, .. } => {
+                let Some(Known { node, region, .. }) = self.names.get(id) else { return };
+                let (version, engines) = (descriptor.version, descriptor.engines.len());
+                tracing::debug!(%node, %region, version, engines, "a node said what it serves");
+            }
+            Event::Load { .. } | Event::Region(_) | Event::Parted(_) => {}
         }
     }
 
