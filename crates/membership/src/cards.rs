@@ -89,6 +89,11 @@ impl Cards {
         true
     }
 
+    /// Whether the card of `id` is waited for.
+    pub(crate) fn is_missed(&self, id: NodeId) -> bool {
+        self.pending.contains_key(&id)
+    }
+
     /// The card of `id` has come: what was said of it before.
     pub(crate) fn found(&mut self, id: NodeId) -> Option<Pending> {
         self.pending.remove(&id)

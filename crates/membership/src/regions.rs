@@ -167,6 +167,11 @@ impl Regions {
         self.next
     }
 
+    /// Whether what relay `id` says counts.
+    pub(crate) fn hears(&self, id: NodeId) -> bool {
+        self.regions.values().flat_map(|region| &region.voices).any(|voice| voice.origin == id)
+    }
+
     /// The regions known, and how old what is known is.
     pub(crate) fn ages(&self, now: Instant) -> Vec<(RegionName, Duration)> {
         let age = |(name, region): (&RegionName, &Region)| {

@@ -1,11 +1,14 @@
 //! Whose words are believed: cards that come, cards that are asked for, and this node's own.
 
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use base::RegionName;
 use foca::{Member, State};
+use rand::seq::IndexedRandom as _;
 
 use super::{Event, Mesh, Own, Peer, Way, gossip::LEAP_MAX};
 use crate::{
@@ -29,6 +32,12 @@ const ALL_GAP: Duration = Duration::from_secs(10);
 const ALL_ANSWER: Duration = Duration::from_secs(3);
 /// What comes so long after all cards were asked for is the answer.
 const ALL_COMES: Duration = Duration::from_secs(30);
+
+/// Cards of one other region.
+const OTHERS_OF_REGION_MAX: usize = 16;
+
+/// Relays of each other region that are told who asks for relays.
+const RELAYS_TOLD: usize = 4;
 
 /// When this node makes a card.
 #[derive(Debug)]
@@ -190,10 +199,15 @@ impl<J: Judge> Mesh<J> {
             return !self.cards.is_full();
         }
         let is_other = card.region != self.own.region;
-        if self.cards.is_full()
-            || is_other && self.cards.all().filter(|c| c.region == card.region).count() >= 16
-            || is_other && self.other_cards() >= OTHERS_MAX
-        {
+        if is_other && !self.has_room_for(&card.region) {
+            if self.cards.is_missed(card.id) {
+                self.drop_other(&card.region);
+            }
+            if !self.has_room_for(&card.region) {
+                return false;
+            }
+        }
+        if self.cards.is_full() {
             return false;
         }
         let is_taken = self.strikes.new_id(now, peer);
@@ -201,6 +215,28 @@ impl<J: Judge> Mesh<J> {
             self.strike(now, peer.id, Offence::Strike, "too many new nodes in a minute");
         }
         is_taken
+    }
+
+    /// Whether one more node of this other region may be known.
+    fn has_room_for(&self, region: &RegionName) -> bool {
+        let of_region = self.cards.all().filter(|card| card.region == *region);
+        of_region.count() < OTHERS_OF_REGION_MAX && self.other_cards() < OTHERS_MAX
+    }
+
+    /// Forgets a node of another region that was a relay once, for one that is: whose digests come has to be known.
+    fn drop_other(&mut self, region: &RegionName) {
+        let is_needed = |id: NodeId| {
+            self.links.is_up(id)
+                || self.seeds.is_listed(id)
+                || self.regions.hears(id)
+                || self.relay.as_ref().is_some_and(|relay| relay.is_active(id))
+        };
+        let of_region = self.cards.all().filter(|card| card.region == *region);
+        let old: Vec<_> = of_region.map(|card| card.id).filter(|id| !is_needed(*id)).collect();
+        // Any of them: the newest, of whom nothing was heard yet, are not always the ones.
+        if let Some(id) = old.choose(&mut self.rng).copied() {
+            self.forget(id);
+        }
     }
 
     fn other_cards(&self) -> usize {
@@ -380,14 +416,34 @@ impl<J: Judge> Mesh<J> {
     fn cards_of(&self, pool: Pool) -> Vec<Arc<Card>> {
         let of_region = |card: &&Arc<Card>| match pool {
             Pool::Region => self.region.is_active(card.id),
-            Pool::Relays if card.region == self.own.region => self.relaying.is_of_ours(card.id),
-            Pool::Relays => self.relay.as_ref().is_none_or(|relay| relay.is_active(card.id)),
+            Pool::Relays => self.relaying.is_of_ours(card.id),
         };
         let is_own = pool == Pool::Region || self.relaying.is_of_ours(self.own.id);
         let own = is_own.then(|| Arc::clone(&self.card));
-        let others =
-            self.cards.all().filter(|card| pool == Pool::Relays || card.region == self.own.region);
-        own.into_iter().chain(others.filter(of_region).cloned()).collect()
+        let ours = self.cards.all().filter(|card| card.region == self.own.region);
+        let mut cards: Vec<_> = own.into_iter().chain(ours.filter(of_region).cloned()).collect();
+        if pool == Pool::Relays {
+            cards.extend(self.relays_elsewhere());
+        }
+        cards
+    }
+
+    /// A few nodes of each other region that are its relays, or if that is not known might know them.
+    fn relays_elsewhere(&self) -> Vec<Arc<Card>> {
+        let mut regions: BTreeMap<&RegionName, Vec<(bool, &Arc<Card>)>> = BTreeMap::new();
+        for card in self.cards.all().filter(|card| card.region != self.own.region) {
+            let is_relay = match &self.relay {
+                Some(relay) if relay.is_active(card.id) => true,
+                Some(_) => continue,
+                None => self.regions.hears(card.id),
+            };
+            regions.entry(&card.region).or_default().push((!is_relay, card));
+        }
+        for cards in regions.values_mut() {
+            cards.sort_by_key(|(is_none, _)| *is_none);
+            cards.truncate(RELAYS_TOLD);
+        }
+        regions.into_values().flatten().map(|(_, card)| Arc::clone(card)).collect()
     }
 
     /// `id` spoke of a node and did not have its card when asked.

@@ -150,10 +150,8 @@ impl<J: Judge> Mesh<J> {
         }
         let is_wanted = self.wants(id);
         let is_down = self.is_down(&link.peer);
-        if is_idle && !is_wanted {
-            return;
-        }
-        if is_wanted && !is_down || !link.is_legacy() && !is_down && link.was_in_use(now) {
+        // A link nobody needs is closed by whichever end has too many: dialled again, it would be closed again.
+        if is_wanted && !is_down {
             let lost = (!link.is_legacy() && link.was_in_use(now)).then_some(link.heard);
             self.plan_dial(now, id, lost);
         }

@@ -47,6 +47,7 @@ impl World {
 
     pub(super) fn warm(&mut self) {
         self.account_all();
+        self.measures.kinds = Default::default();
         self.measures.bytes = self.hosts.iter().map(|host| (host.sent, host.received)).collect();
     }
 
@@ -162,6 +163,7 @@ impl World {
             }
             self.measures.doubtful = (host + 1) % count;
         }
+        self.measures.disagreement.clear();
         true
     }
 

@@ -11,6 +11,28 @@ use super::{
     network::{Nanos, SECOND},
 };
 
+/// Kinds of frames by the number of their field.
+const KINDS: [&str; 15] = [
+    "other",
+    "hello",
+    "descriptor",
+    "load",
+    "revocations",
+    "swim",
+    "cards_ask",
+    "cards",
+    "descriptors_ask",
+    "descriptors",
+    "subscribe",
+    "not_subscribed",
+    "digest",
+    "keep_alive",
+    "handshake",
+];
+/// What goes over the wire that is no frame.
+pub(super) const KEPT_ALIVE: u8 = 13 << 3;
+pub(super) const HANDSHAKE: u8 = 14 << 3;
+
 /// Examples kept of what should not be.
 const EXAMPLES: usize = 10;
 
@@ -64,6 +86,8 @@ pub struct Report {
     pub undetected: u64,
     /// From the start of the last node until every node's view of its region was true.
     pub convergence_after_join_s: Option<f64>,
+    /// In what a view differed from the truth when they were last compared, if it did.
+    pub disagreement: Option<String>,
     /// Age of what is known of another region: median.
     pub digest_age_p50_ms: Option<f64>,
     /// Age of what relays say of a node's own region, 99th percentile.
@@ -76,6 +100,8 @@ pub struct Report {
     pub relay_bytes_per_s: Option<f64>,
     /// Bytes per second of the ordinary node that sent or received most.
     pub bytes_per_s_worst: Option<f64>,
+    /// What of that is which kind of frame: bytes sent per second and node, all nodes together.
+    pub bytes_per_s_by_frame: BTreeMap<&'static str, f64>,
     /// Suspicions, all nodes together.
     pub suspicions: u64,
     /// Liars that were put into quarantine, counted by each that did.
@@ -127,6 +153,8 @@ pub(super) struct Measures {
     /// What each host had sent and received when the mesh was warm.
     pub(super) bytes: Vec<(u64, u64)>,
     pub(super) rates: Vec<(f64, f64)>,
+    /// Bytes sent since the mesh was warm, by the first byte of the frame.
+    pub(super) kinds: [u64; KINDS.len()],
     pub(super) relay_rates: Vec<(f64, f64)>,
     pub(super) violated: u64,
     pub(super) violations: Vec<Violation>,
@@ -139,6 +167,15 @@ pub(super) struct Measures {
 impl Measures {
     pub(super) fn new(config: &Config) -> Self {
         Self { nodes: config.nodes, regions: config.regions, ..Self::default() }
+    }
+
+    /// A frame was sent that takes so many bytes on the wire.
+    pub(super) fn sent(&mut self, first: u8, bytes: u64) {
+        let kind = usize::from(first >> 3);
+        let kind = if kind < KINDS.len() { kind } else { 0 };
+        if let Some(sum) = self.kinds.get_mut(kind) {
+            *sum += bytes;
+        }
     }
 
     pub(super) fn crashed(&mut self, node: u32, now: Nanos) {
@@ -182,7 +219,12 @@ impl Measures {
             std::mem::take(&mut self.downs).into_iter().map(|text| format!("down: {text}"));
         let quarantined = std::mem::take(&mut self.quarantined);
         let seconds = |time: Nanos| time as f64 / SECOND as f64;
+        let length = seconds(plan.end.saturating_sub(plan.warm)).max(1.0) * f64::from(config.nodes);
+        let kinds = KINDS.iter().zip(self.kinds).filter(|(_, bytes)| *bytes > 0);
         let report = Report {
+            bytes_per_s_by_frame: kinds
+                .map(|(kind, n)| (*kind, (n as f64 / length).round()))
+                .collect(),
             nodes: config.nodes,
             regions: config.regions,
             seed: config.seed,
@@ -210,6 +252,7 @@ impl Measures {
                 .map(f64::round),
             relay_bytes_per_s: mean(&self.relay_rates),
             convergence_after_heal_s: self.heal_agreed.filter(|_| plan.heals).map(seconds),
+            disagreement: Some(self.disagreement).filter(|why| !why.is_empty()),
             convergence_after_join_s: self.join_agreed.map(seconds),
             panics: self.panics,
             suspicions: self.suspicions,

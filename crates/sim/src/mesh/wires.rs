@@ -7,6 +7,7 @@ use membership::{DATAGRAM_BYTES_MAX, Input, NodeId, STREAM_BYTES_MAX, Target, Tr
 
 use super::{
     links::{HANDSHAKE_BYTES, IDLE, KEEP_ALIVE, KEEP_ALIVE_BYTES, LinkRef},
+    measure::{HANDSHAKE, KEPT_ALIVE},
     network::{MS, Nanos, SECOND, on_wire},
     toy,
     world::{What, World},
@@ -121,6 +122,7 @@ impl World {
         self.replace(host, nodes[1]);
         self.replace(to, nodes[0]);
         let link = self.links.open(host, to, way, self.now);
+        self.measures.sent(HANDSHAKE, 2 * HANDSHAKE_BYTES);
         for (at, node) in [(host, nodes[1]), (to, nodes[0])] {
             if let Some(at) = self.host_mut(at) {
                 at.sent += HANDSHAKE_BYTES;
@@ -248,6 +250,7 @@ impl World {
         let Some(known) = self.links.get(link).copied() else { return };
         let side = 1 - known.side(host);
         let to = known.end(side).host;
+        self.measures.sent(bytes.first().copied().unwrap_or(0), on_wire(bytes.len()));
         if let Some(on) = self.host_mut(host) {
             on.sent += on_wire(bytes.len());
         }
@@ -281,6 +284,7 @@ impl World {
             return;
         }
         let Some(ends) = self.links.get(link).map(|link| link.ends) else { return };
+        self.measures.sent(KEPT_ALIVE, 2 * times * KEEP_ALIVE_BYTES);
         for end in ends {
             if let Some(host) = self.host_mut(end.host) {
                 host.sent += times * KEEP_ALIVE_BYTES;
