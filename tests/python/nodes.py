@@ -257,12 +257,14 @@ class MLServer(Process):
 class SimEngine(Process):
     """A simulated GPU server: `isobar sim engine`."""
 
-    def __init__(self, directory: Path, name="sim", model="sim", **options):
+    def __init__(
+        self, directory: Path, name="sim", model="sim", enter=lambda *command: command, **options
+    ):
         listen = {key: "127.0.0.1:0" for key in ("grpc", "http", "admin")}
         arguments = [BINARY, "sim", "engine", "--json", "--model", model]
         for key, value in {**listen, "step": "2ms", **options}.items():
             arguments += [f"--{key.replace('_', '-')}", value]
-        super().__init__(name, Path(directory), arguments)
+        super().__init__(name, Path(directory), enter(*arguments))
         try:
             self.listen = json.loads(self.first_line())["listen"]
         except BaseException:
@@ -308,15 +310,18 @@ def pem_of(address: str) -> str:
 
 
 class Service(Process):
-    """The test service (service.py)."""
+    """The test service (service.py); `enter` is a command that starts another one elsewhere."""
 
-    def __init__(self, directory: Path, name="service", factor=1.0, health=False, reflection=False):
+    def __init__(
+        self, directory: Path, name="service", factor=1.0, health=False, reflection=False,
+        host="127.0.0.1", enter=lambda *command: command,
+    ):
         script = Path(__file__).with_name("service.py")
-        arguments = [sys.executable, script, "--factor", factor]
+        arguments = [sys.executable, script, "--factor", factor, "--host", host]
         arguments += ["--health"] if health else []
         arguments += ["--reflection"] if reflection else []
-        super().__init__(name, Path(directory), arguments)
-        self.address = f"127.0.0.1:{self.first_line()}"
+        super().__init__(name, Path(directory), enter(*arguments))
+        self.address = f"{host}:{self.first_line()}"
 
     def engine(self, **more) -> dict:
         return {"name": self.name, "url": f"http://{self.address}", "protocol": "grpc", **more}

@@ -156,6 +156,7 @@ class Kinds(kinds_pb2_grpc.KindsServicer):
 async def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--factor", type=float, default=1.0)
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--health", action="store_true")
     parser.add_argument("--reflection", action="store_true")
     arguments = parser.parse_args()
@@ -179,7 +180,7 @@ async def main():
     if arguments.reflection:
         names = ["isobar.test.v1.Kinds", reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"{arguments.host}:0")
     await server.start()
     print(port, flush=True)
     await server.wait_for_termination()

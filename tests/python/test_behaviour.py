@@ -74,7 +74,8 @@ def test_every_reply_says_how_pressed_the_node_is(mesh):
             async with connected(node.clients, node.ca) as client:
                 status, said = await report(client, "Unary", pb.Request())
                 assert status == 0 and 0.4 <= said.application_utilization <= 0.8, said
-                assert not said.named_metrics, "what is between nodes stays there"
+                assert said.named_metrics["isobar.slots"] == 4, said
+                assert 2 <= said.named_metrics["isobar.in_flight"] <= 3, said
                 status, said = await report(client, "Unary", pb.Request(fail_code=5))
                 assert status == 5 and said.application_utilization >= 0.4, said
                 status, said = await report(client, "ServerStream", pb.StreamRequest(count=3))

@@ -241,6 +241,12 @@ def test_elsewhere_the_admin_port_is_for_operators_only(meshes, machines, tmp_pa
     assert let_in.returncode == 0, let_in.stderr
     assert member("a", "eu") in let_in.stdout
 
+    directory = tmp_path / "operator"
+    own = ["--ca", directory / "ca.pem", "--cert", directory / "cert.pem", "--key", directory / "key.pem"]
+    at = ["--admin", listen["admin"], "--server-name", "localhost", "--json"]
+    status = there.run("isobar", "status", *at, *own)
+    assert json.loads(status.stdout)["node"]["id"] == member("a", "eu"), status.stderr
+
     assert refused(there, listen) == 0
     for role in ("node", "client"):
         assert ask(tmp_path / role).returncode != 0, f"{role} was let in"

@@ -55,7 +55,7 @@ def channel(node):
 
 def test_grpcurl_lists_describes_and_calls_what_only_a_peer_has(far):
     wanted = {
-        KSERVE, KINDS, "grpc.health.v1.Health",
+        KSERVE, KINDS, "grpc.health.v1.Health", "xds.service.orca.v3.OpenRcaService",
         "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection",
     }
     wait_for("the services of the peer", lambda: wanted == set(listed(far.a)))

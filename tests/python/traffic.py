@@ -2,7 +2,7 @@
 a line for each call that ended.
 
 Arrivals do not wait for replies. Streams are bidirectional: one message each way again and again, from the first moment to
-the last.
+the last. Answers are server streams of some length, so many in progress at any time.
 """
 
 import asyncio
@@ -36,14 +36,19 @@ class Ended:
 class Traffic(Process):
     """Calls to nodes until `finish`.
 
-    Each flow is a dict: `kind` ("unary", "stream" or "infer"), `target` (host:port), `ca` (a file; without it there is no TLS)
-    and `rate` (per second; of streams: how many in all).
+    Each flow is a dict: `kind` ("unary", "stream", "answer" or "infer"), `target` (host:port, or several with commas between
+    them: calls are spread over them), `ca` (a file; without it there is no TLS) and `rate` (per second; of streams: how many in
+    all). Answers have so many `messages`, one every `delay_ms`. Unary calls are reported under `label`, if there is one, instead
+    of their kind. `enter` is a command that starts another one elsewhere.
     """
 
-    def __init__(self, directory: Path, flows: list[dict], name="traffic", deadline=5.0):
+    def __init__(
+        self, directory: Path, flows: list[dict], name="traffic", deadline=5.0,
+        enter=lambda *command: command,
+    ):
         flows = [{k: str(v) if isinstance(v, Path) else v for k, v in f.items()} for f in flows]
         spec = json.dumps({"flows": flows, "deadline": deadline})
-        super().__init__(name, Path(directory), [sys.executable, __file__, spec])
+        super().__init__(name, Path(directory), enter(sys.executable, __file__, spec))
 
     def calls(self, since=0.0, *kinds: str) -> list[Ended]:
         """The calls that ended so far and began after `since`."""
@@ -61,9 +66,9 @@ class Traffic(Process):
         wait_for("the first call", good)
         return self
 
-    def finish(self) -> list[Ended]:
+    def finish(self, within=LONG) -> list[Ended]:
         """Ends the arrivals, lets what is in progress end, and returns every call."""
-        assert self.stop(signal.SIGTERM, LONG) == 0, self.err.read_text()[-2000:]
+        assert self.stop(signal.SIGTERM, within) == 0, self.err.read_text()[-2000:]
         return self.calls()
 
 
@@ -98,6 +103,8 @@ class Driver:
             channel = self.channel(flow)
             if flow["kind"] == "stream":
                 drivers += [self.stream(channel) for _ in range(flow["rate"])]
+            elif flow["kind"] == "answer":
+                drivers += [self.answers(flow, channel) for _ in range(flow["rate"])]
             else:
                 drivers.append(self.arrivals(flow, channel))
         await asyncio.gather(*drivers)
@@ -117,7 +124,7 @@ class Driver:
         while not self.stopping.is_set():
             due += 1 / flow["rate"]
             await asyncio.sleep(max(0, due - time.monotonic()))
-            task = asyncio.create_task(self.record(flow["kind"], method))
+            task = asyncio.create_task(self.record(flow.get("label", flow["kind"]), method))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
         await asyncio.gather(*tasks)
@@ -145,6 +152,20 @@ class Driver:
             if await call.code() != grpc.StatusCode.OK:
                 await asyncio.sleep(STEP_S)
 
+    async def answers(self, flow, channel):
+        """One server stream after the other."""
+        while not self.stopping.is_set():
+            at, messages = time.monotonic(), 0
+            call = Answer(channel).begin(flow["messages"], flow["delay_ms"])
+            try:
+                async for _ in call:
+                    messages += 1
+            except grpc.RpcError:
+                pass
+            await report("answer", at, call, messages)
+            if await call.code() != grpc.StatusCode.OK:
+                await asyncio.sleep(STEP_S)
+
     async def requests(self):
         while not self.stopping.is_set():
             yield pb.Request(text="tick")
@@ -160,6 +181,9 @@ def open_channel(target, ca):
         # Two flows to one target are two connections.
         ("grpc.use_local_subchannel_pool", 1),
     ]
+    if "," in target:
+        target = f"ipv4:{target}"
+        options.append(("grpc.service_config", '{"loadBalancingConfig":[{"round_robin":{}}]}'))
     if not ca:
         return grpc.aio.insecure_channel(target, options)
     credentials = grpc.ssl_channel_credentials(Path(ca).read_bytes())
@@ -195,6 +219,14 @@ class Bidi:
 
     def begin(self, requests):
         return self.method(requests)
+
+
+class Answer:
+    def __init__(self, channel):
+        self.method = kinds_pb2_grpc.KindsStub(channel).ServerStream
+
+    def begin(self, messages, delay_ms):
+        return self.method(pb.StreamRequest(count=messages, delay_ms=delay_ms))
 
 
 def field(number: int, content: bytes) -> bytes:

@@ -66,7 +66,7 @@ fn check_version() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Client and server code of the test service, from the same proto file the Rust side uses.
+/// Client and server code of the test service and of load reports, from the same proto files the Rust side uses.
 fn generate_stubs(interpreter: &Path, stubs: &Path) -> anyhow::Result<()> {
     let out = |option: &str| format!("--{option}={}", stubs.display());
     step(
@@ -75,6 +75,7 @@ fn generate_stubs(interpreter: &Path, stubs: &Path) -> anyhow::Result<()> {
             .current_dir(root())
             .args(["-m", "grpc_tools.protoc", "-I", "proto"])
             .args([out("python_out"), out("grpc_python_out")])
-            .args(["isobar/test/v1/kinds.proto", "xds/data/orca/v3/orca_load_report.proto"]),
+            .args(["isobar/test/v1/kinds.proto", "xds/data/orca/v3/orca_load_report.proto"])
+            .arg("xds/service/orca/v3/orca.proto"),
     )
 }

@@ -13,9 +13,12 @@ pub(crate) fn test() -> anyhow::Result<()> {
     // What `isobar bench` is held against.
     let h2load = Command::new("h2load").arg("--version").output();
     h2load.context("h2load is missing: apt-get install nghttp2-client")?;
-    // Two machines of a test are network namespaces.
+    // Machines of a test are network namespaces.
     let ip = Command::new("ip").arg("-V").output();
     ip.context("ip is missing: apt-get install iproute2")?;
+    // What passes between them is lost by rules.
+    let nft = Command::new("nft").arg("--version").output();
+    nft.context("nft is missing: apt-get install nftables")?;
     let python = Python::set_up()?;
     step("Rust tests", cargo().args(["test", "--workspace"]))?;
     step("the binary", cargo().args(["build", "--package", "cli"]))?;

@@ -22,6 +22,8 @@ use crate::{
 /// An engine that returns is given its slots over this time, beginning with the share [`SLOW_START_FROM`].
 const SLOW_START: Duration = Duration::from_secs(30);
 const SLOW_START_FROM: f64 = 0.1;
+/// What an engine says of itself holds for so long.
+const SAID_FOR: Duration = Duration::from_secs(10);
 
 /// One engine's state.
 #[derive(Clone, Debug)]
@@ -33,7 +35,18 @@ pub struct Engine {
     pressure: Pressure,
     returned: Option<Instant>,
     service_time: Average,
+    step_time: Average,
     ended: Rate,
+    said: Option<(Instant, Said)>,
+}
+
+/// What an engine says of itself at the end of a call.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Said {
+    /// The share of its key-value cache in use, 0 to 1.
+    pub kv_use: Option<f64>,
+    /// Calls that wait there.
+    pub queued: Option<u32>,
 }
 
 /// A slot taken: answered by one [`Engine::ended`].
@@ -59,8 +72,15 @@ impl Engine {
             pressure: Pressure::default(),
             returned: None,
             service_time: Average::default(),
+            step_time: Average::default(),
             ended: Rate::default(),
+            said: None,
         }
+    }
+
+    /// From now on it has `slots` slots here; calls in progress go on. Returns whether that is news.
+    pub fn set_slots(&mut self, slots: Option<NonZeroU32>) -> bool {
+        std::mem::replace(&mut self.slots, slots) != slots
     }
 
     /// Takes a slot; `None` when there is none. One that runs nothing is always asked, whatever it said before: whether it
@@ -117,6 +137,18 @@ impl Engine {
         }
     }
 
+    /// A streamed answer went on `steps` times, which took `took` in all.
+    pub fn stepped(&mut self, steps: u32, took: Duration) {
+        if let Some(step) = took.checked_div(steps) {
+            self.step_time.add(step);
+        }
+    }
+
+    /// It said this of itself. What it said before is forgotten.
+    pub fn said(&mut self, now: Instant, said: Said) {
+        self.said = Some((now, said));
+    }
+
     /// A health check ended.
     pub fn checked(
         &mut self,
@@ -163,17 +195,19 @@ impl Engine {
     #[must_use]
     pub fn load(&self, now: Instant) -> Load {
         let trial = u32::from(self.pressure.is_trial_due(now));
+        let is_fresh = |at: Instant| now.saturating_duration_since(at) < SAID_FOR;
+        let said = self.said.filter(|(at, _)| is_fresh(*at)).map_or_else(Said::default, |s| s.1);
         Load {
             in_flight: self.in_flight,
-            queued: 0,
+            queued: said.queued.unwrap_or(0),
             slots: self
                 .limit(now)
                 .map(|limit| limit.max(self.in_flight.saturating_mul(trial) + trial)),
             service_time: self.service_time.value(),
             drain_rate: self.ended.value(now),
             unusable: self.standing(now) != Standing::Usable,
-            step_time: Duration::ZERO,
-            kv_use: None,
+            step_time: self.step_time.value(),
+            kv_use: said.kv_use,
         }
     }
 
@@ -249,6 +283,22 @@ mod tests {
             }
             count
         }
+    }
+
+    #[test]
+    fn fewer_slots_end_no_call_and_more_let_more_in() {
+        let mut world = world(4);
+        let tickets = [world.take(), world.take(), world.take()];
+        assert!(world.engine.set_slots(NonZeroU32::new(2)));
+        assert!(world.engine.take(world.now).is_none());
+        let load = world.engine.load(world.now);
+        assert_eq!((load.in_flight, load.slots, load.free()), (3, Some(2), 0));
+        for ticket in tickets {
+            world.engine.ended(world.now, ticket, Outcome::Ok, None);
+        }
+        assert_eq!(world.free(), 2);
+        assert!(world.engine.set_slots(NonZeroU32::new(5)));
+        assert_eq!(world.free(), 5);
     }
 
     #[test]
@@ -345,6 +395,29 @@ mod tests {
         world.check(true);
         assert_eq!(world.engine.standing(world.now), Standing::Usable);
         assert_eq!(world.free(), 8, "it starts with all of its slots");
+    }
+
+    #[test]
+    fn step_time_is_averaged_over_streams_and_one_without_steps_says_nothing() {
+        let mut world = world(8);
+        world.engine.stepped(0, SECOND);
+        assert_eq!(world.engine.load(world.now).step_time, Duration::ZERO);
+        world.engine.stepped(50, SECOND);
+        assert_eq!(world.engine.load(world.now).step_time, SECOND / 50);
+        for _ in 0..100 {
+            world.engine.stepped(10, SECOND);
+        }
+        assert!((world.engine.load(world.now).step_time.as_secs_f64() - 0.1).abs() < 0.001);
+    }
+
+    #[test]
+    fn what_an_engine_says_of_itself_holds_for_a_while() {
+        let mut world = world(8);
+        world.engine.said(world.now, Said { kv_use: Some(0.7), queued: Some(3) });
+        let load = world.engine.load(world.now + SAID_FOR / 2);
+        assert_eq!((load.kv_use, load.queued), (Some(0.7), 3));
+        let load = world.engine.load(world.now + SAID_FOR);
+        assert_eq!((load.kv_use, load.queued), (None, 0));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use clap::Args;
 use http::uri::Authority;
 use identity::{IdentityFiles, NodeIdentity, Token};
 use node::{
-    EnrolError, Enrolled, KnownPeer,
+    EnrolError, Enrolled,
     config::{Config, HostPort, IdentityConfig},
 };
 use serde_json::json;
@@ -86,7 +86,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         node::keep_revocations(&plan.dir, revocations)?;
     }
     if plan.writes_config {
-        write_config(&options.config, &plan, &enrolled, &seed)?;
+        write_config(&options.config, &plan, &seed)?;
     }
     report(options, &plan, &enrolled.identity)?;
     Ok(())
@@ -239,13 +239,8 @@ async fn enrol(plan: &Plan) -> Result<(Enrolled, Authority), Failure> {
 }
 
 /// Writes what the node needs to start, and never over something.
-fn write_config(
-    path: &Path,
-    plan: &Plan,
-    enrolled: &Enrolled,
-    seed: &Authority,
-) -> Result<(), Failure> {
-    let text = config_text(plan, enrolled, seed);
+fn write_config(path: &Path, plan: &Plan, seed: &Authority) -> Result<(), Failure> {
+    let text = config_text(plan, seed);
     let written = fs::File::create_new(path).and_then(|mut file| file.write_all(text.as_bytes()));
     match written {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
@@ -257,28 +252,17 @@ fn write_config(
     }
 }
 
-fn config_text(plan: &Plan, enrolled: &Enrolled, seed: &Authority) -> String {
+fn config_text(plan: &Plan, seed: &Authority) -> String {
     let (name, region, mesh) = (&plan.name, plan.token.region(), plan.token.trust_domain());
-    let mut text = format!(
+    format!(
         "# Node {name} in region {region} of {mesh}, as `isobar join` wrote it. Every key: `isobar schema`.\n\n\
          [node]\nname = \"{name}\"\nregion = \"{region}\"\nstate_dir = {}\n\n\
-         [mesh]\ntrust_domain = \"{mesh}\"\n# Who renews this node's certificate.\nseeds = [\"{seed}\"]\n",
+         [mesh]\ntrust_domain = \"{mesh}\"\n# Where this node finds the others, and who renews its certificate.\n\
+         seeds = [\"{seed}\"]\n\
+         \n# A GPU server behind this node:\n# [[engine]]\n# name = \"gpu-0\"\n# url = \"http://127.0.0.1:8001\"\n\
+         \n# Who may call; nobody, until it says so here:\n# [[tenant]]\n# name = \"search\"\n\
+         # api_key_sha256 = \"what `printf %s KEY | sha256sum` says\"\n# [[allow]]\n# tenant = \"search\"\n",
         toml_text(&plan.state_dir.display().to_string()),
-    );
-    let others = enrolled.peers.iter().filter(|peer| peer.node != plan.name);
-    for peer in std::iter::once(&enrolled.authority).chain(others) {
-        text += &peer_text(peer);
-    }
-    text += "\n# A GPU server behind this node:\n# [[engine]]\n# name = \"gpu-0\"\n# url = \"http://127.0.0.1:8001\"\n\
-             \n# Who may call; nobody, until it says so here:\n# [[tenant]]\n# name = \"search\"\n\
-             # api_key_sha256 = \"what `printf %s KEY | sha256sum` says\"\n# [[allow]]\n# tenant = \"search\"\n";
-    text
-}
-
-fn peer_text(peer: &KnownPeer) -> String {
-    let KnownPeer { node, region, peers, gossip } = peer;
-    format!(
-        "\n[[mesh.peer]]\nname = \"{node}\"\nregion = \"{region}\"\npeers = \"{peers}\"\ngossip = \"{gossip}\"\n"
     )
 }
 
@@ -300,10 +284,8 @@ fn report(options: &Options, plan: &Plan, identity: &NodeIdentity) -> Result<(),
     let kept = if plan.writes_config { "written" } else { "kept as it was" };
     output::text(&format!(
         "joined as {id}\n  certificate  until {until}, in {}\n  config       {config}, {kept}\n  start it:    isobar node -c {config}\n\
-         The others send it calls once they list it as [[mesh.peer]]: name = \"{}\", region = \"{}\", and its ports.",
+         Once it runs, the others find it by themselves.",
         plan.dir.display(),
-        plan.name,
-        plan.token.region(),
     ))?;
     Ok(())
 }

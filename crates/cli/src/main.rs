@@ -18,6 +18,7 @@ mod parent;
 mod schema;
 mod setup;
 mod sim;
+mod status;
 mod target;
 
 use std::process::ExitCode;
@@ -42,6 +43,8 @@ enum Command {
     Check(check::Options),
     /// Make this machine a node of a mesh, with a token
     Join(join::Options),
+    /// Show what the mesh looks like from a node
+    Status(status::Options),
     /// Call a method of any gRPC server, with JSON in and out
     Call(call::Options),
     /// Put load on a server, and say how it bore it
@@ -84,6 +87,7 @@ fn main() -> ExitCode {
         Command::Node(options) => node::run(&options),
         Command::Check(options) => check::run(&options),
         Command::Join(options) => join::run(&options),
+        Command::Status(options) => status::run(&options),
         Command::Call(options) => call::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Ca(options) => ca::run(&options),

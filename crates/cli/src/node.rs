@@ -103,18 +103,24 @@ async fn serve(
 ) -> Result<(), Failure> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let node = Node::start(config, credentials).await?;
+    let mut node = Node::start(config, credentials).await?;
     let ready = if options.json {
         output::json_line(&ready_json(config, node.addresses(), ca))
     } else {
         output::text(&ready_text(config, node.addresses(), ca))
     };
     ready.context("cannot say that the node is ready")?;
-    asked_to_stop(&mut terminate, &mut interrupt).await;
+    let failed = tokio::select! {
+        () = asked_to_stop(&mut terminate, &mut interrupt) => None,
+        error = node.failed() => Some(error),
+    };
+    if let Some(error) = &failed {
+        tracing::error!(%error, "this node cannot go on");
+    }
     tracing::info!("draining: no new calls; a second signal ends at once");
     node.drain(asked_to_stop(&mut terminate, &mut interrupt)).await;
     tracing::info!("stopped");
-    Ok(())
+    failed.map_or(Ok(()), |error| Err(error.into()))
 }
 
 async fn asked_to_stop(terminate: &mut Signal, interrupt: &mut Signal) {

@@ -1,4 +1,4 @@
-//! Whom `call` and `bench` call, and how: the options both share, and connections made of them.
+//! Whom `call`, `bench` and `status` call, and how: the options they share, and connections made of them.
 
 use std::{
     path::{Path, PathBuf},
@@ -30,12 +30,19 @@ pub(crate) struct TargetOptions {
     /// Name the server's certificate must have; by default the host of the address
     #[arg(long, value_name = "NAME")]
     server_name: Option<String>,
+    #[command(flatten)]
+    own: OwnOptions,
+}
+
+/// Options that say what to show.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct OwnOptions {
     /// Certificate to show, a PEM file
     #[arg(long, value_name = "FILE", requires = "key")]
-    cert: Option<PathBuf>,
+    pub(crate) cert: Option<PathBuf>,
     /// Key of --cert, a PEM file
     #[arg(long, value_name = "FILE", requires = "cert")]
-    key: Option<PathBuf>,
+    pub(crate) key: Option<PathBuf>,
 }
 
 /// Which HTTP a target is called with.
@@ -94,7 +101,7 @@ impl TargetOptions {
         };
         let authority = authority(rest).map_err(Failure::Usage)?;
         if protocol == Protocol::H2c
-            && (self.ca.is_some() || self.cert.is_some() || self.server_name.is_some())
+            && (self.ca.is_some() || self.own.cert.is_some() || self.server_name.is_some())
         {
             return Err(usage(
                 "--ca, --cert and --server-name are for TLS, which http:// and --plaintext do without",
@@ -123,13 +130,19 @@ impl TargetOptions {
 
     /// TLS as the options say.
     pub(crate) fn tls(&self) -> Result<PeerTls, Failure> {
-        let own = self.cert.as_deref().zip(self.key.as_deref());
-        let tls = identity::client_config(self.ca.as_deref(), own).map_err(Failure::usage)?;
-        Ok(PeerTls::new(tls))
+        self.own.tls(self.ca.as_deref())
     }
 }
 
-fn usage(text: impl Into<String>) -> Failure {
+impl OwnOptions {
+    /// TLS that shows it and believes `ca`, or else what this machine believes.
+    pub(crate) fn tls(&self, ca: Option<&Path>) -> Result<PeerTls, Failure> {
+        let own = self.cert.as_deref().zip(self.key.as_deref());
+        Ok(PeerTls::new(identity::client_config(ca, own).map_err(Failure::usage)?))
+    }
+}
+
+pub(crate) fn usage(text: impl Into<String>) -> Failure {
     Failure::Usage(anyhow::anyhow!(text.into()))
 }
 
@@ -143,7 +156,7 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn authority(text: &str) -> anyhow::Result<Authority> {
+pub(crate) fn authority(text: &str) -> anyhow::Result<Authority> {
     let wanted = "write HOST:PORT, for instance 127.0.0.1:8443";
     let authority: Authority =
         text.parse().with_context(|| format!("`{text}` is not an address: {wanted}"))?;

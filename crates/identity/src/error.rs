@@ -236,6 +236,9 @@ pub enum IdentityError {
         /// The beginning of the root's fingerprint.
         wanted: String,
     },
+    /// What a node is said to say of itself is not believed, or cannot be said.
+    #[error("a node's card cannot be used: {0}")]
+    Card(String),
     /// A renewed identity is somebody else's.
     #[error("the new certificate is for {found}, and this node is {ours}: nothing was changed")]
     AnotherNode {

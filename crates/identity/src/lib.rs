@@ -6,6 +6,7 @@
 //! which would skip every check made here, and TLS 1.2.
 
 mod authority;
+mod card;
 mod certificate;
 mod client;
 mod dev;

@@ -70,9 +70,11 @@ impl Identity {
     }
 
     /// For the gossip port of an authority: as [`Self::peer_server_config`], and whoever shows no certificate is let in
-    /// too. A handshake that offers [`ENROL_ALPN`] alone is shown `authority`, every other this node's certificate.
+    /// too. A handshake that offers [`ENROL_ALPN`] alone, or beside it only `h2` to enrol over TCP, is shown `authority`, every
+    /// other this node's certificate.
     ///
-    /// Whoever accepts connections must refuse those without a certificate that speak anything else.
+    /// Whoever accepts connections must refuse those without a certificate that speak anything else, and over `h2` those
+    /// that ask for anything else.
     ///
     /// # Errors
     /// The TLS library refuses the protocol versions.
@@ -113,6 +115,14 @@ impl Identity {
         expect: ExpectedPeer,
     ) -> Result<ClientConfig, IdentityError> {
         self.client_config(alpn, Role::Node, Some(expect))
+    }
+
+    /// For a connection to whichever node of our mesh answers: shows our certificate, and who answered is in its own.
+    ///
+    /// # Errors
+    /// The TLS library refuses the protocol versions.
+    pub fn any_peer_client_config(&self, alpn: &[&[u8]]) -> Result<ClientConfig, IdentityError> {
+        self.client_config(alpn, Role::Node, None)
     }
 
     /// For asking an authority, whichever answers, to renew our certificate.
@@ -198,13 +208,26 @@ enum Shown {
 
 impl ResolvesServerCert for Shown {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        let enrols = || hello.alpn().is_some_and(|mut offered| offered.all(|p| p == ENROL_ALPN));
+        let enrols = || hello.alpn().is_some_and(are_for_enrolment);
         match self {
             Self::Either(_, authority) if enrols() => Some(authority.0.read().clone()),
             Self::Served(served) => Some(served.0.read().clone()),
             Self::Own(identity) | Self::Either(identity, _) => Some(identity.show()),
         }
     }
+}
+
+/// Whether somebody who offers these protocols wants to enrol and nothing else.
+fn are_for_enrolment<'a>(offered: impl Iterator<Item = &'a [u8]>) -> bool {
+    let mut enrols = false;
+    for protocol in offered {
+        match protocol {
+            ENROL_ALPN => enrols = true,
+            b"h2" => {}
+            _ => return false,
+        }
+    }
+    enrols
 }
 
 /// A node has one certificate to show, whoever asks.
@@ -754,6 +777,19 @@ mod tests {
     }
 
     #[test]
+    fn whoever_calls_any_node_takes_nodes_alone() {
+        let (mesh, foreign) = (Mesh::new(), Mesh::new());
+        let a = mesh.node("a");
+        let call = |b: &Identity| {
+            let client = a.any_peer_client_config(ALPN).unwrap();
+            shake(client, b.peer_server_config(ALPN).unwrap())
+        };
+        assert!(call(&mesh.node("b")).is_ok());
+        assert!(call(&foreign.node("b")).is_err());
+        assert!(call(&mesh.impostor("spiffe://mesh.test/operator/eu/x")).is_err());
+    }
+
+    #[test]
     fn the_key_exchange_is_post_quantum() {
         let mesh = Mesh::new();
         let Pair { client, server } = call(&mesh.node("a"), "b", &mesh.node("b")).unwrap();
@@ -1071,6 +1107,29 @@ mod tests {
         // A node without the role shows its own certificate, without the root.
         let plain = mesh.node("b").authority_server_config(&own(&other), &[ENROL_ALPN]).unwrap();
         assert!(shake(join("mesh.test", pin), plain).is_err());
+    }
+
+    #[test]
+    fn over_tcp_who_enrols_is_shown_the_authority_and_who_gossips_the_node() {
+        let mesh = Signed::new();
+        let (a, b) = (mesh.node("a"), mesh.node("b"));
+        let (chain, key) =
+            mesh.authority().own(&a.id().region, &a.id().name, clock::wall()).unwrap();
+        let authority = ServedCertificate::new(chain, key).unwrap();
+        let server = || a.authority_server_config(&authority, &[b"h2"]).unwrap();
+        let mut joining =
+            join_client_config(&"mesh.test".parse().unwrap(), mesh.authority().root_fingerprint())
+                .unwrap();
+        joining.alpn_protocols = owned(&[b"h2", ENROL_ALPN]);
+        let joined = shake(joining, server()).unwrap();
+        assert_eq!(joined.server.alpn_protocol(), Some(&b"h2"[..]));
+        assert_eq!(joined.server.peer_certificates(), None);
+        for beside in [&b"isobar/1"[..], ENROL_ALPN] {
+            let client = b.peer_client_config(&[b"h2", beside], peer("a")).unwrap();
+            assert_eq!(shake(client, server()).is_ok(), beside != ENROL_ALPN);
+        }
+        let plain = b.peer_client_config(&[b"h2"], peer("a")).unwrap();
+        assert!(shake(plain, server()).is_ok(), "h2 alone is no wish to enrol");
     }
 
     #[test]

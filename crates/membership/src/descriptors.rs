@@ -46,6 +46,7 @@ pub(crate) struct Bodies {
     /// Memory of the bodies.
     bytes: usize,
     own: Option<Hash>,
+    own_before: Option<Hash>,
     /// What is to be asked for, the longest waiting first.
     queue: VecDeque<Hash>,
     /// What was asked for, and until when an answer is waited for.
@@ -101,8 +102,10 @@ impl Bodies {
             entry.state = State::Here(body);
             self.forget_asking(&hash);
         }
-        if let Some(before) = self.own.replace(hash) {
-            self.release(&before);
+        // The card that names the one before is not replaced yet.
+        let before = self.own.replace(hash);
+        if let Some(older) = std::mem::replace(&mut self.own_before, before) {
+            self.release(&older);
         }
         (hash, descriptor)
     }
@@ -376,10 +379,10 @@ mod tests {
         let (second, _) = bodies.own(descriptor(2, 1), hash);
         assert!(bodies.get(&first).is_some() && bodies.get(&second).is_some());
         bodies.release(&first);
-        bodies.release(&first);
-        assert!(bodies.get(&first).is_none() && bodies.get(&second).is_some());
+        assert!(bodies.get(&first).is_some(), "this node's card names it yet");
         bodies.own(descriptor(2, 1), hash);
-        assert!(bodies.get(&second).is_some(), "the same again");
+        assert!(bodies.get(&first).is_none() && bodies.get(&second).is_some(), "the same again");
+        bodies.release(&second);
         bodies.release(&second);
         assert_eq!((bodies.entries.len(), bodies.bytes), (0, 0));
     }

@@ -29,7 +29,7 @@ pub use mesh::{
     RegionView, Seed, Status, Target, Transport, Way,
 };
 pub use report::Reporter;
-pub use view::{Presence, Seen, View};
+pub use view::{Figures, Presence, Seen, View};
 pub use wire::{
     ASKED_MAX, CARD_BYTES_MAX, DATAGRAM_BYTES_MAX, DESCRIPTOR_BYTES_MAX, Descriptor, Digest,
     EngineDescriptor, Frame, Hello, LoadFrame, PROTOCOL_OLDEST, PROTOCOL_VERSION, Pool,

@@ -140,6 +140,11 @@ impl Links {
         self.up.contains_key(&id)
     }
 
+    /// Whether there is a link over which `id` speaks to this node: one of version 1 does only where it was dialled.
+    pub(crate) fn is_heard(&self, id: NodeId) -> bool {
+        self.up.get(&id).is_some_and(|link| !link.is_legacy() || link.dialled.0)
+    }
+
     /// Node `id` is to be dialled at once, unless it is already. Returns whether that is new.
     pub(crate) fn plan(&mut self, now: Instant, id: NodeId, lost: Option<Instant>) -> bool {
         if self.dials.contains_key(&id) {

@@ -189,7 +189,7 @@ impl<J: Judge> Mesh<J> {
             Input::LinkUp { peer, hello, transport, dialled } => {
                 self.link_up(now, &peer, &hello, transport, dialled);
             }
-            Input::LinkDown { id, .. } => self.link_down(now, id),
+            Input::LinkDown { id, why } => self.link_down(now, id, &why),
             Input::DialFailed { target, .. } => self.dial_failed(now, &target),
             Input::Frame { from, bytes, rtt } => self.hear(now, from, &bytes, rtt),
             Input::Loads { loads, arrivals } => self.sampled(now, loads, arrivals),

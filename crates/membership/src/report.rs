@@ -15,12 +15,14 @@ use crate::{
 const ACTIVE: Duration = Duration::from_millis(200);
 /// Time between frames of an idle node.
 const IDLE: Duration = Duration::from_secs(1);
+/// An engine that ends no more calls in a second, and runs none, is idle.
+const IDLE_RATE: f64 = 0.5;
 /// Frames are never closer than this.
 const GAP_MIN: Duration = Duration::from_millis(50);
 /// A change of this share of the slots is worth a frame.
 const CHANGE: f64 = 0.1;
 /// Figures older than this are not worth a frame for a new subscriber: newer ones come soon.
-const FRESH: Duration = Duration::from_secs(1);
+const FRESH: Duration = GAP_MIN;
 
 /// Decides when a frame is due, and makes it.
 #[derive(Clone, Debug)]
@@ -178,8 +180,10 @@ impl Figures {
 
 /// How long after figures like these the next frame comes at the latest.
 fn next(loads: &[Load]) -> Duration {
-    let is_active = loads.iter().any(|load| load.in_flight > 0 || load.queued > 0);
-    if is_active { ACTIVE } else { IDLE }
+    // One whose calls are short runs none at many a moment.
+    let is_active =
+        |load: &Load| load.in_flight > 0 || load.queued > 0 || load.drain_rate > IDLE_RATE;
+    if loads.iter().any(is_active) { ACTIVE } else { IDLE }
 }
 
 fn changed(before: &[Load], now: &[Load]) -> bool {

@@ -27,6 +27,8 @@ const SWAPPED: usize = 2;
 const SWAP: Duration = Duration::from_secs(30);
 /// Members are not looked at more often.
 const LOOK: Duration = Duration::from_secs(1);
+/// Where they are few it costs nothing, and calls wait for what they say.
+const LOOK_AT_FEW: Duration = Duration::from_millis(50);
 /// Who refuses is asked again after this at the latest, and at the earliest.
 const REFUSED_MAX: Duration = Duration::from_secs(600);
 /// Refusals remembered.
@@ -188,18 +190,21 @@ pub(crate) struct Subscriptions {
     looked: Option<Instant>,
     /// When they are to be looked at because something changed.
     look: Option<Instant>,
+    /// How many there were then.
+    members: usize,
 }
 
 impl Subscriptions {
     pub(crate) fn new(id: NodeId, zone: Option<ZoneName>) -> Self {
         let own = Chooser { id, zone, is_relay: false, salt: 0 };
         let (current, refused) = (vec![], BTreeMap::new());
-        Self { own, current, refused, swaps: 0, swap: None, looked: None, look: None }
+        Self { own, current, refused, swaps: 0, swap: None, looked: None, look: None, members: 0 }
     }
 
     /// Members came, went, or serve something else.
     pub(crate) fn changed(&mut self, now: Instant) {
-        let look = self.looked.map_or(now, |looked| now.max(looked + LOOK));
+        let gap = if self.members <= FEW { LOOK_AT_FEW } else { LOOK };
+        let look = self.looked.map_or(now, |looked| now.max(looked + gap));
         self.look = Some(self.look.map_or(look, |before| before.min(look)));
     }
 
@@ -233,7 +238,7 @@ impl Subscriptions {
             return Changes::default();
         }
         self.turn(now, rng);
-        (self.look, self.looked) = (None, Some(now));
+        (self.look, self.looked, self.members) = (None, Some(now), members.len());
         self.refused.retain(|_, until| *until > now);
         let chosen = if self.refused.is_empty() {
             choose(&self.own, members, self.swaps)

@@ -1,8 +1,8 @@
-//! What other nodes said of themselves, and how much of it still holds.
+//! What another node said of itself, and how much of it still holds.
 //!
 //! Figures age: a frame says when the next will come; after twice that they count for less and less, after three times
 //! that and a second they count for nothing. What this node itself sent since the figures were taken is added to them.
-//! Replies carry figures too, and the newer replace the older, engine by engine. Nobody has more slots than its descriptor says.
+//! Replies carry figures too, and the newer replace the older, engine by engine.
 
 use std::{
     collections::VecDeque,
@@ -21,16 +21,9 @@ const FORGOTTEN_AFTER: Duration = Duration::from_secs(10);
 /// Own sends remembered per engine; older ones are forgotten first.
 const SENDS_MAX: usize = 4096;
 
-/// What is known of one node. Its index is the caller's.
+/// What one node said of itself.
 #[derive(Clone, Debug, Default)]
 pub struct View {
-    nodes: Vec<Node>,
-    /// Indices of nodes that were removed.
-    vacant: Vec<usize>,
-}
-
-#[derive(Clone, Debug, Default)]
-struct Node {
     /// Epoch and sequence of the newest frame.
     newest: (u64, u64),
     descriptor: Option<(u64, Arc<Descriptor>)>,
@@ -38,9 +31,9 @@ struct Node {
     draining: bool,
     /// Nothing came over its connections although something was due: out until it speaks again.
     cut_off: Option<Instant>,
-    /// There is no way to it: out until there is one.
-    unreachable: bool,
-    engines: Vec<Engine>,
+    engines: Vec<Figures>,
+    /// The newest frame, when it came, while it is of a descriptor that has not come.
+    early: Option<Box<(LoadFrame, Instant)>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -51,8 +44,9 @@ struct Heard {
     one_way: Duration,
 }
 
+/// The figures of one engine as of a moment, and what this node sent there since.
 #[derive(Clone, Debug)]
-struct Engine {
+pub struct Figures {
     load: Load,
     sampled: Instant,
     /// When this node sent calls there that the figures may not count yet, oldest first.
@@ -84,226 +78,172 @@ pub enum Presence {
 }
 
 impl View {
-    /// A view of `nodes` nodes of which nothing is known.
-    #[must_use]
-    pub fn new(nodes: usize) -> Self {
-        Self { nodes: vec![Node::default(); nodes], vacant: vec![] }
-    }
-
-    /// A node of which nothing is known yet: its index, perhaps that of one that was removed.
-    pub fn add(&mut self) -> usize {
-        self.vacant.pop().unwrap_or_else(|| {
-            self.nodes.push(Node::default());
-            self.nodes.len() - 1
-        })
-    }
-
-    /// Node `index` is forgotten; its index may be given to another.
-    pub fn remove(&mut self, index: usize) {
-        if let Some(node) = self.nodes.get_mut(index)
-            && !self.vacant.contains(&index)
-        {
-            *node = Node::default();
-            self.vacant.push(index);
+    /// It is known now to be process `epoch`. If that is another than before, all that was known is forgotten: who says so is
+    /// believed, whatever the clocks say.
+    pub fn greet(&mut self, epoch: u64) {
+        if self.newest.0 != epoch {
+            *self = Self { newest: (epoch, 0), ..Self::default() };
         }
     }
 
-    /// Whether there is a way to node `index`. Without one it is silent at once.
-    pub fn reachable(&mut self, index: usize, is: bool) {
-        if let Some(node) = self.nodes.get_mut(index) {
-            node.unreachable = !is;
-        }
-    }
-
-    /// A new link to node `index` begins, to its process `epoch`. If that is another than before, all that was known is
-    /// forgotten: the certificate is proof enough, whatever the clocks say.
-    pub fn greet(&mut self, index: usize, epoch: u64) {
-        if let Some(node) = self.nodes.get_mut(index)
-            && node.newest.0 != epoch
-        {
-            let unreachable = node.unreachable;
-            *node = Node { newest: (epoch, 0), unreachable, ..Node::default() };
-        }
-    }
-
-    /// What node `index` serves, as its process `epoch` said. Returns whether that is news.
-    pub fn describe(
-        &mut self,
-        index: usize,
-        epoch: u64,
-        descriptor: impl Into<Arc<Descriptor>>,
-    ) -> bool {
-        let descriptor = descriptor.into();
-        let Some(node) = self.nodes.get_mut(index) else { return false };
-        let is_older = node
+    /// What the node serves, as its process `epoch` said. Returns whether that is news.
+    pub fn describe(&mut self, epoch: u64, descriptor: Arc<Descriptor>) -> bool {
+        let is_older = self
             .descriptor
             .as_ref()
             .is_some_and(|(known, before)| (*known, before.version) > (epoch, descriptor.version));
-        if is_older || epoch < node.newest.0 {
+        if is_older || epoch < self.newest.0 {
             return false;
         }
         // Figures go by place: where the engines are other ones, or of a new process, the old figures say nothing.
         let names = |descriptor: &Descriptor| {
             descriptor.engines.iter().map(|engine| engine.name.clone()).collect::<Vec<_>>()
         };
-        let are_same = node
+        let are_same = self
             .descriptor
             .as_ref()
             .is_some_and(|(known, before)| *known == epoch && names(before) == names(&descriptor));
         if !are_same {
-            node.engines.clear();
+            self.engines.clear();
         }
-        node.descriptor = Some((epoch, descriptor));
+        self.descriptor = Some((epoch, descriptor));
+        if let Some(early) = self.early.take() {
+            self.take(&early.0, early.1);
+        }
         true
     }
 
-    /// What node `index` serves.
+    /// What the node serves.
     #[must_use]
-    pub fn descriptor(&self, index: usize) -> Option<&Descriptor> {
-        self.nodes.get(index)?.descriptor.as_ref().map(|(_, descriptor)| &**descriptor)
+    pub fn descriptor(&self) -> Option<&Arc<Descriptor>> {
+        self.descriptor.as_ref().map(|(_, descriptor)| descriptor)
     }
 
-    /// Which descriptor of node `index` is known, by process and version.
+    /// Which descriptor of the node is known, by process and version.
     #[must_use]
-    pub fn described(&self, index: usize) -> Option<(u64, u32)> {
-        let (epoch, descriptor) = self.nodes.get(index)?.descriptor.as_ref()?;
+    pub fn described(&self) -> Option<(u64, u32)> {
+        let (epoch, descriptor) = self.descriptor.as_ref()?;
         Some((*epoch, descriptor.version))
     }
 
-    /// Node `index` said how pressed it is; `rtt` is that of the way the frame came. Returns whether it was news.
-    pub fn frame(&mut self, index: usize, frame: &LoadFrame, rtt: Duration, now: Instant) -> bool {
-        let Some(node) = self.nodes.get_mut(index) else { return false };
-        if (frame.epoch, frame.sequence) <= node.newest {
+    /// The node said how pressed it is; `rtt` is that of the way the frame came. Returns whether it was news.
+    pub fn frame(&mut self, frame: &LoadFrame, rtt: Duration, now: Instant) -> bool {
+        if (frame.epoch, frame.sequence) <= self.newest {
             return false;
         }
-        node.newest = (frame.epoch, frame.sequence);
+        self.newest = (frame.epoch, frame.sequence);
         let one_way = rtt / 2;
-        node.heard = Some(Heard { at: now, next: frame.next, one_way });
-        node.draining = frame.draining;
-        node.cut_off = None;
-        // Figures of a descriptor we do not hold cannot be told apart; that the node speaks still counts.
-        let known = node.descriptor.as_ref().filter(|(epoch, descriptor)| {
+        self.heard = Some(Heard { at: now, next: frame.next, one_way });
+        self.draining = frame.draining;
+        self.cut_off = None;
+        self.take(frame, now);
+        true
+    }
+
+    /// Takes the figures of a frame that came at `at`. Those of a descriptor we do not hold cannot be told apart: they wait for it.
+    fn take(&mut self, frame: &LoadFrame, at: Instant) {
+        self.early = None;
+        let one_way = self.one_way();
+        let known = self.descriptor.as_ref().filter(|(epoch, descriptor)| {
             *epoch == frame.epoch
                 && descriptor.version == frame.descriptor_version
                 && descriptor.engines.len() == frame.engines.len()
         });
-        let Some((_, descriptor)) = known else { return true };
+        let Some((_, descriptor)) = known else {
+            self.early = Some(Box::new((frame.clone(), at)));
+            return;
+        };
         let age = frame.sample_age + one_way;
-        let sampled = now.checked_sub(age).unwrap_or(now);
-        let before = std::mem::take(&mut node.engines).into_iter().map(Some);
+        let sampled = at.checked_sub(age).unwrap_or(at);
+        let before = std::mem::take(&mut self.engines).into_iter().map(Some);
         let before = before.chain(std::iter::repeat_with(|| None));
-        node.engines = frame
+        self.engines = frame
             .engines
             .iter()
             .zip(&descriptor.engines)
             .zip(before)
             .map(|((load, described), before)| {
                 let load = within(*load, described.slots);
-                let fresh = Engine { load, sampled, sends: VecDeque::new() };
-                let Some(mut engine) = before else { return fresh };
-                engine.sampled_at(sampled, one_way, load);
-                engine
+                let Some(mut figures) = before else { return Figures::new(load, sampled) };
+                figures.sampled_at(sampled, one_way, load);
+                figures
             })
             .collect();
-        true
     }
 
-    /// A reply from engine `engine` of node `index` said how pressed it is, at `now`.
-    pub fn reply(&mut self, index: usize, engine: usize, load: Load, now: Instant) {
-        let Some(node) = self.nodes.get_mut(index) else { return };
-        let one_way = node.heard.map_or(Duration::ZERO, |heard| heard.one_way);
-        let slots = node.descriptor.as_ref().and_then(|(_, d)| d.engines.get(engine)?.slots);
-        if let Some(engine) = node.engines.get_mut(engine) {
+    /// A reply from engine `engine` said how pressed it is, at `now`.
+    pub fn reply(&mut self, engine: usize, load: Load, now: Instant) {
+        let one_way = self.one_way();
+        let slots = self.descriptor.as_ref().and_then(|(_, d)| d.engines.get(engine)?.slots);
+        if let Some(figures) = self.engines.get_mut(engine) {
             let load = within(load, slots);
-            engine.sampled_at(now.checked_sub(one_way).unwrap_or(now), one_way, load);
+            figures.sampled_at(now.checked_sub(one_way).unwrap_or(now), one_way, load);
         }
     }
 
-    /// Node `index` said that these of its engines have no room: so it is, until it says otherwise.
-    pub fn busy(&mut self, index: usize, engines: &[usize], now: Instant) {
-        let Some(node) = self.nodes.get_mut(index) else { return };
-        for engine in engines {
-            let Some(engine) = node.engines.get_mut(*engine) else { continue };
-            let full = Load {
-                in_flight: engine.load.in_flight.max(engine.load.slots.unwrap_or(0)),
-                slots: Some(engine.load.slots.unwrap_or(engine.load.in_flight)),
-                ..engine.load
-            };
-            engine.sampled_at(now, Duration::ZERO, full);
-        }
+    /// The figures of one engine, as far as they are known.
+    pub fn figures(&mut self, engine: usize) -> Option<&mut Figures> {
+        self.engines.get_mut(engine)
     }
 
-    /// This node sent a call to node `index`, for the sake of its engine `engine`.
-    pub fn sent(&mut self, index: usize, engine: usize, now: Instant) {
-        let engine = self.nodes.get_mut(index).and_then(|node| node.engines.get_mut(engine));
-        if let Some(engine) = engine {
-            if engine.sends.len() >= SENDS_MAX {
-                engine.sends.pop_front();
-            }
-            engine.sends.push_back(now);
-        }
-    }
-
-    /// The call this node sent at `began` for the sake of engine `engine` of node `index` is over: it is not added to the
-    /// figures any more. `counted`: it ran there, so figures taken since it arrived count it, and it is taken from them.
-    pub fn ended(&mut self, index: usize, engine: usize, began: Instant, counted: bool) {
-        let Some(node) = self.nodes.get_mut(index) else { return };
-        let one_way = node.heard.map_or(Duration::ZERO, |heard| heard.one_way);
-        let Some(engine) = node.engines.get_mut(engine) else { return };
-        if let Ok(place) = engine.sends.binary_search(&began) {
-            engine.sends.remove(place);
-        } else if counted && began + one_way <= engine.sampled {
-            engine.load.in_flight = engine.load.in_flight.saturating_sub(1);
-        }
-    }
-
-    /// Nothing came over a connection to node `index` although something was due.
-    pub fn cut_off(&mut self, index: usize, now: Instant) {
-        if let Some(node) = self.nodes.get_mut(index) {
-            node.cut_off = Some(now);
-        }
-    }
-
-    /// Whether node `index` can be sent calls.
+    /// Half the way to the node and back, as far as it is known.
     #[must_use]
-    pub fn presence(&self, index: usize, now: Instant) -> Presence {
-        let Some(node) = self.nodes.get(index) else { return Presence::Unknown };
-        let Some(heard) = node.heard else { return Presence::Unknown };
+    pub fn one_way(&self) -> Duration {
+        self.heard.map_or(Duration::ZERO, |heard| heard.one_way)
+    }
+
+    /// Nothing came over a connection to the node although something was due.
+    pub fn cut_off(&mut self, now: Instant) {
+        self.cut_off = Some(now);
+    }
+
+    /// Whether the node can be sent calls.
+    #[must_use]
+    pub fn presence(&self, now: Instant) -> Presence {
+        let Some(heard) = self.heard else { return Presence::Unknown };
         let silent_for =
             now.saturating_duration_since(heard.at).saturating_sub(heard.next * 3 + SILENT_AFTER);
         if silent_for >= FORGOTTEN_AFTER {
             Presence::Unknown
-        } else if silent_for > Duration::ZERO || node.cut_off.is_some() || node.unreachable {
+        } else if silent_for > Duration::ZERO || self.cut_off.is_some() {
             Presence::Silent
-        } else if node.draining {
+        } else if self.draining {
             Presence::Draining
         } else {
             Presence::Present
         }
     }
 
-    /// When node `index` was last heard, before `now`.
+    /// When the node was last heard.
     #[must_use]
-    pub fn heard(&self, index: usize, now: Instant) -> Option<Duration> {
-        Some(now.saturating_duration_since(self.nodes.get(index)?.heard?.at))
+    pub fn heard(&self) -> Option<Instant> {
+        Some(self.heard?.at)
     }
 
-    /// What is known of engine `engine` of node `index`.
+    /// What is known of engine `engine`.
     #[must_use]
-    pub fn seen(&self, index: usize, engine: usize, now: Instant) -> Option<Seen> {
-        let node = self.nodes.get(index)?;
-        let engine = node.engines.get(engine)?;
-        let heard = node.heard?;
-        let unseen = u32::try_from(engine.sends.len()).unwrap_or(u32::MAX);
-        let age = now.saturating_duration_since(engine.sampled);
-        let load = Load { in_flight: engine.load.in_flight.saturating_add(unseen), ..engine.load };
-        Some(Seen { load, age, confidence: confidence(age, heard.next) })
+    pub fn seen(&self, engine: usize, now: Instant) -> Option<Seen> {
+        let (figures, heard) = (self.engines.get(engine)?, self.heard?);
+        // Until twice the announced wait has passed, then less, and nothing at three times it and a second.
+        Some(figures.seen(now, heard.next * 2, heard.next * 3 + SILENT_AFTER))
     }
 }
 
-impl Engine {
-    /// Newer figures: own sends they count already, those that had arrived by then, are forgotten.
-    fn sampled_at(&mut self, sampled: Instant, one_way: Duration, load: Load) {
+impl Figures {
+    /// Figures taken at `sampled`.
+    #[must_use]
+    pub fn new(load: Load, sampled: Instant) -> Self {
+        Self { load, sampled, sends: VecDeque::new() }
+    }
+
+    /// When they were taken.
+    #[must_use]
+    pub fn sampled(&self) -> Instant {
+        self.sampled
+    }
+
+    /// Newer figures: own sends they count already, those that had arrived by then, are forgotten. Older ones change nothing.
+    pub fn sampled_at(&mut self, sampled: Instant, one_way: Duration, load: Load) {
         if sampled < self.sampled {
             return;
         }
@@ -313,6 +253,45 @@ impl Engine {
             self.sends.pop_front();
         }
     }
+
+    /// The node said that the engine has no room: so it is, until it says otherwise.
+    pub fn busy(&mut self, now: Instant) {
+        let full = Load {
+            in_flight: self.load.in_flight.max(self.load.slots.unwrap_or(0)),
+            slots: Some(self.load.slots.unwrap_or(self.load.in_flight)),
+            ..self.load
+        };
+        self.sampled_at(now, Duration::ZERO, full);
+    }
+
+    /// This node sent a call there, for the sake of this engine.
+    pub fn sent(&mut self, now: Instant) {
+        if self.sends.len() >= SENDS_MAX {
+            self.sends.pop_front();
+        }
+        self.sends.push_back(now);
+    }
+
+    /// The call this node sent at `began` is over: it is not added to the figures any more. `counted`: it ran there, so figures
+    /// taken since it arrived count it, and it is taken from them.
+    pub fn ended(&mut self, began: Instant, one_way: Duration, counted: bool) {
+        if let Ok(place) = self.sends.binary_search(&began) {
+            self.sends.remove(place);
+        } else if counted && began + one_way <= self.sampled {
+            self.load.in_flight = self.load.in_flight.saturating_sub(1);
+        }
+    }
+
+    /// What they say now, own sends added. They count in full until they are `full_until` old, then less and less, and nothing at
+    /// `gone_at`.
+    #[must_use]
+    pub fn seen(&self, now: Instant, full_until: Duration, gone_at: Duration) -> Seen {
+        let unseen = u32::try_from(self.sends.len()).unwrap_or(u32::MAX);
+        let age = now.saturating_duration_since(self.sampled);
+        let load = Load { in_flight: self.load.in_flight.saturating_add(unseen), ..self.load };
+        let left = gone_at.saturating_sub(age).div_duration_f64(gone_at.saturating_sub(full_until));
+        Seen { load, age, confidence: left.clamp(0.0, 1.0) }
+    }
 }
 
 /// What an engine of so many `slots` can be believed of what it claims.
@@ -320,13 +299,6 @@ pub(crate) fn within(claimed: Load, slots: Option<u32>) -> Load {
     let Some(most) = slots else { return claimed };
     let slots = claimed.slots.unwrap_or(most).min(most);
     Load { in_flight: claimed.in_flight.min(most), slots: Some(slots), ..claimed }
-}
-
-/// 1 until twice the announced wait has passed, then falling to 0 at three times it and a second.
-fn confidence(age: Duration, next: Duration) -> f64 {
-    let (from, to) = (next * 2, next * 3 + SILENT_AFTER);
-    let left = to.saturating_sub(age).div_duration_f64(to - from);
-    left.clamp(0.0, 1.0)
 }
 
 #[cfg(test)]
@@ -367,23 +339,39 @@ mod tests {
     }
 
     fn view(now: Instant) -> View {
-        let mut view = View::new(1);
-        assert!(view.describe(0, 1, descriptor(1)));
-        assert!(view.frame(0, &frame(1, 1, 10), RTT, now));
+        let mut view = View::default();
+        assert!(view.describe(1, descriptor(1).into()));
+        assert!(view.frame(&frame(1, 1, 10), RTT, now));
         view
     }
 
+    fn ended(view: &mut View, began: Instant, counted: bool) {
+        let one_way = view.one_way();
+        view.figures(0).unwrap().ended(began, one_way, counted);
+    }
+
     fn in_flight(view: &View, now: Instant) -> u32 {
-        view.seen(0, 0, now).unwrap().load.in_flight
+        view.seen(0, now).unwrap().load.in_flight
+    }
+
+    #[test]
+    fn figures_that_come_before_the_descriptor_wait_for_it() {
+        let now = base::clock::now();
+        let mut view = View::default();
+        assert!(view.frame(&frame(1, 1, 7), RTT, now));
+        assert!(view.seen(0, now).is_none());
+        assert!(view.describe(1, descriptor(1).into()));
+        let seen = view.seen(0, now + 10 * MS).unwrap();
+        assert_eq!((seen.load.in_flight, seen.age), (7, 15 * MS));
     }
 
     #[test]
     fn figures_are_as_old_as_their_sample_and_half_the_way() {
         let now = base::clock::now();
-        let mut view = View::new(1);
-        view.describe(0, 1, descriptor(1));
-        view.frame(0, &LoadFrame { sample_age: 3 * MS, ..frame(1, 1, 10) }, RTT, now);
-        assert_eq!(view.seen(0, 0, now + 20 * MS).unwrap().age, 28 * MS);
+        let mut view = View::default();
+        view.describe(1, descriptor(1).into());
+        view.frame(&LoadFrame { sample_age: 3 * MS, ..frame(1, 1, 10) }, RTT, now);
+        assert_eq!(view.seen(0, now + 20 * MS).unwrap().age, 28 * MS);
     }
 
     #[test]
@@ -391,10 +379,10 @@ mod tests {
         let now = base::clock::now();
         let mut view = view(now);
         for old in [frame(1, 1, 60), frame(1, 0, 60), frame(0, 99, 60)] {
-            assert!(!view.frame(0, &old, RTT, now + MS));
+            assert!(!view.frame(&old, RTT, now + MS));
         }
         assert_eq!(in_flight(&view, now + MS), 10);
-        assert!(view.frame(0, &frame(1, 2, 20), RTT, now + 10 * MS));
+        assert!(view.frame(&frame(1, 2, 20), RTT, now + 10 * MS));
         assert_eq!(in_flight(&view, now + 10 * MS), 20);
     }
 
@@ -402,13 +390,13 @@ mod tests {
     fn a_restarted_node_counts_anew_and_its_old_frames_are_dropped() {
         let now = base::clock::now();
         let mut view = view(now);
-        assert!(view.describe(0, 2, descriptor(2)));
-        assert_eq!(view.seen(0, 0, now), None, "figures of the old process are forgotten");
+        assert!(view.describe(2, descriptor(2).into()));
+        assert_eq!(view.seen(0, now), None, "figures of the old process are forgotten");
         let two = LoadFrame { engines: vec![load(1), load(2)], ..frame(2, 1, 0) };
-        assert!(view.frame(0, &two, RTT, now + MS));
-        assert_eq!(view.seen(0, 1, now + MS).unwrap().load.in_flight, 2);
-        assert!(!view.frame(0, &frame(1, 500, 60), RTT, now + MS));
-        assert!(!view.describe(0, 1, descriptor(1)));
+        assert!(view.frame(&two, RTT, now + MS));
+        assert_eq!(view.seen(1, now + MS).unwrap().load.in_flight, 2);
+        assert!(!view.frame(&frame(1, 500, 60), RTT, now + MS));
+        assert!(!view.describe(1, descriptor(1).into()));
     }
 
     #[test]
@@ -416,13 +404,13 @@ mod tests {
         let now = base::clock::now();
         let mut view = view(now);
         for i in 0..5 {
-            view.sent(0, 0, now + i * 10 * MS);
+            view.figures(0).unwrap().sent(now + i * 10 * MS);
         }
         assert_eq!(in_flight(&view, now + 50 * MS), 15);
         // Taken at 25 ms: it counts the sends of 0, 10 and 20 ms, which take 5 ms.
-        view.frame(0, &frame(1, 2, 13), RTT, now + 30 * MS);
+        view.frame(&frame(1, 2, 13), RTT, now + 30 * MS);
         assert_eq!(in_flight(&view, now + 50 * MS), 15);
-        view.frame(0, &frame(1, 3, 15), RTT, now + 100 * MS);
+        view.frame(&frame(1, 3, 15), RTT, now + 100 * MS);
         assert_eq!(in_flight(&view, now + 100 * MS), 15);
     }
 
@@ -431,10 +419,10 @@ mod tests {
         let now = base::clock::now();
         let mut view = view(now);
         for i in 0..5 {
-            view.sent(0, 0, now + i * MS);
+            view.figures(0).unwrap().sent(now + i * MS);
         }
         for i in [3, 1] {
-            view.ended(0, 0, now + i * MS, true);
+            ended(&mut view, now + i * MS, true);
         }
         assert_eq!(in_flight(&view, now + 9 * MS), 13);
     }
@@ -443,16 +431,16 @@ mod tests {
     fn own_calls_the_figures_count_are_taken_from_them_when_they_end() {
         let now = base::clock::now();
         let mut view = view(now);
-        view.sent(0, 0, now + MS);
+        view.figures(0).unwrap().sent(now + MS);
         // Taken at 25 ms, when the call was there.
-        view.frame(0, &frame(1, 2, 11), RTT, now + 30 * MS);
+        view.frame(&frame(1, 2, 11), RTT, now + 30 * MS);
         assert_eq!(in_flight(&view, now + 30 * MS), 11);
-        view.ended(0, 0, now + MS, true);
+        ended(&mut view, now + MS, true);
         assert_eq!(in_flight(&view, now + 40 * MS), 10);
         // The figures a reply brings do not count its own call.
-        view.sent(0, 0, now + 50 * MS);
-        view.reply(0, 0, load(10), now + 70 * MS);
-        view.ended(0, 0, now + 50 * MS, false);
+        view.figures(0).unwrap().sent(now + 50 * MS);
+        view.reply(0, load(10), now + 70 * MS);
+        ended(&mut view, now + 50 * MS, false);
         assert_eq!(in_flight(&view, now + 70 * MS), 10);
     }
 
@@ -461,13 +449,13 @@ mod tests {
         let now = base::clock::now();
         let mut view = view(now);
         // Sent 3 ms before the reply comes: it cannot count that yet.
-        view.sent(0, 0, now + 17 * MS);
-        view.reply(0, 0, load(30), now + 20 * MS);
+        view.figures(0).unwrap().sent(now + 17 * MS);
+        view.reply(0, load(30), now + 20 * MS);
         assert_eq!(in_flight(&view, now + 20 * MS), 31);
-        view.reply(0, 0, load(30), now + 30 * MS);
+        view.reply(0, load(30), now + 30 * MS);
         assert_eq!(in_flight(&view, now + 30 * MS), 30);
         let old = LoadFrame { sample_age: 50 * MS, ..frame(1, 2, 5) };
-        view.frame(0, &old, RTT, now + 35 * MS);
+        view.frame(&old, RTT, now + 35 * MS);
         assert_eq!(in_flight(&view, now + 35 * MS), 30);
     }
 
@@ -475,10 +463,10 @@ mod tests {
     fn a_busy_answer_means_no_room_until_the_next_figures() {
         let now = base::clock::now();
         let mut view = view(now);
-        view.busy(0, &[0], now + MS);
-        assert_eq!(view.seen(0, 0, now + MS).unwrap().load.free(), 0);
-        view.frame(0, &frame(1, 2, 50), RTT, now + 50 * MS);
-        assert_eq!(view.seen(0, 0, now + 50 * MS).unwrap().load.free(), 14);
+        view.figures(0).unwrap().busy(now + MS);
+        assert_eq!(view.seen(0, now + MS).unwrap().load.free(), 0);
+        view.frame(&frame(1, 2, 50), RTT, now + 50 * MS);
+        assert_eq!(view.seen(0, now + 50 * MS).unwrap().load.free(), 14);
     }
 
     #[test]
@@ -486,7 +474,7 @@ mod tests {
         let now = base::clock::now();
         let view = view(now);
         for (ms, want) in [(0, 1.0), (390, 1.0), (995, 0.5), (1_595, 0.0), (9_000, 0.0)] {
-            let confidence = view.seen(0, 0, now + ms * MS).unwrap().confidence;
+            let confidence = view.seen(0, now + ms * MS).unwrap().confidence;
             assert!((confidence - want).abs() < 0.01, "{ms}: {confidence}");
         }
         for (ms, want) in [
@@ -495,7 +483,7 @@ mod tests {
             (11_599, Presence::Silent),
             (11_600, Presence::Unknown),
         ] {
-            assert_eq!(view.presence(0, now + ms * MS), want, "{ms}");
+            assert_eq!(view.presence(now + ms * MS), want, "{ms}");
         }
     }
 
@@ -503,24 +491,24 @@ mod tests {
     fn a_node_cut_off_is_silent_until_it_speaks() {
         let now = base::clock::now();
         let mut view = view(now);
-        view.cut_off(0, now + MS);
-        assert_eq!(view.presence(0, now + MS), Presence::Silent);
-        view.frame(0, &frame(1, 2, 1), RTT, now + 2 * MS);
-        assert_eq!(view.presence(0, now + 2 * MS), Presence::Present);
+        view.cut_off(now + MS);
+        assert_eq!(view.presence(now + MS), Presence::Silent);
+        view.frame(&frame(1, 2, 1), RTT, now + 2 * MS);
+        assert_eq!(view.presence(now + 2 * MS), Presence::Present);
     }
 
     #[test]
     fn a_node_whose_clock_went_back_is_believed_on_a_new_link() {
         let now = base::clock::now();
-        let mut view = View::new(1);
-        view.describe(0, 100, descriptor(1));
-        view.frame(0, &frame(100, 7, 10), RTT, now);
-        view.greet(0, 100);
+        let mut view = View::default();
+        view.describe(100, descriptor(1).into());
+        view.frame(&frame(100, 7, 10), RTT, now);
+        view.greet(100);
         assert_eq!(in_flight(&view, now), 10, "the same process");
-        view.greet(0, 50);
-        assert_eq!(view.presence(0, now), Presence::Unknown);
-        assert!(view.describe(0, 50, descriptor(1)));
-        assert!(view.frame(0, &frame(50, 1, 3), RTT, now));
+        view.greet(50);
+        assert_eq!(view.presence(now), Presence::Unknown);
+        assert!(view.describe(50, descriptor(1).into()));
+        assert!(view.frame(&frame(50, 1, 3), RTT, now));
         assert_eq!(in_flight(&view, now), 3);
     }
 
@@ -528,8 +516,8 @@ mod tests {
     fn draining_is_said_and_heard() {
         let now = base::clock::now();
         let mut view = view(now);
-        view.frame(0, &LoadFrame { draining: true, ..frame(1, 2, 1) }, RTT, now);
-        assert_eq!(view.presence(0, now), Presence::Draining);
+        view.frame(&LoadFrame { draining: true, ..frame(1, 2, 1) }, RTT, now);
+        assert_eq!(view.presence(now), Presence::Draining);
     }
 
     #[test]
@@ -539,20 +527,20 @@ mod tests {
         let mut services = descriptor(1);
         services.version = 2;
         services.engines[0].services.push("p.S".into());
-        assert!(view.describe(0, 1, services));
-        assert_eq!((in_flight(&view, now), view.described(0)), (10, Some((1, 2))));
-        assert!(view.describe(0, 1, Descriptor { version: 3, ..descriptor(2) }));
-        assert_eq!(view.seen(0, 0, now), None, "other engines");
+        assert!(view.describe(1, services.into()));
+        assert_eq!((in_flight(&view, now), view.described()), (10, Some((1, 2))));
+        assert!(view.describe(1, Descriptor { version: 3, ..descriptor(2) }.into()));
+        assert_eq!(view.seen(0, now), None, "other engines");
     }
 
     #[test]
     fn frames_of_an_unknown_descriptor_show_life_but_no_figures() {
         let now = base::clock::now();
-        let mut view = View::new(1);
-        assert!(view.frame(0, &frame(1, 1, 1), RTT, now));
-        assert_eq!(view.presence(0, now), Presence::Present);
-        assert_eq!(view.seen(0, 0, now), None);
-        assert_eq!(View::new(1).presence(0, now), Presence::Unknown);
+        let mut view = View::default();
+        assert!(view.frame(&frame(1, 1, 1), RTT, now));
+        assert_eq!(view.presence(now), Presence::Present);
+        assert_eq!(view.seen(0, now), None);
+        assert_eq!(View::default().presence(now), Presence::Unknown);
     }
 
     #[test]
@@ -560,49 +548,8 @@ mod tests {
         let now = base::clock::now();
         let mut view = view(now);
         for _ in 0..100_000 {
-            view.sent(0, 0, now + MS);
+            view.figures(0).unwrap().sent(now + MS);
         }
-        assert_eq!(view.nodes[0].engines[0].sends.len(), SENDS_MAX);
-    }
-
-    #[test]
-    fn nodes_come_and_go_and_nothing_of_one_is_left_to_the_next() {
-        let now = base::clock::now();
-        let mut view = view(now);
-        assert_eq!((view.add(), view.add()), (1, 2));
-        view.remove(0);
-        view.remove(0);
-        view.remove(99);
-        assert_eq!(view.presence(0, now), Presence::Unknown);
-        assert_eq!((view.add(), view.add()), (0, 3));
-        assert_eq!((view.described(0), view.heard(0, now)), (None, None));
-        assert!(view.describe(0, 1, descriptor(1)) && view.frame(0, &frame(1, 1, 5), RTT, now));
-        assert_eq!(in_flight(&view, now), 5);
-    }
-
-    #[test]
-    fn a_node_that_cannot_be_reached_is_silent_whatever_it_said() {
-        let now = base::clock::now();
-        let mut view = view(now);
-        view.reachable(0, false);
-        assert_eq!(view.presence(0, now), Presence::Silent);
-        view.frame(0, &frame(1, 2, 1), RTT, now + MS);
-        assert_eq!(view.presence(0, now + MS), Presence::Silent);
-        view.reachable(0, true);
-        assert_eq!(view.presence(0, now + MS), Presence::Present);
-    }
-
-    #[test]
-    fn nobody_has_more_slots_than_its_descriptor_says() {
-        let now = base::clock::now();
-        let mut view = View::new(1);
-        let mut eight = descriptor(1);
-        eight.engines[0].slots = Some(8);
-        view.describe(0, 1, Arc::new(eight));
-        view.frame(0, &frame(1, 1, 2), RTT, now);
-        let seen = |view: &View| view.seen(0, 0, now).unwrap().load;
-        assert_eq!((seen(&view).slots, seen(&view).free()), (Some(8), 6));
-        view.reply(0, 0, Load { in_flight: 100, slots: None, ..Load::default() }, now + RTT);
-        assert_eq!((seen(&view).slots, seen(&view).in_flight), (Some(8), 8));
+        assert_eq!(view.engines[0].sends.len(), SENDS_MAX);
     }
 }

@@ -1,6 +1,8 @@
 //! The admin port: what operators ask a node. On loopback it speaks without TLS; on any other address it lets in only who
 //! shows a certificate of the mesh with the role operator.
 
+mod mesh;
+
 use std::{
     io,
     net::SocketAddr,
@@ -8,9 +10,11 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use base::{ZoneName, clock};
 use identity::{CertificateSummary, IdentityError};
+use membership::PROTOCOL_VERSION;
 use proto::isobar::admin::v1::{
-    Certificate, GetIdentityReply, GetIdentityRequest,
+    Certificate, GetIdentityReply, GetIdentityRequest, GetMeshReply, GetMeshRequest, Own,
     admin_server::{self, AdminServer},
 };
 use tokio_util::sync::CancellationToken;
@@ -18,6 +22,10 @@ use tonic::{Request, Response, Status, service::Routes};
 use transport::{Limits, Listener, QuicKeys, Server, ServerTls, Worker};
 
 use crate::{
+    arrivals::Arrivals,
+    engines::Engine,
+    gossip::MeshHandle,
+    peers::Board,
     renewal::Renewals,
     trust::{Gate, Port, Trust},
 };
@@ -26,6 +34,8 @@ use crate::{
 const SERVING: u8 = 0xfd;
 /// Operators are few.
 const CONNECTIONS: usize = 64;
+/// What the machine of membership may take to say how it sees the mesh.
+const WITHIN: Duration = Duration::from_secs(2);
 
 /// What the port answers from. Cloneable.
 #[derive(Clone, Debug)]
@@ -33,6 +43,20 @@ pub(crate) struct Admin {
     pub(crate) trust: Arc<Trust>,
     pub(crate) renewals: Arc<Renewals>,
     pub(crate) is_authority: bool,
+    pub(crate) mesh: MeshHandle,
+    pub(crate) place: Place,
+    pub(crate) engines: Arc<[Arc<Engine>]>,
+    pub(crate) board: Arc<Board>,
+    pub(crate) arrivals: Arc<Arrivals>,
+}
+
+/// Where and what the node is, as its certificate does not say.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    pub(crate) zone: Option<ZoneName>,
+    /// The process: greater after each start.
+    pub(crate) epoch: u64,
+    pub(crate) draining: CancellationToken,
 }
 
 impl Admin {
@@ -80,6 +104,26 @@ impl Admin {
         }
         routes
     }
+
+    /// The node itself.
+    fn own(&self) -> Own {
+        let identity = self.trust.identity();
+        let (id, place) = (identity.id(), &self.place);
+        let loads: Vec<_> = self.engines.iter().map(|engine| engine.load()).collect();
+        Own {
+            id: id.to_string(),
+            node: id.name.to_string(),
+            region: id.region.to_string(),
+            zone: place.zone.as_ref().map(ToString::to_string).unwrap_or_default(),
+            epoch: place.epoch,
+            release: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol: PROTOCOL_VERSION,
+            is_draining: place.draining.is_cancelled(),
+            is_relay: false,
+            certificate: Some(certificate(identity.current().certificate())),
+            load: Some(mesh::load(&loads)),
+        }
+    }
 }
 
 #[tonic::async_trait]
@@ -106,6 +150,23 @@ impl admin_server::Admin for Admin {
             mesh_connections: u32::try_from(self.trust.connections()).unwrap_or(u32::MAX),
             is_authority: self.is_authority,
         }))
+    }
+
+    async fn get_mesh(&self, _: Request<GetMeshRequest>) -> Result<Response<GetMeshReply>, Status> {
+        let status = tokio::time::timeout(WITHIN, self.mesh.status()).await.map_err(|_| {
+            Status::unavailable("membership did not answer in time: the node is overloaded")
+        })?;
+        let status = status.ok_or_else(|| {
+            Status::unavailable("its gossip port does not answer: the node stops, or its processors are at their limit; ask again, or another")
+        })?;
+        let loads = self.board.loads_by_peer().into_iter();
+        let known = mesh::Known {
+            own: self.own(),
+            loads: loads.map(|(peer, loads)| ((peer.region, peer.node), loads)).collect(),
+            attempts: self.arrivals.arrivals(),
+            views: self.board.region_views(),
+        };
+        Ok(Response::new(mesh::reply(&status, known, clock::now())))
     }
 }
 

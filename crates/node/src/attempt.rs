@@ -102,6 +102,30 @@ impl Failed {
             && deadline.is_none_or(|d| d.remaining(clock::now()) > TIME_FOR_ANOTHER)
     }
 
+    /// What the caller gets, where the call could be tried elsewhere and `elsewhere` is why it is not. What an engine or a peer
+    /// said is passed on; but a node that is gone is no reason to tell the caller more than that the others are busy.
+    pub(crate) fn without_another(self, elsewhere: Refusal) -> Answer {
+        match (self.answer, elsewhere) {
+            (Answer::Refusal(failed), Refusal::Full { what, retry_after })
+                if self.outcome == Outcome::Broken =>
+            {
+                let (failed, may_have_run) = (failed.to_string(), self.may_have_run);
+                Refusal::NoOther { what, failed, may_have_run, retry_after }.into()
+            }
+            (Answer::Refusal(_), elsewhere @ Refusal::CertificateEnded { .. })
+                if self.outcome == Outcome::Broken =>
+            {
+                elsewhere.into()
+            }
+            (answer, _) => answer,
+        }
+    }
+
+    /// Whether a peer was asked and nothing came back in time.
+    pub(crate) fn is_unacknowledged(&self) -> bool {
+        matches!(self.answer, Answer::Refusal(Refusal::Unacknowledged { .. }))
+    }
+
     fn refusal(outcome: Outcome, may_have_run: bool, refusal: Refusal) -> Self {
         Self {
             outcome,
@@ -502,6 +526,35 @@ mod tests {
         let mut other = reply(&[]);
         *other.status_mut() = StatusCode::NOT_FOUND;
         assert!(matches!(at_engine(Ok(other), "e"), Attempt::Answered(_)));
+    }
+
+    #[test]
+    fn a_call_to_a_node_that_is_gone_is_busy_when_all_others_are_full() {
+        let gone = || {
+            let refusal = Refusal::Unacknowledged { target: "peer b (eu)".into() };
+            Failed::refusal(Outcome::Broken, false, refusal)
+        };
+        let full =
+            || Refusal::Full { what: "model m".into(), retry_after: Duration::from_millis(80) };
+        let answer = gone().without_another(full());
+        assert!(
+            matches!(&answer, Answer::Refusal(Refusal::NoOther { may_have_run: false, retry_after, .. })
+                if *retry_after == Duration::from_millis(80)),
+            "{answer:?}"
+        );
+        // Nobody else is there at all: that the node is gone says more.
+        let answer = gone().without_another(Refusal::Unusable { what: "model m".into() });
+        assert!(matches!(answer, Answer::Refusal(Refusal::Unacknowledged { .. })), "{answer:?}");
+        // An engine's own word is passed on.
+        let failed = failed(at_peer(Ok(reply(&[("grpc-status", "14")])), "e", false));
+        assert!(matches!(failed.without_another(full()), Answer::Reply(_)));
+        // That no peer lets this node in is what has to be mended.
+        let ended = Refusal::CertificateEnded { until: "then".into() };
+        let answer = gone().without_another(ended);
+        assert!(matches!(answer, Answer::Refusal(Refusal::CertificateEnded { .. })), "{answer:?}");
+        let busy = Failed { outcome: Outcome::Busy, ..gone() };
+        let answer = busy.without_another(full());
+        assert!(matches!(answer, Answer::Refusal(Refusal::Unacknowledged { .. })), "{answer:?}");
     }
 
     #[test]

@@ -3,20 +3,18 @@
 //!
 //! Filled by `collect`, read by `reflection` and the gossip port, which tells peers which services there are.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use inference::{Declarations, Reflected};
 use membership::{Descriptor, Frame, STREAM_BYTES_MAX, is_service};
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use crate::{
     engines::Engine,
     offer::KSERVE,
     peers::Board,
-    services::{HEALTH, REFLECTION},
+    services::{HEALTH, REFLECTION, REPORTS},
 };
 
 /// Bytes of names of services a node tells others about, at most; fewer where its models fill the descriptor.
@@ -33,9 +31,10 @@ const SERVICES_MAX: usize = 1024;
 pub(crate) struct Catalog {
     engines: Arc<[Arc<Engine>]>,
     board: Arc<Board>,
-    peers: Vec<Mutex<Arc<Reflected>>>,
+    /// What peers declare, by the services they say they have: who has the same is taken to declare them the same.
+    peers: Mutex<BTreeMap<Arc<[String]>, Arc<Reflected>>>,
     /// Counts up with every change of what this node says of itself.
-    version: AtomicU32,
+    version: watch::Sender<u32>,
     built_in: Declarations,
 }
 
@@ -50,10 +49,9 @@ pub(crate) enum Scope {
 
 impl Catalog {
     pub(crate) fn new(engines: Arc<[Arc<Engine>]>, board: Arc<Board>) -> Self {
-        let peers = board.names().iter().map(|_| Mutex::default()).collect();
         // A test reads the same bytes; without them reflection knows less, and calls go on.
         let built_in = Declarations::of_set(proto::FILE_DESCRIPTOR_SET).unwrap_or_default();
-        Self { engines, board, peers, version: AtomicU32::new(1), built_in }
+        Self { engines, board, peers: Mutex::default(), version: watch::Sender::new(1), built_in }
     }
 
     /// Engine `index` of this node reflects this.
@@ -61,20 +59,28 @@ impl Catalog {
         let Some(engine) = self.engines.get(index) else { return };
         let before = engine.reflect(named(reflected));
         if before != engine.reflected() {
-            self.version.fetch_add(1, Ordering::Relaxed);
+            self.version.send_modify(|version| *version = version.wrapping_add(1));
         }
     }
 
-    /// Peer `index` reflects this of its engines.
-    pub(crate) fn peer_reflects(&self, index: usize, reflected: Reflected) {
-        if let Some(peer) = self.peers.get(index) {
-            *peer.lock() = Arc::new(named(reflected));
-        }
+    /// A peer that says it has these services reflects this.
+    pub(crate) fn peer_reflects(&self, services: Arc<[String]>, reflected: Reflected) {
+        self.peers.lock().insert(services, Arc::new(named(reflected)));
+    }
+
+    /// Forgets what peers declare of sets of services, but for those to `keep`.
+    pub(crate) fn keep_peers(&self, keep: impl Fn(&Arc<[String]>) -> bool) {
+        self.peers.lock().retain(|services, _| keep(services));
     }
 
     /// The version of [`Catalog::descriptor`].
     pub(crate) fn version(&self) -> u32 {
-        self.version.load(Ordering::Relaxed)
+        *self.version.borrow()
+    }
+
+    /// Word of every newer version.
+    pub(crate) fn changes(&self) -> watch::Receiver<u32> {
+        self.version.subscribe()
     }
 
     /// What this node says of itself to peers. Names of services that do not fit in a frame are left out.
@@ -101,7 +107,7 @@ impl Catalog {
 
     /// The services of `scope`, sorted, those every node answers itself included.
     pub(crate) fn services(&self, scope: Scope) -> Vec<String> {
-        let own = REFLECTION.iter().chain(&[HEALTH]);
+        let own = REFLECTION.iter().chain(&[HEALTH, REPORTS]);
         let mut services: Vec<String> = own.map(|service| (*service).to_owned()).collect();
         services.extend(self.sources(scope).iter().flat_map(|source| source.services.clone()));
         let has_kserve = self.engines.iter().any(|engine| engine.offer.is_called(KSERVE))
@@ -127,17 +133,17 @@ impl Catalog {
 
     fn sources(&self, scope: Scope) -> Vec<Arc<Reflected>> {
         let own = self.engines.iter().map(|engine| engine.reflected());
-        let peers = self.peers.iter().map(|peer| peer.lock().clone());
         match scope {
             Scope::Here => own.collect(),
-            Scope::Mesh => own.chain(peers).collect(),
+            Scope::Mesh => own.chain(self.peers.lock().values().cloned()).collect(),
         }
     }
 }
 
 /// What a server reflects, without what every node answers itself and what is no name.
 fn named(mut reflected: Reflected) -> Reflected {
-    let is_own = |service: &str| service == HEALTH || REFLECTION.contains(&service);
+    let is_own =
+        |service: &str| [HEALTH, REPORTS].contains(&service) || REFLECTION.contains(&service);
     reflected.services.retain(|service| !is_own(service) && is_service(service));
     reflected
 }
@@ -161,7 +167,7 @@ mod tests {
         let config = Config::load(&file, &[]).unwrap();
         let mut rng = StdRng::seed_from_u64(1);
         let engines = config.engines.iter().map(|e| Arc::new(Engine::new(e, &mut rng))).collect();
-        Catalog::new(engines, Arc::new(Board::new(vec![])))
+        Catalog::new(engines, Arc::new(Board::of_test(&[])))
     }
 
     fn reflected(services: impl IntoIterator<Item = String>) -> Reflected {
@@ -171,7 +177,7 @@ mod tests {
     #[test]
     fn what_is_built_in_can_be_looked_up() {
         let catalog = catalog(1);
-        for symbol in [HEALTH, REFLECTION[0], REFLECTION[1], KSERVE] {
+        for symbol in [HEALTH, REPORTS, REFLECTION[0], REFLECTION[1], KSERVE] {
             let found = catalog.find(Scope::Here, |declarations| declarations.symbol(symbol));
             assert!(found.is_some(), "{symbol}");
         }
@@ -191,6 +197,21 @@ mod tests {
             Reflected { declarations: vec![declarations], ..reflected(["p.S".to_owned()]) };
         catalog.engine_reflects(0, changed);
         assert_eq!(catalog.version(), first + 2, "the same names, declared anew");
+    }
+
+    #[test]
+    fn what_peers_declare_is_known_to_clients_by_the_services_they_say_they_have() {
+        let catalog = catalog(1);
+        let (one, two): (Arc<[String]>, Arc<[String]>) =
+            (["p.S".to_owned()].into(), ["q.S".to_owned()].into());
+        catalog.peer_reflects(one.clone(), reflected(["p.S".to_owned(), HEALTH.to_owned()]));
+        catalog.peer_reflects(one.clone(), reflected(["p.S".to_owned()]));
+        catalog.peer_reflects(two, reflected(["q.S".to_owned()]));
+        assert_eq!(catalog.peers.lock().len(), 2);
+        assert!(catalog.services(Scope::Mesh).contains(&"p.S".to_owned()));
+        assert!(!catalog.services(Scope::Here).contains(&"p.S".to_owned()));
+        catalog.keep_peers(|services| *services == one);
+        assert!(!catalog.services(Scope::Mesh).contains(&"q.S".to_owned()));
     }
 
     #[test]

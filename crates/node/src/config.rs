@@ -9,7 +9,7 @@ mod policy;
 mod values;
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     num::NonZeroU32,
     path::PathBuf,
     time::Duration,
@@ -27,8 +27,8 @@ pub use policy::{
     ServiceGlob, TenantClaim, TenantConfig,
 };
 pub use values::{
-    BufferBytes, EngineUrl, HealthKind, HostPort, Latitude, Longitude, MethodPattern, Share,
-    Timeout, ValueError,
+    BufferBytes, EngineUrl, HealthKind, Host, HostPort, Latitude, Longitude, MethodPattern,
+    SeedAddress, Share, Timeout, ValueError,
 };
 
 /// The trust domain of a mesh that has not been given one.
@@ -95,6 +95,11 @@ pub struct NodeConfig {
     /// Zone inside the region, what fails together: 1 to 63 characters of a-z, 0-9 and `-`. Default: none.
     #[serde(default)]
     pub zone: Option<ZoneName>,
+    /// Where other nodes reach this one: a host name or an IP address such as "gpu-1.example"; the ports are those of
+    /// `listen`. Default: the address that `listen.peers` and `listen.gossip` name, or where they listen on all, the one from
+    /// which this machine calls others.
+    #[serde(default)]
+    pub address: Option<Host>,
     /// Where on earth the node is, a table { lat = 50.1, lon = 8.7 }. Default: unknown.
     #[serde(default)]
     pub position: Option<Position>,
@@ -132,8 +137,8 @@ pub struct ListenConfig {
     /// For other nodes, h3 over UDP and h2 over TCP with mutual TLS: an address and port such as "0.0.0.0:8444"; port 0
     /// takes any. Default "0.0.0.0:8444".
     pub peers: SocketAddr,
-    /// For other nodes to say how pressed they are, QUIC over UDP with mutual TLS: an address and port such as
-    /// "0.0.0.0:8445"; port 0 takes any. Default "0.0.0.0:8445".
+    /// For other nodes to say how pressed they are, QUIC over UDP and, where that is blocked, HTTP/2 over TCP, with mutual TLS:
+    /// an address and port such as "0.0.0.0:8445"; port 0 takes any. Default "0.0.0.0:8445".
     pub gossip: SocketAddr,
     /// For operators, gRPC: an address and port such as "127.0.0.1:9090"; port 0 takes any. On an address that is not loopback
     /// only a certificate of the mesh with the role operator is let in. Default "127.0.0.1:9090".
@@ -167,10 +172,12 @@ pub struct MeshConfig {
     /// Trust domain of the mesh's certificates: 1 to 255 characters of a-z, 0-9, `-`, `_` and `.`. Default
     /// "mesh.internal".
     pub trust_domain: TrustDomain,
-    /// Nodes to begin with, by their `listen.gossip`: a list of hosts and ports such as ["seed.example:8445"], at most 64.
-    /// Those that hold the authority renew this node's certificate. Default: none.
-    pub seeds: Vec<HostPort>,
-    /// Peers this node forwards to, one table each, at most 1,024.
+    /// Nodes to begin with, by their `listen.gossip`: a list of hosts and ports such as ["seed.example:8445"], at most 64, or
+    /// names of SRV records such as ["srv:_isobar-gossip._udp.mesh.example"]. Every address of a name is a seed, at most 64 in
+    /// all, and names are looked up again every minute. One seed that runs is enough to find everybody. Those that hold the
+    /// authority renew this node's certificate. Default: none.
+    pub seeds: Vec<SeedAddress>,
+    /// Peers this node always links with, one table each, at most 1,024. Others are found through them and the seeds.
     #[serde(rename = "peer")]
     pub peers: Vec<PeerConfig>,
 }
@@ -210,6 +217,10 @@ pub struct EngineConfig {
     /// as many as come.
     #[serde(default)]
     pub slots: Option<NonZeroU32>,
+    /// What several nodes that front the same engine all call it; they share its slots: 1 to 63 characters of a-z, 0-9 and `-`,
+    /// the same at each of them, in one region. Default: none, no other node fronts it.
+    #[serde(default)]
+    pub id: Option<EngineName>,
     /// How the engine is checked, a table { kind = "auto", interval = "10s", timeout = "2s", failures = 3, successes = 2 }.
     #[serde(default)]
     pub health: HealthConfig,
@@ -315,18 +326,43 @@ impl ListenConfig {
     /// Those, or where it listens on all, the address from which this machine would call others: nothing is sent.
     #[must_use]
     pub fn reachable(&self) -> Vec<IpAddr> {
-        let outside = || -> std::io::Result<IpAddr> {
-            let socket = std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-            // A documentation address (RFC 5737): any that is not on this machine will do.
-            socket.connect((Ipv4Addr::new(192, 0, 2, 1), 9))?;
-            Ok(socket.local_addr()?.ip())
-        };
         let mut all = self.addresses();
         if self.clients.ip().is_unspecified() || self.peers.ip().is_unspecified() {
-            all.extend(outside());
+            all.extend(outside().or_else(beside));
         }
         all
     }
+}
+
+/// The address from which this machine would call one in a documentation network (RFC 5737, RFC 3849): any that is not on
+/// this machine will do.
+fn outside() -> Option<IpAddr> {
+    let v4 = (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::new(192, 0, 2, 1).into());
+    let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+    let v6 = (Ipv6Addr::UNSPECIFIED.into(), v6.into());
+    [v4, v6].into_iter().find_map(|(from, to)| calling(from, to))
+}
+
+/// The address from which this machine would call others on a cable of its own, where there is no way beyond.
+fn beside() -> Option<IpAddr> {
+    let routes = std::fs::read_to_string("/proc/net/route").unwrap_or_default();
+    routes.lines().skip(1).find_map(|route| {
+        let mut fields = route.split_whitespace().skip(1);
+        let (network, gateway) = (fields.next()?, fields.next()?);
+        let network = u32::from_str_radix(network, 16).ok().filter(|network| *network != 0)?;
+        // As the kernel holds it: in the order of the network.
+        let [a, b, c, d] = network.to_ne_bytes();
+        let first = Ipv4Addr::new(a, b, c, d.saturating_add(1));
+        let is_direct = gateway.bytes().all(|digit| digit == b'0') && !first.is_loopback();
+        is_direct.then(|| calling(Ipv4Addr::UNSPECIFIED.into(), first.into()))?
+    })
+}
+
+/// Nothing is sent.
+fn calling(from: IpAddr, to: IpAddr) -> Option<IpAddr> {
+    let socket = std::net::UdpSocket::bind((from, 0)).ok()?;
+    socket.connect((to, 9)).ok()?;
+    Some(socket.local_addr().ok()?.ip())
 }
 
 impl Default for MeshConfig {

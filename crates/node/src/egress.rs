@@ -22,6 +22,7 @@
 use std::{convert::Infallible, pin::Pin, sync::Arc, task};
 
 use base::Deadline;
+use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use tonic::body::Body;
 use transport::{
@@ -30,6 +31,7 @@ use transport::{
 };
 
 use crate::{
+    arrivals::Arrivals,
     attempt::{self, Answer, Attempt},
     buffers::Buffers,
     config::MethodPattern,
@@ -62,6 +64,7 @@ pub(crate) struct Parts {
     pub(crate) idempotent: Arc<[MethodPattern]>,
     pub(crate) overdue: Overdue,
     pub(crate) services: Services,
+    pub(crate) arrivals: Arc<Arrivals>,
 }
 
 /// Told the end of a call: the books first, then the slot is free.
@@ -76,15 +79,24 @@ impl Held {
     /// Says how pressed the engine is that served the call, or all of them when none did.
     fn report(&self, headers: &mut HeaderMap) {
         let report = match &self.served {
-            Some((Route::Engine(slot, _), _)) => orca::of_engine(&slot.load_after()),
-            _ => orca::of_all(&self.parts.router.all_loads()),
+            Some((Route::Engine(slot, _), _)) => slot.load_after(),
+            _ => self.parts.router.all_loads(),
         };
-        headers.insert(orca::REPORT, report);
+        headers.insert(orca::REPORT, orca::value(&report));
     }
 }
 
 impl OnEnd for Held {
+    fn data(&mut self, data: &Bytes) {
+        if let Some((route, _)) = &mut self.served {
+            route.saw(data);
+        }
+    }
+
     fn trailers(&mut self, trailers: &mut HeaderMap) {
+        if let Some((Route::Engine(slot, _), _)) = &self.served {
+            orca::said(trailers).into_iter().for_each(|said| slot.said(said));
+        }
         self.report(trailers);
     }
 
@@ -153,7 +165,9 @@ impl Egress {
         let (mut head, body) = request.into_parts();
         let before = hop::previous_attempts(&head.headers);
         parts.router.arrived();
-        if before > 0 && !parts.router.take_retry() {
+        if before == 0 {
+            parts.arrivals.came(&head.extensions);
+        } else if !parts.router.take_retry() {
             return Err(Refusal::TooManyRetries.into());
         }
         let path = head.uri.path().to_owned();

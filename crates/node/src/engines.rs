@@ -1,6 +1,7 @@
 //! This node's engines: the machine of each, shared by all workers, and a channel to it per worker.
 
 use std::{
+    num::NonZeroU32,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -8,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use balance::{HealthChange, Outcome, Place, Server, Standing, Ticket};
+use balance::{HealthChange, Outcome, Place, Said, Server, Standing, Ticket};
 use base::{EngineName, Load, clock};
 use http::{Request, Response};
 use inference::Reflected;
@@ -21,6 +22,7 @@ use transport::{Channel, Target, TransportError};
 use crate::{
     config::{EngineConfig, HealthConfig},
     offer::{Ask, Has, Offer},
+    steps::Steps,
 };
 
 /// One engine, shared by all workers: its machine is one, never split.
@@ -30,6 +32,10 @@ pub(crate) struct Engine {
     pub(crate) target: Target,
     pub(crate) offer: Offer,
     pub(crate) health: HealthConfig,
+    /// What all nodes that front it call it; `None`: this node alone fronts it.
+    pub(crate) id: Option<EngineName>,
+    /// Its slots in all.
+    pub(crate) slots: Option<NonZeroU32>,
     machine: Mutex<balance::Engine>,
     /// How often it has come back from failing its health checks.
     returns: AtomicU32,
@@ -40,12 +46,17 @@ impl Engine {
     pub(crate) fn new(config: &EngineConfig, rng: &mut impl Rng) -> Self {
         let name = format!("engine {}", config.name);
         let (now, health) = (clock::now(), config.health.machine());
+        // Others may front it, and do not know of this node yet.
+        let is_shared = config.id.is_some() && config.slots.is_some();
+        let slots = if is_shared { Some(NonZeroU32::MIN) } else { config.slots };
         Self {
             target: Target::plaintext(&name, config.url.authority()),
             name: config.name.clone(),
             offer: Offer { protocol: config.protocol, models: config.models.clone() },
             health: config.health.clone(),
-            machine: Mutex::new(balance::Engine::new(config.slots, health, now, rng)),
+            id: config.id.clone(),
+            slots: config.slots,
+            machine: Mutex::new(balance::Engine::new(slots, health, now, rng)),
             returns: AtomicU32::new(0),
             reflected: Mutex::default(),
         }
@@ -73,9 +84,14 @@ impl Engine {
             protocol: self.offer.protocol.to_string(),
             models: self.offer.models.clone(),
             services: Vec::new(),
-            id: None,
-            slots: None,
+            id: self.id.clone(),
+            slots: self.slots.map(NonZeroU32::get),
         }
+    }
+
+    /// So many of its slots are this node's from now on. Returns whether that is news.
+    pub(crate) fn set_share(&self, share: NonZeroU32) -> bool {
+        self.machine.lock().set_slots(Some(share))
     }
 
     /// How often it has come back from failing its health checks: each time it may be another one.
@@ -114,8 +130,11 @@ impl Engine {
         }
     }
 
-    fn ended(&self, ticket: Ticket, outcome: Outcome, asked: Option<Duration>) {
-        if self.machine.lock().ended(clock::now(), ticket, outcome, asked) {
+    fn ended(&self, ticket: Ticket, outcome: Outcome, asked: Option<Duration>, steps: &Steps) {
+        let mut machine = self.machine.lock();
+        let (steps, took) = steps.sum();
+        machine.stepped(steps, took);
+        if machine.ended(clock::now(), ticket, outcome, asked) {
             tracing::warn!(engine = %self.name, "calls to an engine broke off again and again; it is ejected for a while");
         }
     }
@@ -131,6 +150,7 @@ pub(crate) struct Slot {
     engine: Arc<Engine>,
     channel: Channel,
     ticket: Option<Ticket>,
+    steps: Steps,
 }
 
 impl Drop for Slot {
@@ -160,8 +180,18 @@ impl Slot {
     /// The call is over; the slot is free. `asked`: how long a busy engine wants to be left alone.
     pub(crate) fn ended(&mut self, outcome: Outcome, asked: Option<Duration>) {
         if let Some(ticket) = self.ticket.take() {
-            self.engine.ended(ticket, outcome, asked);
+            self.engine.ended(ticket, outcome, asked, &self.steps);
         }
+    }
+
+    /// A piece of the answer passes.
+    pub(crate) fn saw(&mut self, data: &[u8]) {
+        self.steps.saw(data, clock::now);
+    }
+
+    /// The engine said this of itself.
+    pub(crate) fn said(&self, said: Said) {
+        self.engine.machine.lock().said(clock::now(), said);
     }
 
     /// How pressed the engine is once this call is over.
@@ -220,7 +250,12 @@ impl Engines {
     pub(crate) fn take(&self, index: usize) -> Option<Slot> {
         let (engine, channel) = self.0.get(index)?;
         let ticket = engine.machine.lock().take(clock::now())?;
-        Some(Slot { engine: engine.clone(), channel: channel.clone(), ticket: Some(ticket) })
+        Some(Slot {
+            engine: engine.clone(),
+            channel: channel.clone(),
+            ticket: Some(ticket),
+            steps: Steps::default(),
+        })
     }
 
     /// All of them as one: for what the node says of itself.

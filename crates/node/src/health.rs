@@ -25,7 +25,7 @@ use tonic::{Request, Response, Status, codegen::BoxStream};
 use crate::{
     offer::Has,
     router::Router,
-    services::{HEALTH, REFLECTION},
+    services::{HEALTH, REFLECTION, REPORTS},
 };
 
 /// How often a watched status is looked at.
@@ -54,7 +54,8 @@ impl Health {
     ///
     /// An engine that does not say what it has may have it, as routing sees it too.
     fn status(&self, name: &str) -> Option<ServingStatus> {
-        let is_own = name.is_empty() || name == HEALTH || REFLECTION.contains(&name);
+        let is_own =
+            name.is_empty() || [HEALTH, REPORTS].contains(&name) || REFLECTION.contains(&name);
         let is_usable = if is_own { true } else { self.is_usable(name)? };
         Some(self.serving(is_usable))
     }
@@ -84,7 +85,7 @@ impl Health {
 
     /// The statuses of everything that somebody says it has.
     fn statuses(&self) -> BTreeMap<String, ServingStatus> {
-        let own = REFLECTION.iter().chain([&HEALTH, &""]);
+        let own = REFLECTION.iter().chain([&HEALTH, &REPORTS, &""]);
         let mut usable: BTreeMap<String, bool> =
             own.map(|name| ((*name).to_owned(), true)).collect();
         self.router.served(|name, standing| {

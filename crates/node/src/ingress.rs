@@ -19,6 +19,7 @@
 use std::{convert::Infallible, pin::Pin, sync::Arc, task};
 
 use base::{Deadline, clock};
+use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response, Version, header};
 use tonic::body::Body;
 use transport::{
@@ -79,12 +80,24 @@ struct Held {
 }
 
 impl OnEnd for Held {
+    fn data(&mut self, data: &Bytes) {
+        if let Some((route, _)) = &mut self.served {
+            route.saw(data);
+        }
+    }
+
     fn trailers(&mut self, trailers: &mut HeaderMap) {
-        if let Some((Route::Peer(call), _)) = &mut self.served
-            && let Some((_, engine)) =
-                self.served_by.as_ref().and_then(|by| by.to_str().ok()?.split_once('/'))
-        {
-            call.learn(engine, trailers);
+        match &mut self.served {
+            Some((Route::Engine(slot, _), _)) => {
+                orca::said(trailers).into_iter().for_each(|said| slot.said(said));
+            }
+            Some((Route::Peer(call), _)) => {
+                let by = self.served_by.as_ref().and_then(|by| by.to_str().ok()?.split_once('/'));
+                if let Some((_, engine)) = by {
+                    call.learn(engine, trailers);
+                }
+            }
+            None => {}
         }
         trailers.insert(orca::REPORT, self.parts.report());
     }
@@ -253,10 +266,17 @@ impl Ingress {
             retries += 1 + failed.retries_below;
             let may_retry =
                 retries <= RETRIES_MAX && failed.allows_another(idempotent, &replay, deadline);
-            let another = if may_retry { parts.router.route(&ask, &tried).ok() } else { None };
-            // What an engine or a peer said is better than that there is no other.
-            let Some(another) = another.filter(|_| parts.router.take_retry()) else {
-                return Err(failed.answer);
+            let another = may_retry.then(|| {
+                parts.router.route(&ask, &tried).or_else(|why| {
+                    // Whoever has not acknowledged in time may only be slow, or a packet was lost: better than nobody.
+                    let others = tried.split_last().filter(|_| failed.is_unacknowledged());
+                    others.map_or(Err(why), |(_, others)| parts.router.route(&ask, others))
+                })
+            });
+            let another = match another {
+                Some(Ok(another)) if parts.router.take_retry() => another,
+                Some(Err(why)) => return Err(failed.without_another(why)),
+                Some(Ok(_)) | None => return Err(failed.answer),
             };
             tracing::debug!(outcome = failed.outcome.as_str(), ?to, "tried again elsewhere");
             parts.metrics.retried();

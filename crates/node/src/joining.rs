@@ -32,7 +32,7 @@ pub enum EnrolError {
     },
     /// Nobody answered there, or not who should.
     #[error(
-        "cannot reach an authority: {0}; give the gossip port (by default 8445, UDP) of a node that runs and holds the authority"
+        "cannot reach an authority: {0}; give the gossip port (by default 8445, UDP or TCP) of a node that runs and holds the authority"
     )]
     Unreachable(#[from] TransportError),
     /// An authority took too long.

@@ -102,6 +102,13 @@ struct PeerLabels {
     region: String,
 }
 
+impl PeerLabels {
+    /// Those beyond the ones that are named, together.
+    fn others() -> Self {
+        Self { peer: "other".to_owned(), region: String::new() }
+    }
+}
+
 /// Latencies as an OpenMetrics histogram.
 #[derive(Debug, Default)]
 struct Histogram(Latency);
@@ -301,7 +308,14 @@ impl Collector for State {
         let mut dropped =
             encoder.encode_descriptor("access_log_dropped", help, None, MetricType::Counter)?;
         dropped.encode_counter::<NoLabelSet, u64, u64>(&self.log.dropped(), None)?;
-        let figures = self.board.figures();
+        let (named, others) = self.board.figures();
+        let labelled = named.into_iter().map(|(peer, figures)| {
+            let (peer, region) = (peer.node.to_string(), peer.region.to_string());
+            (PeerLabels { peer, region }, figures)
+        });
+        // No region is called nothing, so no peer is taken for the others.
+        let others = others.map(|figures| (PeerLabels::others(), figures));
+        let figures: Vec<_> = labelled.chain(others).collect();
         if figures.is_empty() {
             return Ok(());
         }
@@ -313,17 +327,15 @@ impl Collector for State {
         ];
         for (index, (name, help)) in peers.into_iter().enumerate() {
             let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-            for (peer, figures) in self.board.names().iter().zip(&figures) {
+            for (labels, figures) in &figures {
                 let figure = match index {
-                    0 => truth(figures.present),
-                    1 => truth(figures.ejected),
+                    0 => Some(f64::from(figures.present)),
+                    1 => Some(f64::from(figures.ejected)),
                     2 => Some(f64::from(figures.in_flight)),
                     _ => figures.heard.map(|heard| heard.as_secs_f64()),
                 };
                 let Some(figure) = figure else { continue };
-                let labels =
-                    PeerLabels { peer: peer.node.to_string(), region: peer.region.to_string() };
-                metric.encode_family(&labels)?.encode_gauge(&figure)?;
+                metric.encode_family(labels)?.encode_gauge(&figure)?;
             }
         }
         Ok(())
@@ -333,12 +345,10 @@ impl Collector for State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::peers::PeerName;
 
     #[test]
     fn what_happens_is_in_the_text() {
-        let peer = PeerName { node: "b".parse().unwrap(), region: "us".parse().unwrap() };
-        let board = Arc::new(Board::new(vec![peer]));
+        let board = Arc::new(Board::of_test(&["b"]));
         let (log, _writer) = AccessLog::new(0.0, 1).unwrap();
         let metrics = Metrics::new(Arc::new([]), board, log);
         metrics.began(Side::Ingress);

@@ -17,11 +17,11 @@ use std::{
 use balance::RetryBudget;
 use base::{NodeName, RegionName, clock};
 use http::{HeaderValue, uri::Authority};
-use identity::{ClientFacing, ClientRoots, ExpectedPeer, Identity, IdentityError};
+use identity::{ClientFacing, ClientRoots, ExpectedPeer, Identity, IdentityError, SpiffeId};
 use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, Semaphore, mpsc, oneshot, watch},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -32,28 +32,33 @@ use transport::{
 
 use crate::{
     access::{Access, AccessError},
-    admin::Admin,
+    admin::{Admin, Place},
+    arrivals::Arrivals,
     buffers::Buffers,
     catalog::{Catalog, Scope},
     checks, collect,
-    config::{Config, HostPort, IdentityConfig, IdentitySource, MethodPattern, PeerConfig},
+    config::{Config, IdentityConfig, IdentitySource, MethodPattern, PeerConfig},
     egress::{self, Egress},
     engines::{Engine, Engines},
-    gossip::{Enrolment, Gossip, Subscription, Voice},
+    gossip::{self, Enrolment, Gossip, MeshHandle, Thread, Voice},
     health::Health,
     hop::Pseudonym,
     ingress::{self, Ingress},
     metrics::{Metrics, Security},
     orca::NodeReport,
-    peers::{Board, PeerName, Peers},
+    own::{self, EpochError},
+    peers::{Board, Listed, MakeTarget, PeerName, Peers},
     probes::Probes,
+    rca::{self, Reports},
     record::{AccessLog, LogWriter},
     reflection::Reflection,
     refusal::Who,
     renewal::{self, Renewals, Renewer, Source},
     router::Router,
     scrape::Scrape,
+    seeds::{Found, Names, Seeds},
     services::Services,
+    shares,
     signer::{Contact, Signer},
     trust::{self, ClientGate, Gate, Trust},
 };
@@ -64,12 +69,15 @@ const WORKERS: u8 = 1;
 
 /// How long peers and load balancers are given to hear that the node drains: a frame leaves within 50 ms.
 const HEARD_WITHIN: Duration = Duration::from_millis(300);
-/// How long the control side is given to end.
+/// How long the control side is given to end, and the gossip port, which says good-bye.
 const GOOD_BYE: Duration = Duration::from_secs(2);
+const GOSSIP_GOOD_BYE: Duration = Duration::from_secs(3);
 /// The number under which the control side dials: no worker has it.
 const CHECKING: u8 = 0xfe;
 /// What makes the renewal's own random numbers.
 const RENEWING: u64 = 0x7265_6e65_7761_6c00;
+/// And those of looking up seeds.
+const SEEKING: u64 = 0x7365_6564_7300_0000;
 
 /// Why a node cannot start. Nothing is left running.
 #[derive(Debug, thiserror::Error)]
@@ -95,6 +103,23 @@ pub enum NodeError {
     /// A worker cannot start.
     #[error("a worker cannot start: {0}")]
     Worker(String),
+    /// Which process of its node this is cannot be told.
+    #[error(transparent)]
+    Epoch(#[from] EpochError),
+    /// Nothing can be said to other nodes.
+    #[error("this node cannot speak to others: {0}")]
+    Gossip(String),
+    /// Two processes have one name, and this is the earlier one. Others do not listen to it any more.
+    #[error(
+        "another process is {node} too, started at {since}, and others listen to the later one: this one stops. \
+         Stop the other, or give one of the two another node.name and its own certificate"
+    )]
+    Superseded {
+        /// Who.
+        node: String,
+        /// When the other started, by its clock.
+        since: String,
+    },
 }
 
 /// The certificate of the ports for clients.
@@ -142,16 +167,19 @@ pub struct Node {
     addresses: Addresses,
     drain_timeout: Duration,
     ready: Arc<AtomicBool>,
-    draining: Arc<AtomicBool>,
+    draining: CancellationToken,
     workers: Workers,
     control: Control,
+    mesh: MeshHandle,
+    own: String,
 }
 
 /// What runs beside the workers, on the caller's runtime.
 #[derive(Debug)]
 struct Control {
     tasks: JoinSet<()>,
-    gossip: JoinSet<()>,
+    /// Told when the gossip port has ended.
+    gossip: Option<oneshot::Receiver<()>>,
     /// Ends the acceptors of TCP connections.
     drain: CancellationToken,
     /// Ends the gossip port.
@@ -184,8 +212,10 @@ impl Node {
         };
         let failed = |what, address| move |source| NodeError::Listen { what, address, source };
         let tls = gossip_tls(trust.identity(), signer.as_deref())?;
-        let links =
-            Links::bind(listen.gossip, tls, &plan.keys).map_err(failed("gossip", listen.gossip))?;
+        let thread = Thread::new().map_err(|error| NodeError::Gossip(error.to_string()))?;
+        let links = thread
+            .enter(|| Links::bind(listen.gossip, tls, &plan.keys))
+            .map_err(failed("gossip", listen.gossip))?;
         let metrics =
             Scrape::bind(listen.metrics).await.map_err(failed("metrics", listen.metrics))?;
         let for_operators = bind("admin", listen.admin, false)?;
@@ -198,8 +228,12 @@ impl Node {
             admin: for_operators.address(),
         };
 
-        let draining = Arc::new(AtomicBool::new(false));
-        let gossip = gossip(config, &plan, links.clone(), addresses, draining.clone())?;
+        let draining = CancellationToken::new();
+        let seeds = Seeds::new(&config.mesh.seeds, Names::default());
+        let found = watch::Sender::new(seeds.known());
+        let heard = found.subscribe();
+        let port = gossip_port(config, &plan, links.clone(), addresses, draining.clone(), heard)?;
+        let (gossip, mesh) = port.prepare().map_err(NodeError::Gossip)?;
         let plan = Arc::new(plan);
         let workers = start_workers(&plan, &mut ports, addresses).await?;
         let mut control = Control::new(&plan, log)?;
@@ -223,6 +257,15 @@ impl Node {
             trust: plan.trust.clone(),
             renewals: plan.renewals.clone(),
             is_authority: plan.signer.is_some(),
+            mesh: mesh.clone(),
+            place: Place {
+                zone: config.node.zone.clone(),
+                epoch: plan.epoch,
+                draining: draining.clone(),
+            },
+            engines: plan.engines.clone(),
+            board: plan.board.clone(),
+            arrivals: plan.arrivals.clone(),
         };
         control.tasks.spawn(admin.serve(for_operators, control.stop.clone()));
         for task in plan.access.tasks() {
@@ -237,12 +280,28 @@ impl Node {
             control.tasks.spawn(renewal::watch_client_certificate(served, files));
         }
         if !is_fixed {
-            control.keep_identity(&plan, config, links);
+            control.keep_identity(&plan, config, links, found.subscribe());
         }
-        control.gossip.spawn(gossip.run(control.stop.clone()));
+        control.tasks.spawn(seeds.run(found, StdRng::seed_from_u64(plan.seed ^ SEEKING)));
+        let running = thread.run(gossip.run(control.stop.clone()));
+        control.gossip = Some(running.map_err(|error| NodeError::Gossip(error.to_string()))?);
         ready.store(true, Ordering::Relaxed);
         let drain_timeout = config.node.drain_timeout.into();
-        Ok(Self { addresses, drain_timeout, ready, draining, workers, control })
+        let own = plan.trust.identity().id().to_string();
+        Ok(Self { addresses, drain_timeout, ready, draining, workers, control, mesh, own })
+    }
+
+    /// Resolves when the node cannot go on: it is still to be drained.
+    pub async fn failed(&mut self) -> NodeError {
+        let Some(epoch) = self.mesh.superseded().await else {
+            return NodeError::Gossip("its gossip port has ended; see the log".to_owned());
+        };
+        let since = UNIX_EPOCH.checked_add(Duration::from_millis(epoch));
+        let since = since.map(|since| humantime::format_rfc3339_seconds(since).to_string());
+        NodeError::Superseded {
+            node: self.own.clone(),
+            since: since.unwrap_or_else(|| "no time".to_owned()),
+        }
     }
 
     /// The addresses it listens on.
@@ -256,7 +315,7 @@ impl Node {
     pub async fn drain(self, at_once: impl Future<Output = ()>) {
         let Self { drain_timeout, ready, draining, workers, control, .. } = self;
         ready.store(false, Ordering::Relaxed);
-        draining.store(true, Ordering::Relaxed);
+        draining.cancel();
         tokio::pin!(at_once);
         // Peers and load balancers hear it before clients are told to go elsewhere.
         let heard = HEARD_WITHIN.min(drain_timeout);
@@ -299,7 +358,7 @@ impl Control {
             .map_err(|error| NodeError::Worker(error.to_string()))?;
         Ok(Self {
             tasks: JoinSet::new(),
-            gossip: JoinSet::new(),
+            gossip: None,
             drain: CancellationToken::new(),
             stop,
             log,
@@ -308,8 +367,8 @@ impl Control {
         })
     }
 
-    /// Begins to check the engines, and to ask them and the peers what they declare; returns a router for who asks about
-    /// room.
+    /// Begins to check the engines, to keep this node's shares of them, and to ask them and the peers what they declare; returns
+    /// a router for who asks about room.
     fn watch_engines(&mut self, plan: &Plan) -> Router {
         for (index, engine) in plan.engines.iter().enumerate() {
             let channel = || self.pool.channel(engine.target.clone());
@@ -318,21 +377,26 @@ impl Control {
             let catalog = plan.catalog.clone();
             self.tasks.spawn(collect::engine(index, engine.clone(), channel(), catalog));
         }
-        for (index, peer) in plan.peers.iter().enumerate() {
-            let channel = self.pool.channel(peer.clone());
-            let (board, catalog) = (plan.board.clone(), plan.catalog.clone());
-            self.tasks.spawn(collect::peer(index, channel, board, catalog));
-        }
-        plan.router(&self.pool, &self.pool, true, CHECKING)
+        let (engines, board) = (plan.engines.clone(), plan.board.clone());
+        self.tasks.spawn(shares::keep(engines, board, plan.may_have_others));
+        let router = plan.router(&self.pool, &self.pool, true, CHECKING);
+        self.tasks.spawn(collect::peers(router.peers.clone(), plan.catalog.clone()));
+        router
     }
 
     /// Keeps the node's certificate good, and the authority if it holds one.
-    fn keep_identity(&mut self, plan: &Plan, config: &Config, links: Links) {
+    fn keep_identity(
+        &mut self,
+        plan: &Plan,
+        config: &Config,
+        links: Links,
+        found: watch::Receiver<Found>,
+    ) {
         let state_dir = &config.node.state_dir;
         let hurry = Arc::new(Notify::new());
         let source = match (&plan.signer, config.identity.source) {
             (Some(signer), _) => Source::Own(signer.clone(), config.listen.reachable()),
-            (None, IdentitySource::Mesh) => Source::Authorities(authorities(config)),
+            (None, IdentitySource::Mesh) => Source::Authorities(authorities(config), found),
             (None, IdentitySource::Files) => Source::Files,
             (None, IdentitySource::Spire) => Source::Spire(config.identity.socket.clone()),
         };
@@ -362,8 +426,11 @@ impl Control {
     async fn finish(mut self) {
         self.stop.cancel();
         // The gossip port says good-bye; the others only wait.
-        drop(tokio::time::timeout(GOOD_BYE, self.gossip.join_next()).await);
-        self.gossip.shutdown().await;
+        if let Some(ended) = self.gossip.take()
+            && tokio::time::timeout(GOSSIP_GOOD_BYE, ended).await.is_err()
+        {
+            tracing::warn!("the gossip port did not end in time");
+        }
         self.tasks.shutdown().await;
         self.pool.close();
         self.checking.outgoing.close();
@@ -423,53 +490,77 @@ fn gossip_tls(
     }
 }
 
-/// Who may be asked to renew: the seeds, or else every listed peer, for one of them may hold the authority.
+/// Who may be asked to renew where there are no seeds: every listed peer, for one of them may hold the authority.
 fn authorities(config: &Config) -> Vec<Authority> {
-    let peers = config.mesh.peers.iter().filter_map(|peer| peer.gossip.as_ref());
     if config.mesh.seeds.is_empty() {
-        peers.map(HostPort::authority).collect()
+        listed(config).map(|(_, gossip)| gossip).collect()
     } else {
-        config.mesh.seeds.iter().map(HostPort::authority).collect()
+        Vec::new()
     }
 }
 
-/// The gossip port, and whom to listen to.
-fn gossip(
+/// The listed peers whose gossip ports are known.
+fn listed(config: &Config) -> impl Iterator<Item = (&PeerConfig, Authority)> {
+    config.mesh.peers.iter().filter_map(|peer| Some((peer, peer.gossip.as_ref()?.authority())))
+}
+
+/// The gossip port of a node. The number of this start is on disk when this returns.
+fn gossip_port(
     config: &Config,
     plan: &Plan,
     links: Links,
     addresses: Addresses,
-    draining: Arc<AtomicBool>,
+    draining: CancellationToken,
+    seeds: watch::Receiver<Found>,
 ) -> Result<Gossip, NodeError> {
-    let identity = plan.trust.identity();
-    let peers = config.mesh.peers.iter().enumerate();
-    let subscriptions = peers
-        .filter_map(|(index, peer)| Some((index, peer, peer.gossip.as_ref()?)))
-        .map(|(index, peer, gossip)| {
-            let expect = ExpectedPeer { region: peer.region.clone(), name: peer.name.clone() };
-            let tls = identity.peer_client_config(&[], expect)?;
-            Ok(Subscription { index, address: gossip.authority(), tls })
-        })
-        .collect::<Result<_, IdentityError>>()?;
-    let since_epoch = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let id = plan.trust.identity().id().clone();
+    let own = membership::Own {
+        id: gossip::peer(&id).id,
+        node: id.name.clone(),
+        region: id.region.clone(),
+        zone: config.node.zone.clone(),
+        trust_domain: id.trust_domain.clone(),
+        epoch: plan.epoch,
+        peers: own::address(config, addresses.peers),
+        gossip: own::address(config, addresses.gossip),
+        release: env!("CARGO_PKG_VERSION").to_owned(),
+    };
     let voice = Voice {
         catalog: plan.catalog.clone(),
-        own: identity.id().clone(),
-        epoch: u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX),
         engines: plan.engines.clone(),
+        arrivals: plan.arrivals.clone(),
         draining,
+    };
+    let seed = |(peer, address): (&PeerConfig, Authority)| {
+        let (region, name) = (peer.region.clone(), peer.name.clone());
+        let id = SpiffeId { region, name, ..id.clone() };
+        membership::Seed {
+            address: address.to_string(),
+            peer: Some(gossip::peer(&id)),
+            is_listed: true,
+        }
     };
     let enrolment = plan.signer.clone().map(|signer| Enrolment {
         signer,
         contact: Contact {
-            id: identity.id().clone(),
+            id: id.clone(),
             peers_port: addresses.peers.port(),
             gossip_port: addresses.gossip.port(),
             peers: config.mesh.peers.clone(),
         },
     });
-    let (board, trust, seed) = (plan.board.clone(), plan.trust.clone(), plan.seed);
-    Ok(Gossip { links, voice, board, subscriptions, trust, enrolment, seed })
+    Ok(Gossip {
+        links,
+        own,
+        voice,
+        board: plan.board.clone(),
+        trust: plan.trust.clone(),
+        seeds,
+        listed: listed(config).map(seed).collect(),
+        kept: Some(config.node.state_dir.join(gossip::KEPT)),
+        enrolment,
+        seed: plan.seed,
+    })
 }
 
 fn bind(what: &'static str, address: SocketAddr, udp: bool) -> Result<Listener, NodeError> {
@@ -530,7 +621,8 @@ struct Plan {
     board: Arc<Board>,
     catalog: Arc<Catalog>,
     access: Arc<Access>,
-    peers: Vec<Target>,
+    /// Whether there are nodes this one was told of.
+    may_have_others: bool,
     trust: Arc<Trust>,
     signer: Option<Arc<Signer>>,
     renewals: Arc<Renewals>,
@@ -541,6 +633,11 @@ struct Plan {
     peers_tls: rustls::ServerConfig,
     keys: QuicKeys,
     ready: Arc<AtomicBool>,
+    arrivals: Arc<Arrivals>,
+    /// One permit per stream of load reports.
+    report_streams: Arc<Semaphore>,
+    /// The process: greater after each start.
+    epoch: u64,
     seed: u64,
 }
 
@@ -558,22 +655,7 @@ impl Plan {
         let mut rng = StdRng::seed_from_u64(seed);
         let engines: Arc<[_]> =
             config.engines.iter().map(|engine| Arc::new(Engine::new(engine, &mut rng))).collect();
-        let peers = config
-            .mesh
-            .peers
-            .iter()
-            .map(|peer| {
-                let expect = ExpectedPeer { region: peer.region.clone(), name: peer.name.clone() };
-                let gate = Gate { trust: trust.clone(), port: trust::Port::Peers };
-                let tls = identity.peer_client_config(&[], expect)?;
-                let tls = PeerTls::leased(tls, Arc::new(gate));
-                let called = peer_name(&peer.name, &peer.region);
-                Ok(Target::peer(&called, peer.peers.authority(), tls))
-            })
-            .collect::<Result<_, IdentityError>>()?;
-        let named =
-            |peer: &PeerConfig| PeerName { node: peer.name.clone(), region: peer.region.clone() };
-        let board = Arc::new(Board::new(config.mesh.peers.iter().map(named).collect()));
+        let board = Arc::new(board(config, trust));
         let (log, writer) = AccessLog::new(config.log.access.get(), seed)
             .map_err(|error| NodeError::Worker(error.to_string()))?;
         let budget = || Arc::new(Mutex::new(RetryBudget::new(clock::now())));
@@ -594,7 +676,7 @@ impl Plan {
             catalog: Arc::new(Catalog::new(engines.clone(), board.clone())),
             engines,
             board,
-            peers,
+            may_have_others: !(config.mesh.seeds.is_empty() && config.mesh.peers.is_empty()),
             access: Arc::new(Access::load(config, Some(identity.clone()))?),
             clients_tls,
             client_roots,
@@ -605,6 +687,9 @@ impl Plan {
             peers_tls: identity.peer_server_config(&[])?,
             keys: QuicKeys::random(),
             ready: Arc::new(AtomicBool::new(false)),
+            arrivals: Arc::default(),
+            report_streams: Arc::new(Semaphore::new(rca::STREAMS_MAX)),
+            epoch: own::epoch(&config.node.state_dir, clock::wall())?,
             seed,
         };
         Ok((plan, writer))
@@ -615,10 +700,10 @@ impl Plan {
         let channels =
             self.engines.iter().map(|e| (e.clone(), to_engines.channel(e.target.clone())));
         let peers = if with_peers {
-            let channels = self.peers.iter().map(|peer| to_peers.channel(peer.clone()));
-            Peers::new(self.board.clone(), channels).shown(self.trust.identity().clone())
+            let identity = self.trust.identity().clone();
+            Peers::new(self.board.clone(), to_peers.clone()).shown(identity)
         } else {
-            Peers::none()
+            Peers::none(self.trust.identity().id().clone())
         };
         let budget = self.budgets[usize::from(with_peers)].clone();
         let rng = StdRng::seed_from_u64(self.seed ^ (u64::from(worker) << 32));
@@ -627,6 +712,10 @@ impl Plan {
 
     fn reflection(&self, scope: Scope, worker: &Worker) -> Reflection {
         Reflection { catalog: self.catalog.clone(), scope, drain: worker.drain.clone() }
+    }
+
+    fn reports(&self, router: Router, worker: &Worker) -> Reports {
+        Reports { router, streams: self.report_streams.clone(), drain: worker.drain.clone() }
     }
 
     /// Runs one worker: its pools, its services, its share of the ports.
@@ -640,20 +729,23 @@ impl Plan {
         let to_engines = Pool::new(Dialer::new(&worker, &self.keys, Limits::engines())?);
         let to_peers = Pool::new(Dialer::new(&worker, &self.keys, Limits::peers())?);
         let overdue = Overdue::default();
+        let here = self.router(&to_engines, &to_peers, false, worker.index);
         let egress = Egress(Arc::new(egress::Parts {
             own: self.own.clone(),
             who: self.who.clone(),
             metrics: self.metrics.clone(),
             log: self.log.clone(),
             buffers: self.buffers.clone(),
-            router: self.router(&to_engines, &to_peers, false, worker.index),
+            router: here.clone(),
             idempotent: self.idempotent.clone(),
             overdue: overdue.clone(),
             services: Services {
                 reflection: self.reflection(Scope::Here, &worker),
                 health: None,
+                reports: self.reports(here, &worker),
                 drain: worker.drain.clone(),
             },
+            arrivals: self.arrivals.clone(),
         }));
         let router = self.router(&to_engines, &to_peers, true, worker.index);
         let ingress = Ingress(Arc::new(ingress::Parts {
@@ -672,6 +764,7 @@ impl Plan {
                     ready: self.ready.clone(),
                     drain: worker.drain.clone(),
                 }),
+                reports: self.reports(router.clone(), &worker),
                 drain: worker.drain.clone(),
             },
             metrics: self.metrics.clone(),
@@ -749,6 +842,26 @@ fn clients_tls(
 pub fn check_access(config: &Config) -> Result<(), AccessError> {
     config.tls.client_ca.as_deref().map(ClientRoots::load).transpose()?;
     Access::load(config, None).map(drop)
+}
+
+/// What is known of others at the start: the listed peers, and how anybody is called.
+fn board(config: &Config, trust: &Arc<Trust>) -> Board {
+    let listed = |peer: &PeerConfig| Listed {
+        name: PeerName { node: peer.name.clone(), region: peer.region.clone() },
+        address: peer.peers.authority(),
+        has_gossip: peer.gossip.is_some(),
+    };
+    let listed = config.mesh.peers.iter().map(listed).collect();
+    let own = trust.identity().id().clone();
+    let trust = trust.clone();
+    let make = move |peer: &PeerName, address: Authority| {
+        let expect = ExpectedPeer { region: peer.region.clone(), name: peer.node.clone() };
+        let tls = trust.identity().peer_client_config(&[], expect).map_err(|e| e.to_string())?;
+        let gate = Gate { trust: trust.clone(), port: trust::Port::Peers };
+        let tls = PeerTls::leased(tls, Arc::new(gate));
+        Ok(Target::peer(&peer_name(&peer.node, &peer.region), address, tls))
+    };
+    Board::new(own, listed, MakeTarget(Box::new(make)))
 }
 
 /// How a peer is called in messages.

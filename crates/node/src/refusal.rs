@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use base::TenantName;
+use base::{Load, TenantName};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body_util::BodyExt as _;
 use prost::Message as _;
@@ -77,6 +77,19 @@ pub(crate) enum Refusal {
         /// When there is probably room again.
         retry_after: Duration,
     },
+    /// An attempt failed, and every other engine that serves it runs as many calls as it may. An engine has seen the call only if
+    /// the method may run twice; later there may be room.
+    #[error("{failed}, and every slot of the other engines that serve {what} is taken")]
+    NoOther {
+        /// The model, or the method where no model was named.
+        what: String,
+        /// What became of the attempt.
+        failed: String,
+        /// Whether an engine may have seen the call.
+        may_have_run: bool,
+        /// When there is probably room again.
+        retry_after: Duration,
+    },
     /// Engines serve it, and all of them fail. No engine has seen the call; later one may be back.
     #[error("the engines that serve {what} fail or cannot be reached")]
     Unusable {
@@ -136,12 +149,28 @@ pub(crate) enum Refusal {
 
 /// When a caller may come again, where nothing better is known.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// What a caller is told to wait for a slot, at least and at most.
+const SLOT_AFTER_MIN: Duration = Duration::from_millis(50);
+const SLOT_AFTER_MAX: Duration = Duration::from_secs(10);
 /// How much of what a caller sent is repeated to it.
 const SHOWN_CHARS_MAX: usize = 200;
 /// Longest message of a refusal.
 const MESSAGE_CHARS_MAX: usize = 600;
 
 impl Refusal {
+    /// Every slot is taken at engines with these loads.
+    pub(crate) fn full(what: String, loads: &[Load]) -> Self {
+        let drain_rate: f64 = loads.iter().map(|load| load.drain_rate).sum();
+        // One slot is free again after as long as one call takes to end.
+        let retry_after = if drain_rate > 0.0 {
+            Duration::from_secs_f64((1.0 / drain_rate).min(SLOT_AFTER_MAX.as_secs_f64()))
+                .max(SLOT_AFTER_MIN)
+        } else {
+            RETRY_AFTER
+        };
+        Self::Full { what, retry_after }
+    }
+
     fn code(&self) -> Code {
         match self {
             Self::NotGrpc
@@ -153,7 +182,9 @@ impl Refusal {
             Self::NotAllowed { .. } => Code::PermissionDenied,
             Self::Loop(_) => Code::FailedPrecondition,
             Self::NoEngine { .. } => Code::NotFound,
-            Self::Full { .. } | Self::NoMemory | Self::TooManyRetries => Code::ResourceExhausted,
+            Self::Full { .. } | Self::NoOther { .. } | Self::NoMemory | Self::TooManyRetries => {
+                Code::ResourceExhausted
+            }
             Self::Unusable { .. } | Self::Unacknowledged { .. } | Self::CertificateEnded { .. } => {
                 Code::Unavailable
             }
@@ -180,7 +211,9 @@ impl Refusal {
             Self::NotAllowed { .. } => RefusalReason::NotAllowed,
             Self::Loop(_) => RefusalReason::Loop,
             Self::NoEngine { .. } => RefusalReason::NoEngine,
-            Self::Full { .. } | Self::TooManyRetries => RefusalReason::EngineFull,
+            Self::Full { .. } | Self::NoOther { .. } | Self::TooManyRetries => {
+                RefusalReason::EngineFull
+            }
             Self::Unusable { .. } => RefusalReason::Unusable,
             Self::CertificateEnded { .. } => RefusalReason::CertificateEnded,
             Self::NoMemory => RefusalReason::NoMemory,
@@ -204,7 +237,7 @@ impl Refusal {
             Self::NotAllowed { .. } => "not_allowed",
             Self::Loop(_) => "loop",
             Self::NoEngine { .. } => "no_engine",
-            Self::Full { .. } => "full",
+            Self::Full { .. } | Self::NoOther { .. } => "full",
             Self::Unusable { .. } => "unusable",
             Self::CertificateEnded { .. } => "certificate_ended",
             Self::NoMemory => "no_memory",
@@ -221,6 +254,7 @@ impl Refusal {
         match self {
             Self::NoEngine { what }
             | Self::Full { what, .. }
+            | Self::NoOther { what, .. }
             | Self::Unusable { what }
             | Self::NotAllowed { what, .. } => shown(what, SHOWN_CHARS_MAX),
             Self::Transport { target, .. }
@@ -244,7 +278,9 @@ impl Refusal {
     /// When the caller may come again; `None`: coming again does not help, or is the caller's own affair.
     pub(crate) fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Full { retry_after, .. } => Some(*retry_after),
+            Self::Full { retry_after, .. } | Self::NoOther { retry_after, .. } => {
+                Some(*retry_after)
+            }
             Self::NoMemory | Self::TooManyRetries | Self::Unusable { .. } => Some(RETRY_AFTER),
             Self::Http { status, .. } if is_busy(*status) => Some(RETRY_AFTER),
             _ => None,
@@ -255,6 +291,7 @@ impl Refusal {
     fn is_unseen(&self) -> bool {
         match self {
             Self::Transport { error, .. } => error.is_retry_safe(),
+            Self::NoOther { may_have_run, .. } => !may_have_run,
             Self::Http { .. } | Self::Unacknowledged { .. } | Self::Deadline => false,
             _ => true,
         }
@@ -413,6 +450,24 @@ mod tests {
         let late = Refusal::Deadline.response(&who);
         assert!(!late.headers().contains_key(hop::FLAGS));
         assert!(!late.headers().contains_key(PUSHBACK));
+    }
+
+    #[test]
+    fn whoever_failed_where_all_others_are_full_is_named_and_the_caller_may_come_again() {
+        let who = Who { node: "a".into(), region: "eu".into() };
+        for may_have_run in [false, true] {
+            let refusal = Refusal::NoOther {
+                what: "model llama".into(),
+                failed: "peer b (eu) did not acknowledge the call in time".into(),
+                may_have_run,
+                retry_after: Duration::from_millis(70),
+            };
+            let reply = refusal.response(&who);
+            assert_eq!(reply.headers()["grpc-status"], "8");
+            assert_eq!(reply.headers()["grpc-retry-pushback-ms"], "70");
+            assert_eq!(hop::has_flag(reply.headers(), hop::REFUSED), !may_have_run);
+            assert!(refusal.to_string().starts_with("peer b (eu) did not"), "{refusal}");
+        }
     }
 
     #[test]

@@ -15,12 +15,13 @@ use http::uri::Authority;
 use identity::{ClientRoots, IdentityFiles, NodeIdentity, Renewal, ServedCertificate, Urgency};
 use parking_lot::Mutex;
 use rand::{RngExt as _, rngs::StdRng};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use transport::Links;
 
 use crate::{
     joining::{self, EnrolError},
+    seeds::Found,
     signer::Signer,
     spire::{self, SpireError},
     trust::Trust,
@@ -41,8 +42,8 @@ const FILES: Duration = Duration::from_secs(2);
 pub(crate) enum Source {
     /// This node's own authority.
     Own(Arc<Signer>, Vec<std::net::IpAddr>),
-    /// The authorities at these addresses.
-    Authorities(Vec<Authority>),
+    /// The authorities at these addresses, and at what the seeds come to.
+    Authorities(Vec<Authority>, watch::Receiver<Found>),
     /// Somebody else puts it into files.
     Files,
     /// A SPIRE agent hands it out.
@@ -88,7 +89,7 @@ impl Renewer {
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         let remedy = match &self.source {
             Source::Own(..) => "see what this node's authority says in the log",
-            Source::Authorities(_) => "see that an authority in mesh.seeds can be reached",
+            Source::Authorities(..) => "see that an authority in mesh.seeds can be reached",
             Source::Files => "see what should put a newer one into the files of [identity]",
             Source::Spire(_) => "see that the SPIRE agent runs and knows this node",
         };
@@ -100,7 +101,7 @@ impl Renewer {
                     let socket = socket.clone();
                     self.watch_agent(socket.as_deref()).await;
                 }
-                Source::Own(..) | Source::Authorities(_) => self.renew_for_ever().await,
+                Source::Own(..) | Source::Authorities(..) => self.renew_for_ever().await,
             }
         };
         tokio::select! {
@@ -184,7 +185,9 @@ impl Renewer {
     async fn renew(&mut self) -> Result<NodeIdentity, EnrolError> {
         match &self.source {
             Source::Own(signer, ips) => Ok(signer.own_identity(&self.dir, ips)?),
-            Source::Authorities(seeds) => {
+            Source::Authorities(listed, found) => {
+                let found = found.borrow().hosts.clone();
+                let seeds: Vec<Authority> = listed.iter().cloned().chain(found).collect();
                 let mut worst = EnrolError::NobodyToAsk;
                 // Begun anywhere, so that one that is down is not everybody's first.
                 let first = self.rng.random_range(0..seeds.len().max(1));

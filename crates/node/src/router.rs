@@ -1,9 +1,9 @@
 //! Who takes the next attempt of a call, and whether there may be one.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use balance::{Place, RetryBudget, Server, Standing, choose};
-use base::{ASSUMED_SLOTS, Load, clock};
+use base::{Load, clock};
 use parking_lot::Mutex;
 use rand::rngs::StdRng;
 
@@ -17,10 +17,6 @@ use crate::{
 
 /// Attempts one call may have beyond the first.
 pub(crate) const RETRIES_MAX: u32 = 2;
-/// What a refused caller is told to wait, at least and at most, and when nothing is known.
-const RETRY_AFTER_MIN: Duration = Duration::from_millis(50);
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(10);
-const RETRY_AFTER_UNKNOWN: Duration = Duration::from_secs(1);
 
 /// Chooses engines and peers for one worker's calls. Cloneable.
 #[derive(Clone, Debug)]
@@ -41,6 +37,13 @@ pub(crate) enum Route {
 }
 
 impl Route {
+    /// A piece of the answer passes.
+    pub(crate) fn saw(&mut self, data: &[u8]) {
+        if let Self::Engine(slot, _) = self {
+            slot.saw(data);
+        }
+    }
+
     pub(crate) fn place(&self) -> Place {
         match self {
             Self::Engine(_, place) => *place,
@@ -101,7 +104,11 @@ impl Router {
                 }
                 None => {
                     let unknown = self.peers.board().unknown(&tried);
-                    if unknown.is_some() {
+                    // Where there are peers, that they do not let this node in says more than that they cannot be reached.
+                    let is_peer = |(server, _): &(Server, Load)| {
+                        matches!(server.place, Place::Peer { .. }) && !was_tried(server)
+                    };
+                    if unknown.is_some() || servers.iter().any(is_peer) {
                         self.check_certificate()?;
                     }
                     return unknown
@@ -132,13 +139,7 @@ impl Router {
     /// The load of everything this node can reach, as one.
     pub(crate) fn all_loads(&self) -> Load {
         let loads = self.engines.loads().chain(self.peers.board().loads());
-        let sum = loads.fold(Load { slots: Some(0), ..Load::default() }, |sum, load| Load {
-            in_flight: sum.in_flight.saturating_add(load.in_flight),
-            slots: sum.slots.map(|slots| slots.saturating_add(load.slots.unwrap_or(ASSUMED_SLOTS))),
-            drain_rate: sum.drain_rate + load.drain_rate,
-            ..sum
-        });
-        Load { slots: sum.slots.filter(|slots| *slots > 0), ..sum }
+        Load::total(loads)
     }
 
     /// Whether a call would be sent to anybody, and how many slots are known to be free.
@@ -179,30 +180,67 @@ impl Router {
     /// Why nobody takes a call.
     fn refusal(&self, ask: &Ask, servers: &[(Server, Load)]) -> Refusal {
         let what = ask.what();
+        let regions = self.peers.board().regions(ask);
         let Some(best) = servers.iter().map(|(server, _)| server.fit).min() else {
             return match &ask.wanted {
                 Wanted::Unreadable(why) => Refusal::Unreadable { why: why.clone() },
+                // A region has it, and nobody there who has room for it is known.
+                _ if !regions.is_empty() => Refusal::full(what, &regions),
                 // Somebody who cannot be asked may serve it.
-                _ if self.peers.board().has_unknown() => Refusal::Unusable { what },
+                _ if self.peers.board().may_serve(ask) => Refusal::Unusable { what },
                 Wanted::Nothing | Wanted::Model(_) => Refusal::NoEngine { what },
             };
         };
-        let full: Vec<&Load> = servers
-            .iter()
-            .filter(|(server, _)| server.fit == best && server.standing == Standing::Usable)
-            .map(|(_, load)| load)
-            .collect();
-        if full.is_empty() {
-            return Refusal::Unusable { what };
-        }
-        let drain_rate: f64 = full.iter().map(|load| load.drain_rate).sum();
-        // One slot is free again after as long as one call takes to end.
-        let retry_after = if drain_rate > 0.0 {
-            Duration::from_secs_f64((1.0 / drain_rate).min(RETRY_AFTER_MAX.as_secs_f64()))
-                .max(RETRY_AFTER_MIN)
-        } else {
-            RETRY_AFTER_UNKNOWN
+        let is_full = |server: &Server| server.fit == best && server.standing == Standing::Usable;
+        let full: Vec<Load> =
+            servers.iter().filter(|(server, _)| is_full(server)).map(|(_, load)| *load).collect();
+        if full.is_empty() { Refusal::Unusable { what } } else { Refusal::full(what, &full) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use membership::{Event, RegionOffer, RegionView};
+    use rand::SeedableRng as _;
+
+    use super::*;
+
+    fn router() -> Router {
+        let peers = Peers::none("spiffe://mesh.test/node/eu/a".parse().unwrap());
+        let budget = Arc::new(Mutex::new(RetryBudget::new(clock::now())));
+        Router::new(Engines::new(std::iter::empty()), peers, StdRng::seed_from_u64(1), budget)
+    }
+
+    fn ask() -> Ask {
+        let wanted = Wanted::Model("llama".parse().unwrap());
+        Ask { path: "/inference.GRPCInferenceService/ModelInfer".into(), wanted }
+    }
+
+    #[test]
+    fn what_nobody_serves_is_not_found_and_what_a_full_region_serves_is_busy() {
+        let router = router();
+        let refused = router.route(&ask(), &[]);
+        assert!(matches!(&refused, Err(Refusal::NoEngine { .. })), "{refused:?}");
+        let offer = RegionOffer {
+            model: Some("llama".parse().unwrap()),
+            protocol: "kserve-v2".into(),
+            free: 0,
+            slots: 64,
+            drain_rate: 8.0,
+            wait: (Duration::ZERO, Duration::ZERO),
+            kv_free: None,
+            candidates: vec![],
         };
-        Refusal::Full { what, retry_after }
+        let (region, sampled) = ("us".parse().unwrap(), clock::now());
+        let view = RegionView { region, sampled, offers: vec![offer] };
+        router.peers.board().apply(&Event::Region(view.into()));
+        let refused = router.route(&ask(), &[]);
+        assert!(
+            matches!(&refused, Err(Refusal::Full { retry_after, .. })
+                if *retry_after == Duration::from_millis(125)),
+            "{refused:?}"
+        );
     }
 }

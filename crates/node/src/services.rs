@@ -1,9 +1,12 @@
-//! The services a node answers itself rather than passing on: reflection, and for clients health.
+//! The services a node answers itself rather than passing on: reflection, load reports, and for clients health.
 
 use std::time::Duration;
 
 use http::{Request, Response};
-use proto::grpc::health::v1::health_server::HealthServer;
+use proto::{
+    grpc::health::v1::health_server::HealthServer,
+    xds::service::orca::v3::open_rca_service_server::OpenRcaServiceServer,
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     Status,
@@ -15,18 +18,20 @@ use tonic_prost::ProstCodec;
 use tower::ServiceExt as _;
 use transport::grpc;
 
-use crate::{health::Health, reflection::Reflection};
+use crate::{health::Health, rca::Reports, reflection::Reflection};
 
 /// What reflection is called, newest first.
 pub(crate) const REFLECTION: [&str; 2] =
     ["grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"];
 /// What health is called.
 pub(crate) const HEALTH: &str = "grpc.health.v1.Health";
+/// What load reports out of band are called.
+pub(crate) const REPORTS: &str = "xds.service.orca.v3.OpenRcaService";
 /// The method of health that says whether the node serves.
 const CHECK: &str = "Check";
 /// The method of reflection.
 pub(crate) const REFLECTION_METHOD: &str = "ServerReflectionInfo";
-/// Longest request that is read: a name.
+/// Longest request that is read: a name, or some.
 const REQUEST_BYTES_MAX: usize = 4 << 10;
 /// A request must have come within this, and within this after the node began to drain.
 const REQUEST_WITHIN: Duration = Duration::from_secs(10);
@@ -38,6 +43,7 @@ pub(crate) struct Services {
     pub(crate) reflection: Reflection,
     /// `None`: health checks are passed on.
     pub(crate) health: Option<Health>,
+    pub(crate) reports: Reports,
     pub(crate) drain: CancellationToken,
 }
 
@@ -49,6 +55,7 @@ pub(crate) enum Own {
     Check,
     /// Its others.
     Health,
+    Reports,
 }
 
 /// Which of the services a node may answer itself the method at `path` is of.
@@ -58,6 +65,8 @@ pub(crate) fn own(path: &str) -> Option<Own> {
         Some(Own::Reflection)
     } else if service == HEALTH {
         Some(if method == CHECK { Own::Check } else { Own::Health })
+    } else if service == REPORTS {
+        Some(Own::Reports)
     } else {
         None
     }
@@ -80,6 +89,13 @@ impl Services {
                 .apply_compression_config(gzip, EnabledCompressionEncodings::default())
                 .apply_max_message_size_config(Some(REQUEST_BYTES_MAX), None);
             Ok(self.in_time(grpc.streaming(reflection, request)).await)
+        } else if own == Some(Own::Reports) {
+            let server = OpenRcaServiceServer::new(self.reports.clone())
+                .accept_compressed(CompressionEncoding::Gzip)
+                .max_decoding_message_size(REQUEST_BYTES_MAX);
+            let answered =
+                async { server.oneshot(request).await.unwrap_or_else(|never| match never {}) };
+            Ok(self.in_time(answered).await)
         } else if let Some(health) = health {
             let server = HealthServer::new(health.clone())
                 .accept_compressed(CompressionEncoding::Gzip)

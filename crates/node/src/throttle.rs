@@ -97,6 +97,11 @@ impl Places {
         Self { taken: Mutex::default(), of_all, of_one }
     }
 
+    /// How many are taken.
+    pub(crate) fn taken(&self) -> usize {
+        self.taken.lock().all
+    }
+
     /// A place for somebody at `remote`; `None`: there is none left.
     pub(crate) fn take(&self, remote: IpAddr) -> Option<Place<'_>> {
         let network = network(remote);
@@ -206,6 +211,7 @@ mod tests {
         let others = [places.take(address(2)), places.take(address(3)), places.take(address(4))];
         assert_eq!(others.iter().flatten().count(), 2, "four in all");
         drop((mine, others));
+        assert_eq!(places.taken(), 0);
         assert!(places.taken.lock().by.is_empty() && places.take(address(1)).is_some());
     }
 

@@ -156,7 +156,7 @@ mod tests {
             ("grpc.reflection.v1.ServerReflection", 1),
             ("grpc.reflection.v1alpha.ServerReflection", 1),
             ("inference.GRPCInferenceService", 20),
-            ("isobar.admin.v1.Admin", 1),
+            ("isobar.admin.v1.Admin", 2),
             ("isobar.test.v1.Kinds", 5),
             ("xds.service.orca.v3.OpenRcaService", 1),
         ];

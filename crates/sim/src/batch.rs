@@ -362,6 +362,14 @@ impl Request {
     }
 }
 
+impl Figures {
+    /// The share of the memory for keys and values in use: here, of the slots.
+    #[must_use]
+    pub(crate) fn cache_usage(&self) -> f64 {
+        f64::from(self.running) / f64::from(self.slots.max(1))
+    }
+}
+
 impl Output {
     /// Which request it is about.
     #[must_use]

@@ -42,7 +42,7 @@ use crate::{
     gpu::Gpu,
     health::{self, Checks},
     kserve::{self, Kserve},
-    openai,
+    openai, report,
 };
 
 /// Most tokens one request may ask for.
@@ -316,7 +316,8 @@ fn grpc_router(gpu: &Arc<Gpu>) -> Result<Router, EngineError> {
         .add_service(HealthServer::new(Checks(gpu.clone())))
         .add_service(reflection().build_v1().map_err(broken)?)
         .add_service(reflection().build_v1alpha().map_err(broken)?);
-    Ok(routes.into_axum_router())
+    let reporting = middleware::from_fn_with_state(gpu.clone(), report::add);
+    Ok(routes.into_axum_router().layer(reporting))
 }
 
 /// How a port says that the server stops.

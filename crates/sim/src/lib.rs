@@ -5,6 +5,7 @@
 //! - `fault`: what can be wrong with it.
 //! - `prefix`: which beginnings of prompts have been seen before.
 //! - [`words`]: what a simulated model writes.
+//! - `report`: what it says of itself in the trailers of its replies.
 //! - [`engine`]: a server on real sockets: KServe v2 over gRPC, OpenAI's API over HTTP, and a port that injects faults.
 //! - [`mesh`]: the machines of membership and load, on one heap of events.
 //!
@@ -21,5 +22,6 @@ pub mod mesh;
 mod metrics;
 mod openai;
 mod prefix;
+mod report;
 mod tensors;
 pub mod words;

@@ -158,7 +158,7 @@ impl Metrics {
     pub(crate) fn render(&self, figures: Figures) -> Result<String, fmt::Error> {
         self.running.set(figures.running.into());
         self.waiting.set(figures.waiting.into());
-        self.cache_usage.set(f64::from(figures.running) / f64::from(figures.slots.max(1)));
+        self.cache_usage.set(figures.cache_usage());
         let mut out = String::new();
         text::encode(&mut out, &self.registry)?;
         Ok(out)

@@ -30,6 +30,10 @@ impl Channel {
         Self { pool, entry }
     }
 
+    pub(crate) fn entry(&self) -> &Arc<Entry> {
+        &self.entry
+    }
+
     /// Whom it calls.
     #[must_use]
     pub fn target(&self) -> &Target {

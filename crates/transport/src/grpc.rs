@@ -95,6 +95,9 @@ pub async fn until<T>(
 
 /// What wants to know how a call ended.
 pub trait OnEnd: Send + Unpin {
+    /// A piece of the body passes. Called for gRPC alone, and for every piece: it has to be cheap.
+    fn data(&mut self, _data: &Bytes) {}
+
     /// The trailers of the reply are about to be sent: what this node has to add or take away. Not called for a reply
     /// that is nothing but a head.
     fn trailers(&mut self, _trailers: &mut HeaderMap) {}
@@ -331,7 +334,11 @@ impl<H: OnEnd> http_body::Body for Ending<H> {
                     let code = code.unwrap_or(this.at_end);
                     let trailers = Some(&*trailers);
                     reply.end(State::Done, End { code, trailers, broke_off: false });
-                } else if !this.grpc && reply.body.is_end_stream() {
+                } else if this.grpc {
+                    if let (Some(data), Some(on_end)) = (frame.data_ref(), &mut reply.on_end) {
+                        on_end.data(data);
+                    }
+                } else if reply.body.is_end_stream() {
                     // Its length is known, and nobody asks for what comes after it.
                     reply.end(State::Done, End::with(this.at_end));
                 }
@@ -444,6 +451,27 @@ mod tests {
         let (bytes, got) = got.unwrap();
         assert_eq!((&bytes[..], code), (&b"hello"[..], Some(Code::Ok)));
         assert_eq!(got, trailers(&[("grpc-status", "0"), ("x", "y"), ("x-added", "1")]));
+    }
+
+    #[tokio::test]
+    async fn pieces_of_a_grpc_body_are_shown_as_they_pass_and_others_are_not() {
+        struct Bytes(Arc<Mutex<Vec<u8>>>);
+        impl OnEnd for Bytes {
+            fn data(&mut self, data: &bytes::Bytes) {
+                self.0.lock().extend_from_slice(data);
+            }
+
+            fn ended(&mut self, _: End<'_>) {}
+        }
+        for (content_type, want) in [("application/grpc", &b"hello"[..]), ("text/plain", b"")] {
+            let seen = Arc::default();
+            let end = trailers(&[("grpc-status", "0")]);
+            let body = data("hello").with_trailers(async { Some(Ok(end)) });
+            let body = reply(content_type, Body::new(body));
+            let reply = ending(body, None, "engine", Bytes(Arc::clone(&seen)), &Overdue::default());
+            assert_eq!(&reply.into_body().collect().await.unwrap().to_bytes()[..], b"hello");
+            assert_eq!(*seen.lock(), want, "{content_type}");
+        }
     }
 
     #[tokio::test]

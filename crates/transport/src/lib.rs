@@ -32,7 +32,7 @@ pub use dial::{Dialer, PeerTls, Target, Via};
 pub use error::{CancelSource, TransportError};
 pub use lease::{Lease, Lessor};
 pub use limits::Limits;
-pub use link::{Answer, Incoming, LINK_ALPN, Link, Links, NoLink};
+pub use link::{Answer, Incoming, LINK_ALPN, Link, LinkTransport, Links, NoLink};
 pub use pool::Pool;
 pub use probe::{Offload, Prober, Sight, Unreached, offload, towards};
 pub use progress::{Acknowledge, Progress, Watching};

@@ -94,6 +94,16 @@ impl Entry {
     }
 }
 
+impl Drop for Entry {
+    /// Nobody calls the target any more.
+    fn drop(&mut self) {
+        let leaving = std::mem::take(self.leaving.get_mut());
+        for connection in self.connections.get_mut().drain(..).chain(leaving) {
+            connection.close();
+        }
+    }
+}
+
 impl Pool {
     /// An empty pool.
     #[must_use]
@@ -119,6 +129,16 @@ impl Pool {
             })
         });
         Channel::new(self.clone(), entry.clone())
+    }
+
+    /// The target of `channel` is called no more through this pool, or under its name another one is. Its connections are closed
+    /// once every channel to it is gone.
+    pub fn forget(&self, channel: &Channel) {
+        let mut entries = self.0.entries.lock();
+        let entry = channel.entry();
+        if entries.get(entry.target.name()).is_some_and(|known| Arc::ptr_eq(known, entry)) {
+            entries.remove(entry.target.name());
+        }
     }
 
     /// Opens a connection to the target, unless there is one.

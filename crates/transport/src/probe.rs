@@ -104,6 +104,20 @@ impl Prober {
         self.quic(address, tls, link::LINK_ALPN, within).await
     }
 
+    /// A handshake as a link begins with where UDP is blocked, and good-bye. `protocol` is what the link would speak.
+    ///
+    /// # Errors
+    /// [`Unreached`].
+    pub async fn link_over_tcp(
+        &self,
+        address: SocketAddr,
+        tls: rustls::ClientConfig,
+        protocol: &[u8],
+        within: Duration,
+    ) -> Result<Sight, Unreached> {
+        self.tcp_offering(address, tls, &[b"h2", protocol], within).await
+    }
+
     /// A handshake over TCP, and good-bye.
     ///
     /// # Errors
@@ -111,11 +125,21 @@ impl Prober {
     pub async fn tcp(
         &self,
         address: SocketAddr,
-        mut tls: rustls::ClientConfig,
+        tls: rustls::ClientConfig,
         alpn: &[u8],
         within: Duration,
     ) -> Result<Sight, Unreached> {
-        tls.alpn_protocols = vec![alpn.to_vec()];
+        self.tcp_offering(address, tls, &[alpn], within).await
+    }
+
+    async fn tcp_offering(
+        &self,
+        address: SocketAddr,
+        mut tls: rustls::ClientConfig,
+        offered: &[&[u8]],
+        within: Duration,
+    ) -> Result<Sight, Unreached> {
+        tls.alpn_protocols = offered.iter().map(|protocol| protocol.to_vec()).collect();
         let handshake = async {
             let began = clock::now();
             let stream = TcpStream::connect(address).await.map_err(unreached)?;

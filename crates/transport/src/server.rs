@@ -39,7 +39,7 @@ const INBOX: usize = 1024;
 /// Connections the kernel holds until we accept them.
 const BACKLOG: i32 = 1024;
 /// How often a pair of a free TCP and UDP port is looked for when any port will do.
-const PORT_ATTEMPTS: usize = 32;
+pub(crate) const PORT_ATTEMPTS: usize = 32;
 
 /// How a call came in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,7 +178,7 @@ impl Listener {
     }
 }
 
-fn bind_tcp(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+pub(crate) fn bind_tcp(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
     socket.set_reuse_address(true)?;
@@ -397,7 +397,7 @@ impl QuicConnection {
 }
 
 /// Whether a handshake failed because this end did not accept what the other showed.
-fn is_refusal(error: &io::Error) -> bool {
+pub(crate) fn is_refusal(error: &io::Error) -> bool {
     let tls = error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>());
     tls.is_some_and(|error| !matches!(error, rustls::Error::AlertReceived(_)))
 }

@@ -51,7 +51,7 @@ pub(super) fn doors(listen: &ListenConfig) -> Vec<Door> {
     let all = [
         ("clients", Some(listen.clients), true, true),
         ("peers", Some(listen.peers), true, true),
-        ("gossip", Some(listen.gossip), false, true),
+        ("gossip", Some(listen.gossip), true, true),
         ("plaintext", listen.plaintext, true, false),
         ("metrics", Some(listen.metrics), true, false),
         ("admin", Some(listen.admin), true, false),

@@ -6,7 +6,7 @@ use futures_util::{StreamExt as _, stream};
 use identity::{PeerFault, Role, SpiffeId};
 use node::config::PeerConfig;
 use rustls::ClientConfig;
-use transport::{Prober, Sight, Unreached};
+use transport::{LINK_ALPN, Prober, Sight, Unreached};
 
 use super::{
     dns,
@@ -242,28 +242,42 @@ async fn gossip(
         return findings;
     }
     let within = share(facts.timeout, &addresses);
-    let seen = first(&addresses, |address| prober.link(address, tls.clone(), within)).await;
-    findings.push(heard(&subject, &port.to_string(), &seen));
+    let over_tcp = |address| prober.link_over_tcp(address, tls.clone(), LINK_ALPN, within);
+    let (quic, tcp) = tokio::join!(
+        first(&addresses, |address| prober.link(address, tls.clone(), within)),
+        first(&addresses, over_tcp),
+    );
+    findings.push(heard(&subject, &port.to_string(), &quic, &tcp));
     findings
 }
 
-fn heard(subject: &str, port: &str, seen: &Seen) -> Finding {
-    match seen {
-        Ok(sight) => {
-            let ms = sight.rtt.as_secs_f64() * 1e3;
-            Finding::ok(
-                Check::PeerGossip,
-                subject,
-                format!("gossip at {port} answers in {ms:.1} ms"),
-            )
+fn heard(subject: &str, port: &str, quic: &Seen, tcp: &Seen) -> Finding {
+    let number = port.rsplit(':').next().unwrap_or(port);
+    let ms = |sight: &Sight| sight.rtt.as_secs_f64() * 1e3;
+    match (quic, tcp) {
+        (Ok(quic), tcp) => {
+            let ms = ms(quic);
+            let what = match tcp {
+                Ok(_) => format!("gossip at {port} answers in {ms:.1} ms, and over TCP too"),
+                Err(error) => format!(
+                    "gossip at {port} answers in {ms:.1} ms; over TCP: {error}, so should UDP fail there is no other way"
+                ),
+            };
+            Finding::ok(Check::PeerGossip, subject, what)
         }
-        Err(error) => {
-            let number = port.rsplit(':').next().unwrap_or(port);
+        (Err(error), Ok(tcp)) => {
+            let ms = ms(tcp);
+            let what =
+                format!("gossip over UDP at {port}: {error}; over TCP it answers in {ms:.1} ms");
+            let remedy = format!("let UDP port {number} through, there, here and in between");
+            Finding::warning(Check::PeerGossip, subject, what, remedy)
+        }
+        (Err(error), Err(over_tcp)) => {
             let what = format!(
-                "gossip over UDP at {port}: {error}; this node will not know how pressed the peer is"
+                "gossip over UDP at {port}: {error}; over TCP: {over_tcp}; this node will not know how pressed the peer is"
             );
             let remedy = format!(
-                "let UDP port {number} through, and compare it with the peer's `listen.gossip`"
+                "let port {number} through for UDP and TCP, and compare it with the peer's `listen.gossip`"
             );
             Finding::warning(Check::PeerGossip, subject, what, remedy)
         }
@@ -277,6 +291,18 @@ mod tests {
     fn sight() -> Seen {
         let rtt = Duration::from_millis(3);
         Ok(Sight { certificates: Vec::new(), rtt, payload_bytes: Some(1452), refusal: None })
+    }
+
+    #[test]
+    fn gossip_over_tcp_alone_is_a_warning_that_names_udp() {
+        let silent = || Err(Unreached::Silent(Duration::from_secs(5)));
+        let heard = |quic: Seen, tcp: Seen| heard("peer b", "b:8445", &quic, &tcp);
+        assert_eq!(heard(sight(), sight()).level, Level::Ok);
+        assert!(heard(sight(), silent()).what.contains("no other way"));
+        let slow = heard(silent(), sight());
+        assert_eq!(slow.level, Level::Warning);
+        assert!(slow.remedy.contains("UDP port 8445"), "{}", slow.remedy);
+        assert!(heard(silent(), silent()).what.contains("will not know"));
     }
 
     #[test]

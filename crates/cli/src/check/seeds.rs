@@ -3,9 +3,9 @@
 use std::net::SocketAddr;
 
 use identity::{ENROL_ALPN, Role, SpiffeId};
-use node::config::HostPort;
+use node::config::{HostPort, SeedAddress};
 use rustls::ClientConfig;
-use transport::{Prober, Sight, Unreached};
+use transport::{LINK_ALPN, Prober, Sight, Unreached};
 
 use super::{
     dns,
@@ -24,16 +24,43 @@ struct Looked {
 pub(super) async fn check(facts: &Facts, prober: &Prober) -> Vec<Finding> {
     // Without TLS there is nothing to look with; the checks of certificates say why.
     let Ok(tls) = facts.tls() else { return Vec::new() };
-    let seeds = &facts.config.mesh.seeds;
+    let named = facts.config.mesh.seeds.iter().map(|seed| places(seed, facts));
+    let (seeds, unnamed): (Vec<_>, Vec<_>) =
+        futures_util::future::join_all(named).await.into_iter().unzip();
+    let seeds: Vec<HostPort> = seeds.into_iter().flatten().collect();
     let looks = seeds.iter().map(|seed| look(facts, prober, seed, &tls));
     let looked = futures_util::future::join_all(looks).await;
     let is_renewed = looked.iter().any(|one| one.renews);
-    let mut findings: Vec<_> = looked.into_iter().flat_map(|one| one.findings).collect();
+    let mut findings: Vec<_> = unnamed.into_iter().flatten().collect();
+    findings.extend(looked.into_iter().flat_map(|one| one.findings));
     // A node that never joined needs a token first.
     if facts.source == Source::Mesh && facts.own.is_some() && !is_renewed {
         findings.push(nobody(seeds.len()));
     }
     findings
+}
+
+/// The hosts and ports of a seed, or why there are none.
+async fn places(seed: &SeedAddress, facts: &Facts) -> (Vec<HostPort>, Option<Finding>) {
+    let name = match seed {
+        SeedAddress::At(place) => return (vec![place.clone()], None),
+        SeedAddress::Srv(name) => name,
+    };
+    let looked = tokio::time::timeout(facts.timeout, node::look_up_srv(name)).await;
+    let looked = looked.unwrap_or_else(|_| Err("no answer in time".to_owned()));
+    let places =
+        looked.map(|found| found.iter().filter_map(|one| one.as_str().parse().ok()).collect());
+    places.map_or_else(
+        |why: String| {
+            let what = format!("its SRV record cannot be looked up: {why}");
+            let remedy = "correct the name in mesh.seeds, or make the record";
+            (
+                Vec::new(),
+                Some(Finding::error(Check::DnsUnresolved, format!("seed {seed}"), what, remedy)),
+            )
+        },
+        |places| (places, None),
+    )
 }
 
 fn nobody(seeds: usize) -> Finding {
@@ -56,8 +83,17 @@ async fn look(facts: &Facts, prober: &Prober, seed: &HostPort, tls: &ClientConfi
     let within = peers::share(facts.timeout, &addresses);
     let gossip = |address: SocketAddr| prober.link(address, tls.clone(), within);
     let enrol = |address: SocketAddr| prober.quic(address, tls.clone(), ENROL_ALPN, within);
-    let (gossip, enrol) =
-        tokio::join!(peers::first(&addresses, gossip), peers::first(&addresses, enrol));
+    let over_tcp =
+        |protocol| move |address| prober.link_over_tcp(address, tls.clone(), protocol, within);
+    let (gossip, enrol, gossip_tcp, enrol_tcp) = tokio::join!(
+        peers::first(&addresses, gossip),
+        peers::first(&addresses, enrol),
+        peers::first(&addresses, over_tcp(LINK_ALPN)),
+        peers::first(&addresses, over_tcp(ENROL_ALPN)),
+    );
+    // Over TCP a node that is no authority shows its own certificate.
+    let enrol_tcp = enrol_tcp.ok().filter(|sight| judge(facts, sight).is_ok());
+    let (gossip, enrol) = (gossip.or(gossip_tcp), enrol.or_else(|e| enrol_tcp.ok_or(e)));
     let told = match &enrol {
         Ok(sight) => authority(facts, &subject, sight),
         Err(_) => Looked { findings: vec![answers(&subject, seed, &gossip)], renews: false },
@@ -110,7 +146,7 @@ fn answers(subject: &str, seed: &HostPort, gossip: &Seen) -> Finding {
             Finding::ok(Check::SeedGossip, subject, what)
         }
         Err(error) => {
-            let what = format!("nobody is reached over UDP: {error}");
+            let what = format!("nobody is reached over UDP or TCP: {error}");
             Finding::warning(Check::SeedGossip, subject, what, to_reach(seed, error))
         }
     }
@@ -125,7 +161,7 @@ fn to_reach(seed: &HostPort, error: &Unreached) -> String {
             let text = seed.to_string();
             let number = text.rsplit(':').next().unwrap_or(&text);
             format!(
-                "let UDP port {number} through, and compare it with the `listen.gossip` of that node"
+                "let port {number} through for UDP and TCP, and compare it with the `listen.gossip` of that node"
             )
         }
     }
@@ -145,7 +181,7 @@ mod tests {
         let silent = Err(Unreached::Silent(Duration::from_secs(5)));
         let found = answers("seed", &seed, &silent);
         assert_eq!(found.level, Level::Warning);
-        assert!(found.remedy.contains("UDP port 8445"), "{}", found.remedy);
+        assert!(found.remedy.contains("port 8445"), "{}", found.remedy);
         let down = answers("seed", &seed, &Err(Unreached::Refused));
         assert!(down.remedy.contains("start that node"), "{}", down.remedy);
         let rtt = Duration::from_millis(3);

@@ -16,7 +16,9 @@ use crate::{
     decode_card, encode, encode_card, strikes::Offence, wire::CARD_BYTES_MAX,
 };
 
-/// This node makes at most one card in this.
+/// This node makes at most one card in this: what has just started learns what it serves in several steps.
+const RENEWAL_GAP_FEW: Duration = Duration::from_millis(100);
+/// After a few cards, one in this.
 const RENEWAL_GAP: Duration = Duration::from_secs(1);
 /// If it has to make many, it waits longer from one to the next.
 const RENEWAL_GAP_MAX: Duration = Duration::from_secs(10);
@@ -57,8 +59,12 @@ impl Renewal {
 
     /// When the next card may be made.
     fn earliest(&self, now: Instant) -> Instant {
-        let factor = 1 << self.burst.saturating_sub(RENEWALS_FEW).min(4);
-        let gap = (RENEWAL_GAP * factor).min(RENEWAL_GAP_MAX);
+        let gap = if self.burst < RENEWALS_FEW {
+            RENEWAL_GAP_FEW
+        } else {
+            let factor = 1 << (self.burst - RENEWALS_FEW).min(4);
+            (RENEWAL_GAP * factor).min(RENEWAL_GAP_MAX)
+        };
         self.last.map_or(now, |last| now.max(last + gap))
     }
 
@@ -131,7 +137,11 @@ impl<J: Judge> Mesh<J> {
         };
         self.renewal.made(now);
         match make(&self.own, &mut self.judge, self.renewal.descriptor, bump) {
-            Ok(card) => self.stand_on(now, card),
+            Ok(card) => {
+                // Figures are of what others can ask for by the card, not before.
+                self.reporter.describes(self.descriptor.version);
+                self.stand_on(now, card);
+            }
             Err(why) => {
                 self.note(format!("this node's card cannot be signed: {why}"));
                 self.want_card(now);

@@ -212,6 +212,8 @@ pub enum Event {
         /// Whether.
         is: bool,
     },
+    /// The link with a node was closed because nobody needs it: nothing is wrong with it.
+    Parted(NodeId),
     /// A node is not alive, by common judgement.
     Down {
         /// Who.

@@ -10,6 +10,8 @@ use crate::{
     strikes::Offence,
 };
 
+/// Why a link ends that is not needed: the other end has nothing to fear for.
+const NOT_NEEDED: &str = "nobody needs this link now";
 /// A node that is new asks everybody it links for others.
 const YOUNG: Duration = Duration::from_secs(30);
 /// A node whose link was lost is dialled for so long although nobody needs it: it may be dead.
@@ -44,7 +46,9 @@ impl<J: Judge> Mesh<J> {
         self.links.up.insert(id, link);
         self.doubts.clear(id);
         self.found_seed(peer);
-        let waiting = self.links.done(id).map(|dial| dial.queue).unwrap_or_default();
+        // A node of version 1 that dialled is dialled all the same: over its own link it says nothing.
+        let dial = if is_legacy && !dialled { None } else { self.links.done(id) };
+        let waiting = dial.map(|dial| dial.queue).unwrap_or_default();
         if is_legacy {
             self.greet_legacy(now, peer, hello.epoch, dialled);
         } else {
@@ -136,9 +140,11 @@ impl<J: Judge> Mesh<J> {
         }
     }
 
-    pub(super) fn link_down(&mut self, now: Instant, id: NodeId) {
+    pub(super) fn link_down(&mut self, now: Instant, id: NodeId, why: &str) {
         self.doomed.remove(&id);
-        let Some(link) = self.drop_link(id) else { return };
+        let is_idle = why.contains(NOT_NEEDED);
+        let link = if is_idle { self.part(id) } else { self.drop_link(id) };
+        let Some(link) = link else { return };
         if self.is_leaving {
             return;
         }
@@ -151,13 +157,27 @@ impl<J: Judge> Mesh<J> {
         }
     }
 
-    /// Takes a link away here.
+    /// Takes a link away here: the node cannot be reached.
     pub(super) fn drop_link(&mut self, id: NodeId) -> Option<Link> {
-        let link = self.links.up.remove(&id)?;
-        self.subscribers.remove(&id);
+        let link = self.take_link(id)?;
         if link.reachable {
             self.event(Event::Reachable { id, is: false });
         }
+        Some(link)
+    }
+
+    /// Takes a link away here that nobody needs.
+    fn part(&mut self, id: NodeId) -> Option<Link> {
+        let link = self.take_link(id)?;
+        if link.reachable {
+            self.event(Event::Parted(id));
+        }
+        Some(link)
+    }
+
+    fn take_link(&mut self, id: NodeId) -> Option<Link> {
+        let link = self.links.up.remove(&id)?;
+        self.subscribers.remove(&id);
         self.relaying.links_changed();
         Some(link)
     }
@@ -201,7 +221,7 @@ impl<J: Judge> Mesh<J> {
     /// `id` is to be linked, unless it is.
     pub(super) fn plan_dial(&mut self, now: Instant, id: NodeId, lost: Option<Instant>) {
         let is_known = self.cards.get(id).is_some() || self.seeds.is_listed(id);
-        if self.links.is_up(id) || !is_known || self.strikes.is_quarantined(now, id) {
+        if self.links.is_heard(id) || !is_known || self.strikes.is_quarantined(now, id) {
             return;
         }
         if self.links.plan(now, id, lost) {
@@ -249,7 +269,7 @@ impl<J: Judge> Mesh<J> {
     fn failed(&mut self, now: Instant, id: NodeId) {
         let Some(dial) = self.links.dials.get(&id) else { return };
         let lost = dial.lost;
-        if self.links.is_up(id) || self.is_leaving {
+        if self.links.is_heard(id) || self.is_leaving {
             drop(self.links.done(id));
             return;
         }
@@ -314,8 +334,8 @@ impl<J: Judge> Mesh<J> {
         };
         let idle = free.iter().take_while(|(used, _)| now >= *used + IDLE).count();
         for (_, id) in free.into_iter().take(idle.max(excess)) {
-            self.drop_link(id);
-            self.close(id, "nobody needs this link now".to_owned());
+            self.part(id);
+            self.close(id, NOT_NEEDED.to_owned());
         }
     }
 }

@@ -63,7 +63,6 @@ impl<J: Judge> Mesh<J> {
     pub(super) fn describe(&mut self, now: Instant, descriptor: Descriptor) {
         let judge = &self.judge;
         let (hash, descriptor) = self.bodies.own(descriptor, |bytes| judge.sha256(bytes));
-        self.reporter.describes(descriptor.version);
         self.descriptor = descriptor;
         self.own_figures = None;
         self.renewal.descriptor = hash;
@@ -299,7 +298,8 @@ impl<J: Judge> Mesh<J> {
         if !dialled {
             self.say_descriptor(now, peer.id);
             if let Some(bytes) = self.reporter.first(now) {
-                self.send(now, peer.id, bytes, Way::Datagram);
+                // Behind the descriptor, without which it says nothing.
+                self.send(now, peer.id, bytes, Way::Stream);
             }
         }
     }

@@ -7,6 +7,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt, fs, io,
     net::SocketAddr,
+    num::NonZeroU32,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -403,6 +404,17 @@ impl Loader {
                 );
             }
         }
+        let mut ids = BTreeSet::new();
+        for (index, engine) in config.engines.iter().enumerate() {
+            if let Some(id) = &engine.id
+                && !ids.insert(id)
+            {
+                let problem = format!(
+                    "two engines of this node have the id {id}: it is what *other* nodes that front the same engine call it"
+                );
+                self.conflict(&format!("engine[{index}].id"), problem);
+            }
+        }
         for (index, engine) in config.engines.iter().enumerate() {
             if engine.protocol == Protocol::Grpc && !engine.models.is_empty() {
                 let problem = "an engine of protocol grpc is never looked into, so its calls name no model: \
@@ -445,7 +457,7 @@ impl Loader {
         let all = [
             ("listen.clients", Some(listen.clients), true, true),
             ("listen.peers", Some(listen.peers), true, true),
-            ("listen.gossip", Some(listen.gossip), false, true),
+            ("listen.gossip", Some(listen.gossip), true, true),
             ("listen.plaintext", listen.plaintext, true, false),
             ("listen.metrics", Some(listen.metrics), true, false),
             ("listen.admin", Some(listen.admin), true, false),
@@ -531,8 +543,8 @@ fn descriptor_bytes(config: &Config) -> usize {
         protocol: engine.protocol.to_string(),
         models: engine.models.clone(),
         services: Vec::new(),
-        id: None,
-        slots: None,
+        id: engine.id.clone(),
+        slots: engine.slots.map(NonZeroU32::get),
     });
     let descriptor = Descriptor { version: u32::MAX, engines: engines.collect() };
     membership::encode(&Frame::Descriptor(descriptor)).len()

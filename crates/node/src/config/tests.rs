@@ -45,10 +45,11 @@ fn error(text: &str) -> String {
 }
 
 /// Key, a file in which its value is wrong, the line of the fault, and what the error must say beside file and key.
-const WRONG: [(&str, &str, usize, &str); 37] = [
+const WRONG: [(&str, &str, usize, &str); 38] = [
     ("node.name", "[node]\nname = \"Not A Name\"", 2, "1 to 63 characters"),
     ("node.region", "[node]\nname = \"a\"\nregion = 5", 3, "1 to 63 characters"),
     ("node.zone", "[node]\nzone = \"-\"", 2, "1 to 63 characters"),
+    ("node.address", "[node]\naddress = \"a:8444\"", 2, "such as \"gpu-1.example\""),
     ("node.position.lat", "[node]\nposition = { lat = 91, lon = 0 }", 2, "-90 to 90"),
     ("node.position.lon", "[node.position]\nlat = 1\nlon = \"east\"", 3, "-180 to 180"),
     ("node.state_dir", "[node]\nstate_dir = 7", 2, "Directory"),
@@ -116,9 +117,10 @@ const WRONG: [(&str, &str, usize, &str); 37] = [
 ];
 
 /// The same for keys that need another engine before theirs.
-const WRONG_IN_ENGINE: [(&str, &str, &str); 7] = [
+const WRONG_IN_ENGINE: [(&str, &str, &str); 8] = [
     ("engine[0].models", "models = \"llama\"", "a list of names"),
     ("engine[0].slots", "slots = 0", "a whole number from 1"),
+    ("engine[0].id", "id = \"GPU 0\"", "they share its slots"),
     ("engine[0].health.kind", "health = { kind = \"ping\" }", "http:/path"),
     ("engine[0].health.interval", "health = { interval = \"0s\" }", "a duration such as"),
     ("engine[0].health.timeout", "health.timeout = 2", "a duration such as"),
@@ -306,6 +308,15 @@ fn parts_of_a_configuration_merge() {
 }
 
 #[test]
+fn two_engines_of_one_node_are_not_the_same_engine() {
+    let both = format!(
+        "{ENGINE}id = \"gpu\"\n[[engine]]\nname = \"f\"\nurl = \"http://f:1\"\nid = \"gpu\""
+    );
+    let error = error(&both);
+    assert!(error.contains("engine[1].id: two engines of this node have the id gpu"), "{error}");
+}
+
+#[test]
 fn a_fault_in_a_part_names_that_file() {
     let dir = Dir::new(&format!("[node]\nname = \"a\"\n{ENGINE}"));
     dir.part("x.toml", "\n\n[[engine]]\nname = \"f\"\nurl = \"http://f:1\"\nslots = -1");
@@ -405,7 +416,7 @@ fn addresses_of_two_families_do_not_contradict() {
     assert!(listen("0.0.0.0:8443", "[::1]:8443").is_ok());
     assert!(listen("[::]:8443", "127.0.0.1:8443").is_err());
     let gossip = |address| load(&format!("[node]\nname = \"a\"\n[listen]\ngossip = \"{address}\""));
-    assert!(gossip("127.0.0.1:9464").is_ok(), "metrics is TCP, gossip UDP");
+    assert!(gossip("127.0.0.1:9464").is_err(), "metrics is TCP, gossip both");
     assert!(gossip("127.0.0.1:8443").is_err());
 }
 

@@ -73,6 +73,65 @@ pub(super) fn is_host(host: &str) -> bool {
     host.len() <= 253 && host.split('.').all(is_label)
 }
 
+/// A host alone, by name or address.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Host(String);
+
+impl Host {
+    /// As a URL spells it, with a port.
+    #[must_use]
+    pub fn with_port(&self, port: u16) -> String {
+        format!("{}:{port}", self.0)
+    }
+}
+
+impl FromStr for Host {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        let host = match text.parse::<Ipv6Addr>() {
+            Ok(address) => format!("[{address}]"),
+            Err(_) => text.to_owned(),
+        };
+        if is_host(&host) {
+            Ok(Self(host))
+        } else {
+            Err(ValueError::new("it is no DNS name, IPv4 address or IPv6 address, without a port"))
+        }
+    }
+}
+
+/// Where nodes to begin with are found: at a host and port, or at those an SRV record names.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub enum SeedAddress {
+    /// There.
+    At(HostPort),
+    /// Where the SRV record of this name says (RFC 2782).
+    Srv(String),
+}
+
+impl SeedAddress {
+    /// What an SRV record is marked with.
+    const SRV: &str = "srv:";
+}
+
+impl FromStr for SeedAddress {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        let Some(name) = text.strip_prefix(Self::SRV) else { return text.parse().map(Self::At) };
+        let is_service = name.starts_with('_')
+            && name.split('.').nth(1).is_some_and(|part| part.starts_with('_'));
+        if is_service && is_host(name) {
+            Ok(Self::Srv(name.to_owned()))
+        } else {
+            Err(ValueError::new(
+                "it names no SRV record: write \"srv:_isobar-gossip._udp.\" and a domain",
+            ))
+        }
+    }
+}
+
 /// Where an engine is reached: `http://host:port`.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct EngineUrl(HostPort);
@@ -355,9 +414,26 @@ impl JsonSchema for Share {
 text_value! {
     HealthKind "^(auto|kserve|grpc|tcp|http:/.*)$"
     MethodPattern "^[A-Za-z0-9_.]+(/[A-Za-z0-9_]+)?$"
+    Host "^[^@/]+$"
     HostPort "^[^@/]+:[0-9]{1,5}$"
+    SeedAddress "^(srv:_[^@/:]+|[^@/]+:[0-9]{1,5})$"
     EngineUrl "^http://[^@/]+:[0-9]{1,5}/?$"
     Timeout "^[0-9]"
+}
+
+impl Host {
+    fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl SeedAddress {
+    fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::At(address) => address.show(f),
+            Self::Srv(name) => write!(f, "{}{name}", Self::SRV),
+        }
+    }
 }
 
 impl HostPort {
@@ -454,6 +530,39 @@ mod tests {
             "[::1:1",
         ] {
             assert!(bad.parse::<HostPort>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn hosts_alone_are_names_or_addresses_without_a_port() {
+        for (text, with_port) in [
+            ("gpu-1.example", "gpu-1.example:8445"),
+            ("192.0.2.7", "192.0.2.7:8445"),
+            ("2001:db8::1", "[2001:db8::1]:8445"),
+            ("[2001:db8::1]", "[2001:db8::1]:8445"),
+        ] {
+            assert_eq!(text.parse::<Host>().unwrap().with_port(8445), with_port);
+        }
+        for bad in ["", "a:1", "192.0.2.7:1", "a b", "a/b", "[::1]:1", "u@a"] {
+            assert!(bad.parse::<Host>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn seeds_are_hosts_and_ports_or_names_of_srv_records() {
+        for good in ["a:1", "[::1]:8445", "srv:_isobar-gossip._udp.mesh.example"] {
+            assert_eq!(good.parse::<SeedAddress>().unwrap().to_string(), good);
+        }
+        for bad in [
+            "",
+            "a",
+            "srv:",
+            "srv:mesh.example",
+            "srv:_a.example",
+            "srv:_a._udp.b:1",
+            "srv:_a._udp.b c",
+        ] {
+            assert!(bad.parse::<SeedAddress>().is_err(), "{bad}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! One machine, the process on it, and what that process was told.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, VecDeque, btree_map::Entry},
     time::{Duration, Instant},
 };
 
@@ -104,7 +104,7 @@ impl Process {
             links: BTreeMap::new(),
             armed: Nanos::MAX,
             ticked: 0,
-            views: Views::new(nodes),
+            views: Views::default(),
             subscribed: BTreeMap::new(),
             known: Bits::new(nodes),
             described: Bits::new(nodes),
@@ -114,18 +114,10 @@ impl Process {
 }
 
 /// Loads of others, as routing sees them.
-#[derive(Debug)]
-pub(super) struct Views {
-    view: View,
-    /// Places in the view, by node.
-    places: BTreeMap<u32, usize>,
-}
+#[derive(Debug, Default)]
+pub(super) struct Views(BTreeMap<u32, View>);
 
 impl Views {
-    fn new(nodes: u32) -> Self {
-        Self { view: View::new(VIEWED_MAX.min(nodes as usize)), places: BTreeMap::new() }
-    }
-
     /// A node said how pressed it is. What it serves is asked for where that is not known.
     pub(super) fn frame(
         &mut self,
@@ -134,24 +126,24 @@ impl Views {
         (rtt, now): (Duration, Instant),
         descriptor: impl FnOnce() -> Descriptor,
     ) {
-        let free = self.places.len();
-        let place = match self.places.get(&node) {
-            Some(place) => *place,
-            None if free < VIEWED_MAX => *self.places.entry(node).or_insert(free),
-            None => return,
+        let has_room = self.0.len() < VIEWED_MAX;
+        let view = match self.0.entry(node) {
+            Entry::Occupied(view) => view.into_mut(),
+            Entry::Vacant(place) if has_room => place.insert(View::default()),
+            Entry::Vacant(_) => return,
         };
-        if self.view.described(place).map(|(epoch, _)| epoch) != Some(frame.epoch) {
-            self.view.greet(place, frame.epoch);
-            self.view.describe(place, frame.epoch, descriptor());
+        if view.described().map(|(epoch, _)| epoch) != Some(frame.epoch) {
+            view.greet(frame.epoch);
+            view.describe(frame.epoch, descriptor().into());
         }
-        self.view.frame(place, frame, rtt, now);
+        view.frame(frame, rtt, now);
     }
 
     /// How old the load of a node's engine is, if anything came. `None`: there was no room to keep it.
     pub(super) fn age(&self, node: u32, now: Instant) -> Option<Option<Duration>> {
-        match self.places.get(&node) {
-            Some(place) => Some(self.view.seen(*place, 0, now).map(|seen| seen.age)),
-            None if self.places.len() < VIEWED_MAX => Some(None),
+        match self.0.get(&node) {
+            Some(view) => Some(view.seen(0, now).map(|seen| seen.age)),
+            None if self.0.len() < VIEWED_MAX => Some(None),
             None => None,
         }
     }

@@ -52,6 +52,7 @@ impl World {
             Event::Superseded { epoch } => return Some(epoch),
             Event::Legacy { .. }
             | Event::Reachable { .. }
+            | Event::Parted(_)
             | Event::Suspected { .. }
             | Event::Note(_) => {}
         }

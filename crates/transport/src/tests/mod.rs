@@ -356,6 +356,31 @@ async fn at_the_limit_of_connections_calls_are_refused_and_idle_ones_make_room()
 }
 
 #[tokio::test]
+async fn the_connections_of_a_forgotten_target_live_as_long_as_its_channels() {
+    for way in WAYS {
+        let world = World::new(way, echo());
+        let (old, (feed, body)) = (world.channel(), fed());
+        let reply = soon(old.send(request("/p.S/Bidi", body))).await.unwrap();
+        world.pool.forget(&old);
+        // Under its name another may be meant now; the call goes on.
+        let new = world.channel();
+        world.pool.forget(&old);
+        assert!(Arc::ptr_eq(world.channel().entry(), new.entry()));
+        assert!(!Arc::ptr_eq(old.entry(), new.entry()));
+        feed.send(Ok(Frame::data(Bytes::from_static(b"x")))).await.unwrap();
+        drop(feed);
+        assert_eq!(collect(reply.into_body()).await.unwrap().0, b"x", "{way:?}");
+        drop(old);
+        let closed = async {
+            while !world.client.outgoing.is_empty() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        soon(closed).await;
+    }
+}
+
+#[tokio::test]
 async fn streams_nobody_reads_do_not_starve_the_next_call() {
     for way in WAYS {
         let serving = Limits { unread_timeout: Duration::from_millis(500), ..Limits::clients() };

@@ -1,0 +1,396 @@
+//! One other node: what it said of itself, what relays say of it, and what calls to it came to.
+//!
+//! What it says itself comes first. Where it does not, because nobody subscribed, a relay of its region may have named it among
+//! those with room: that counts for three seconds, and never against what this node has seen of it by itself since.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use balance::{Breaker, Place, Server, Standing};
+use base::{ASSUMED_SLOTS, EngineName, Load};
+use http::uri::Authority;
+use membership::{Candidate, Descriptor, Figures, NodeId, Presence, RegionOffer, Seen, View};
+
+use super::PeerName;
+use crate::offer::{Ask, Offer};
+
+/// What a relay says of a node counts in full for so long, then less and less, and nothing after that.
+const SAID_FULL_UNTIL: Duration = Duration::from_secs(1);
+const SAID_GONE_AT: Duration = Duration::from_secs(3);
+/// A relay may name a node for so long after the node was last heard: it counts only when it is that much newer than what this
+/// node saw of the node by itself.
+const SAID_LATE_BY: Duration = Duration::from_secs(5);
+/// Engines that relays speak of are numbered from here, those of descriptors below.
+const SAID_FROM: usize = 1 << 16;
+
+/// What is known of one other node.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) id: NodeId,
+    pub(super) name: PeerName,
+    /// Tells it from others that have or had its place.
+    pub(super) generation: u64,
+    /// Where calls are sent; `None`: not known.
+    pub(super) address: Option<Authority>,
+    /// Tells the way there from earlier ones, by another address.
+    pub(super) way: u64,
+    pub(super) listed: Option<Listing>,
+    /// The process and its card; `None`: it has none, or is not a member as far as is known.
+    pub(super) card: Option<(u64, u16)>,
+    /// Its gossip speaks version 1.
+    pub(super) is_legacy: bool,
+    pub(super) life: Life,
+    /// Whether there is a link with it; `None`: nothing was said of that.
+    pub(super) is_linked: Option<bool>,
+    pub(super) quarantined: Option<Instant>,
+    /// When this node last had reason to think that it is gone.
+    doubted: Option<Instant>,
+    pub(super) view: View,
+    pub(super) served: Option<Arc<Served>>,
+    said: Vec<Said>,
+    said_next: usize,
+    pub(super) breaker: Breaker,
+    /// Calls of this node in progress there.
+    pub(super) in_flight: u32,
+}
+
+/// How an operator listed it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Listing {
+    /// Whether it can be heard.
+    pub(super) has_gossip: bool,
+}
+
+/// Whether it is alive, by common judgement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Life {
+    Alive,
+    Down,
+    Left,
+}
+
+/// What a descriptor says, as routing reads it. Nodes with the same descriptor share it.
+#[derive(Debug)]
+pub(super) struct Served {
+    pub(super) descriptor: Arc<Descriptor>,
+    /// What each engine serves; `None`: something we do not know.
+    offers: Vec<Option<Offer>>,
+    /// The services each engine reflects, sorted.
+    services: Vec<Vec<String>>,
+    /// All of them, sorted.
+    pub(super) reflects: Arc<[String]>,
+}
+
+impl Served {
+    pub(super) fn new(descriptor: Arc<Descriptor>) -> Self {
+        let sorted = |mut services: Vec<String>| {
+            services.sort();
+            services
+        };
+        let engines = &descriptor.engines;
+        let services: Vec<_> = engines.iter().map(|e| sorted(e.services.clone())).collect();
+        let mut all = sorted(services.concat());
+        all.dedup();
+        let offers = engines.iter().map(Offer::of_peer).collect();
+        Self { descriptor, offers, services, reflects: all.into() }
+    }
+
+    pub(super) fn has_models(&self) -> bool {
+        self.offers.iter().flatten().any(|offer| !offer.models.is_empty())
+    }
+
+    /// Each engine that speaks what we know: its place, what it serves and what it reflects.
+    pub(super) fn offers(&self) -> impl Iterator<Item = (usize, &Offer, &[String])> {
+        let both = self.offers.iter().zip(&self.services).enumerate();
+        both.filter_map(|(index, (offer, services))| {
+            offer.as_ref().map(|offer| (index, offer, &services[..]))
+        })
+    }
+
+    fn engine(&self, name: &str) -> Option<usize> {
+        self.descriptor.engines.iter().position(|engine| engine.name.as_str() == name)
+    }
+
+    /// Whether one of its engines is called `id` by all who front it.
+    pub(super) fn fronts(&self, id: &EngineName) -> bool {
+        self.descriptor.engines.iter().any(|engine| engine.id.as_ref() == Some(id))
+    }
+}
+
+/// What relays say of a node's room for one model.
+#[derive(Debug)]
+struct Said {
+    number: usize,
+    offer: Offer,
+    figures: Figures,
+}
+
+impl Said {
+    fn seen(&self, now: Instant) -> Option<Seen> {
+        let seen = self.figures.seen(now, SAID_FULL_UNTIL, SAID_GONE_AT);
+        (seen.confidence > 0.0).then_some(seen)
+    }
+}
+
+impl Entry {
+    pub(super) fn new(id: NodeId, name: PeerName, generation: u64) -> Self {
+        Self {
+            id,
+            name,
+            generation,
+            address: None,
+            way: generation,
+            listed: None,
+            card: None,
+            is_legacy: false,
+            life: Life::Alive,
+            is_linked: None,
+            quarantined: None,
+            doubted: None,
+            view: View::default(),
+            served: None,
+            said: Vec::new(),
+            said_next: SAID_FROM,
+            breaker: Breaker::default(),
+            in_flight: 0,
+        }
+    }
+
+    /// As at the start. The way there stays, and with it the channels.
+    pub(super) fn forget(&mut self, generation: u64) {
+        let fresh = Self::new(self.id, self.name.clone(), generation);
+        let (listed, address, way) = (self.listed, self.address.take(), self.way);
+        *self = Self { listed, address, way, ..fresh };
+    }
+
+    /// Whether it is on the board for what relays say of it alone.
+    pub(super) fn is_heard_of(&self) -> bool {
+        self.listed.is_none() && self.card.is_none() && !self.is_legacy
+    }
+
+    /// Whether nobody would miss it: no call is there, and no relay names it any more.
+    pub(super) fn is_unused(&self, now: Instant) -> bool {
+        self.in_flight == 0 && self.said.iter().all(|said| said.seen(now).is_none())
+    }
+
+    /// A link with it works.
+    pub(super) fn linked(&mut self) {
+        (self.life, self.is_linked) = (Life::Alive, Some(true));
+        (self.quarantined, self.doubted) = (None, None);
+    }
+
+    /// The link with it is gone.
+    pub(super) fn unlinked(&mut self, now: Instant) {
+        self.is_linked = Some(false);
+        self.doubted = Some(now);
+    }
+
+    /// Nothing came over a connection although something was due.
+    pub(super) fn cut_off(&mut self, now: Instant) {
+        self.view.cut_off(now);
+        self.doubted = Some(now);
+    }
+
+    /// A relay named it among those that have room.
+    pub(super) fn hear(
+        &mut self,
+        offer: &Offer,
+        of_region: &RegionOffer,
+        candidate: &Candidate,
+        sampled: Instant,
+        now: Instant,
+    ) {
+        self.said.retain(|said| said.seen(now).is_some());
+        let load = load_of(of_region, candidate);
+        if let Some(said) = self.said.iter_mut().find(|said| said.offer == *offer) {
+            said.figures.sampled_at(sampled, Duration::ZERO, load);
+        } else {
+            let figures = Figures::new(load, sampled);
+            self.said.push(Said { number: self.said_next, offer: offer.clone(), figures });
+            self.said_next += 1;
+        }
+    }
+
+    /// Whether this node should leave it alone, whatever is known of its room.
+    pub(super) fn is_out(&self) -> bool {
+        self.life != Life::Alive || self.quarantined.is_some() || self.is_linked == Some(false)
+    }
+
+    /// Whether what relays say is all there is to go by, and can be gone by.
+    fn goes_by_hearsay(&self, now: Instant) -> bool {
+        let speaks = matches!(self.view.presence(now), Presence::Present | Presence::Draining);
+        let is_banned = self.quarantined.is_some_and(|until| now < until);
+        !speaks && self.life == Life::Alive && !is_banned && self.hearsay(now).next().is_some()
+    }
+
+    /// What relays say that is newer than what this node saw.
+    fn hearsay(&self, now: Instant) -> impl Iterator<Item = (&Said, Seen)> {
+        let last = self.doubted.max(self.view.heard());
+        let counts = move |said: &Said| {
+            last.is_none_or(|last| said.figures.sampled() >= last + SAID_LATE_BY)
+        };
+        let current = move |said| Some((said, Said::seen(said, now)?));
+        self.said.iter().filter(move |said| counts(said)).filter_map(current)
+    }
+
+    /// Whether its engine with this load may be sent calls.
+    fn standing(&self, load: &Load, now: Instant) -> Standing {
+        match self.view.presence(now) {
+            _ if self.is_out() => Standing::Down,
+            Presence::Present if !self.breaker.allows(now) => Standing::Ejected,
+            // Its node knows better, and is asked when there is nobody else.
+            Presence::Present if load.unusable => Standing::Ejected,
+            Presence::Present => Standing::Usable,
+            Presence::Draining | Presence::Silent | Presence::Unknown => Standing::Down,
+        }
+    }
+
+    /// Whether an engine that was described and whose load is not known could be sent calls: for who asks what there is.
+    fn standing_unheard(&self, now: Instant) -> Standing {
+        let may_answer = match self.view.presence(now) {
+            Presence::Present => true,
+            // Nobody subscribed.
+            Presence::Unknown => self.card.is_some(),
+            Presence::Draining | Presence::Silent => false,
+        };
+        if may_answer && !self.is_out() { Standing::Usable } else { Standing::Down }
+    }
+
+    fn standing_by_hearsay(&self, now: Instant) -> Standing {
+        if self.breaker.allows(now) { Standing::Usable } else { Standing::Ejected }
+    }
+
+    /// Hands each of its engines that suits a call to `each`.
+    pub(super) fn servers(
+        &self,
+        index: usize,
+        ask: &Ask,
+        now: Instant,
+        mut each: impl FnMut(Server, Load),
+    ) {
+        let mut hand = |engine, fit, standing, seen: Seen| {
+            let server = Server {
+                place: Place::Peer { node: index, engine: Some(engine) },
+                fit,
+                standing,
+                utilisation: seen.load.utilisation(),
+                free: f64::from(seen.load.free()) * seen.confidence,
+                departures: seen.load.drain_rate * seen.age.as_secs_f64() * seen.confidence,
+            };
+            each(server, seen.load);
+        };
+        if self.address.is_none() {
+            return;
+        }
+        if self.goes_by_hearsay(now) {
+            let standing = self.standing_by_hearsay(now);
+            for (said, seen) in self.hearsay(now) {
+                let Some(fit) = said.offer.fit(ask, &[]) else { continue };
+                hand(said.number, fit, standing, seen);
+            }
+            return;
+        }
+        let Some(served) = &self.served else { return };
+        for (engine, offer, services) in served.offers() {
+            let Some(fit) = offer.fit(ask, services) else { continue };
+            let Some(seen) = self.view.seen(engine, now) else { continue };
+            hand(engine, fit, self.standing(&seen.load, now), seen);
+        }
+    }
+
+    /// Hands each thing it serves to `each`: what, what is reflected there, and whether it may be sent calls.
+    pub(super) fn serves(&self, now: Instant, mut each: impl FnMut(&Offer, &[String], Standing)) {
+        let by_hearsay = self.goes_by_hearsay(now).then(|| self.standing_by_hearsay(now));
+        let is_heard = self.view.presence(now) != Presence::Unknown;
+        for (engine, offer, services) in self.served.iter().flat_map(|served| served.offers()) {
+            let seen = self.view.seen(engine, now).filter(|_| is_heard);
+            let own = || seen.map(|seen| self.standing(&seen.load, now));
+            let standing = by_hearsay.or_else(own);
+            each(offer, services, standing.unwrap_or_else(|| self.standing_unheard(now)));
+        }
+    }
+
+    /// The load of each of its engines, as far as it takes calls.
+    pub(super) fn loads(&self, now: Instant) -> Vec<Load> {
+        if self.goes_by_hearsay(now) {
+            // One engine may serve many models, and is told of once for each.
+            let most = self.hearsay(now).map(|(_, seen)| seen.load).max_by_key(|load| load.slots);
+            return most.into_iter().collect();
+        }
+        if self.view.presence(now) != Presence::Present || self.is_out() {
+            return Vec::new();
+        }
+        let engines = self.served.iter().flat_map(|served| 0..served.descriptor.engines.len());
+        engines.filter_map(|engine| Some(self.view.seen(engine, now)?.load)).collect()
+    }
+
+    /// Whether it says how pressed it is, and takes calls.
+    pub(super) fn is_present(&self, now: Instant) -> bool {
+        self.view.presence(now) == Presence::Present && !self.is_out()
+    }
+
+    /// Whether it would answer what its engines declare.
+    pub(super) fn may_be_asked(&self, now: Instant) -> bool {
+        !self.is_out() && self.address.is_some() && self.standing_unheard(now) == Standing::Usable
+    }
+
+    /// Whether nothing is known of it, so that it is tried when nobody known can take a call.
+    pub(super) fn is_unknown(&self, now: Instant) -> bool {
+        let is_banned = self.quarantined.is_some_and(|until| now < until);
+        self.view.presence(now) == Presence::Unknown
+            && self.life != Life::Left
+            && !is_banned
+            && !self.goes_by_hearsay(now)
+    }
+
+    /// Its engines that suit a call.
+    pub(super) fn suited(&self, ask: &Ask) -> Vec<usize> {
+        let described = self.served.iter().flat_map(|served| served.offers());
+        let described = described
+            .filter(|(_, offer, services)| offer.fit(ask, services).is_some())
+            .map(|(engine, ..)| engine);
+        let said = self.said.iter().filter(|said| said.offer.fit(ask, &[]).is_some());
+        described.chain(said.map(|said| said.number)).collect()
+    }
+
+    /// What is known of one engine.
+    pub(super) fn figures(&mut self, engine: usize) -> Option<&mut Figures> {
+        if engine < SAID_FROM {
+            return self.view.figures(engine);
+        }
+        self.said.iter_mut().find(|said| said.number == engine).map(|said| &mut said.figures)
+    }
+
+    /// The engine called `name`, and what is known of it.
+    pub(super) fn known(&self, name: &str, now: Instant) -> Option<(usize, Load)> {
+        let engine = self.served.as_ref()?.engine(name)?;
+        Some((engine, self.view.seen(engine, now)?.load))
+    }
+}
+
+/// What a relay says of a node, as the node would have said it: no more is free than in its region, and it ends its share of the
+/// calls.
+fn load_of(of_region: &RegionOffer, candidate: &Candidate) -> Load {
+    let free = candidate.free.min(of_region.free);
+    let slots = candidate.slots.max(free);
+    let share = f64::from(slots) / f64::from(of_region.slots.max(1));
+    Load {
+        in_flight: slots - free,
+        slots: Some(slots),
+        drain_rate: Load::rate(of_region.drain_rate) * share.min(1.0),
+        ..Load::default()
+    }
+}
+
+/// What a region has of a model, as one engine would say it.
+pub(super) fn load_of_region(offer: &RegionOffer) -> Load {
+    let slots = if offer.slots == 0 { ASSUMED_SLOTS } else { offer.slots };
+    Load {
+        in_flight: slots.saturating_sub(offer.free),
+        slots: Some(slots),
+        drain_rate: Load::rate(offer.drain_rate),
+        ..Load::default()
+    }
+}
