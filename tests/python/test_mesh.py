@@ -477,7 +477,7 @@ def test_a_rolling_restart_cuts_no_stream_and_an_engine_with_two_owners_stays_re
         target = ",".join(node.clients for node in nodes.values())
         flow = {"target": target, "ca": nodes["a"].ca}
         # So many that one owner's share bears all of them while the other ends its own.
-        streams = {"kind": "answer", "rate": 15 / STREAM_S, "messages": STREAM_S * 10, "delay_ms": 100}
+        streams = {"kind": "answer", "rate": 12, "messages": STREAM_S * 10, "delay_ms": 100}
         flows = [{**flow, "kind": "unary", "rate": 50}, {**flow, **streams}]
         traffic = callers(home, tmp_path, "traffic", flows)
         kept.append(traffic)
