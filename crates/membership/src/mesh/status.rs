@@ -61,6 +61,8 @@ impl<J: Judge> Mesh<J> {
         let link = self.links.get(peer.id);
         let seen = self.members(self.pool_of(&peer.region)).and_then(|m| m.seen(peer.id));
         let state = match seen {
+            // Of those of other regions only relays are watched in a pool: that there is a link says enough.
+            None if link.is_some_and(|link| link.reachable) => Liveness::Alive,
             _ if card.is_none() && link.is_some() => Liveness::Alive,
             None => Liveness::Unknown,
             Some(Seen { left: true, .. }) if peer.region != self.own.region => Liveness::Unknown,
