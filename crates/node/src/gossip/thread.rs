@@ -34,9 +34,8 @@ impl Thread {
         F: Future<Output = ()> + Send + 'static,
     {
         let (ended, end) = oneshot::channel();
-        let runtime = self.0.take();
         std::thread::Builder::new().name("isobar-gossip".to_owned()).spawn(move || {
-            let Some(runtime) = runtime else { return };
+            let Some(runtime) = self.0.take() else { return };
             runtime.block_on(task);
             // Names that are being looked up are not waited for.
             runtime.shutdown_background();
@@ -52,5 +51,43 @@ impl Drop for Thread {
         if let Some(runtime) = self.0.take() {
             runtime.shutdown_background();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::{
+            Arc,
+            atomic::{AtomicU32, Ordering},
+        },
+        time::Duration,
+    };
+
+    use base::clock;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_runs_there_goes_on_while_the_runtime_it_was_started_from_is_busy() {
+        let beats = Arc::new(AtomicU32::new(0));
+        let beating = beats.clone();
+        let thread = Thread::new().unwrap();
+        let ended = thread.run(async move {
+            while beating.fetch_add(1, Ordering::Relaxed) < 20 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        });
+        let until = clock::now() + Duration::from_secs(20);
+        while beats.load(Ordering::Relaxed) < 10 && clock::now() < until {
+            std::hint::spin_loop();
+        }
+        assert!(beats.load(Ordering::Relaxed) >= 10, "it waits for this thread");
+        tokio::time::timeout(Duration::from_secs(20), ended.unwrap()).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn one_that_is_never_run_is_given_up_wherever_it_is_dropped() {
+        drop(Thread::new().unwrap());
     }
 }
