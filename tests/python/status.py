@@ -19,6 +19,7 @@ class Member:
     load_age_ms: float | None
     subscribed: bool
     quarantine: str | None
+    in_flight: int | None
     slots: int | None
 
     @staticmethod
@@ -28,6 +29,7 @@ class Member:
             gossip=said["gossip"] or "", transport=said["transport"],
             load_age_ms=said["load_age_ms"], subscribed=said["subscribed"],
             quarantine=said["quarantine"] and said["quarantine"]["why"],
+            in_flight=said["load"] and said["load"]["in_flight"],
             slots=said["load"] and said["load"]["slots"],
         )
 

@@ -174,13 +174,13 @@ class Watch:
         }
 
     def ages(self, *of: str) -> list[float]:
-        """How old the loads of some nodes were, each time anybody was asked who subscribes to them."""
+        """How old the loads of some nodes were, each time anybody was asked who subscribes to them, unless they were idle."""
         return [
             member.load_age_ms
             for _, found in self.seen
             for status in found.values()
             for name, member in status.members.items()
-            if name in of and member.subscribed and member.load_age_ms is not None
+            if name in of and member.subscribed and member.load_age_ms is not None and member.in_flight
         ]
 
     def first(self, by: str, check) -> float | None:
@@ -319,8 +319,8 @@ def test_halves_that_lose_each_other_go_on_and_find_each_other_again(town):
     town.whole(CONVERGED_S)
     healed = time.monotonic()
     wait_for("calls to all", lambda: {"b", "c", "d", "f"} <= town.served("a", healed), 10)
-    # The model that only the other side had could not be served meanwhile.
-    town.check_calls(since, "infer")
+    # The model that only the other side had could not be served meanwhile; and b alone bears in the first moments what four did.
+    town.check_calls(since + 3, "infer")
 
 
 def test_nobody_is_down_whom_one_other_alone_does_not_hear(town):

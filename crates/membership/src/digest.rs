@@ -1,6 +1,6 @@
 //! What a region has of each model, as one of its relays sums it up for everybody else.
 //!
-//! Twice a second the newest load frames of all members become totals per model and protocol. For each receiver some nodes
+//! Every 400 ms the newest load frames of all members become totals per model and protocol. For each receiver some nodes
 //! are drawn by their free slots, so that not everybody sends to the same ones.
 
 use std::{
@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Time from one digest to the next.
-const INTERVAL: Duration = Duration::from_millis(500);
+const INTERVAL: Duration = Duration::from_millis(400);
 /// A frame older than three times the announced wait and this says nothing any more.
 const SILENT_AFTER: Duration = Duration::from_secs(1);
 /// Nobody is said to wait longer.
@@ -117,7 +117,7 @@ impl Digester {
         Self { region, epoch, sequence: 0, next, summed, age, nodes, offers }
     }
 
-    /// When [`Self::sum`] is due: twice a second.
+    /// When [`Self::sum`] is due.
     pub(crate) fn next_deadline(&self) -> Instant {
         self.next
     }

@@ -19,6 +19,8 @@ const IDLE: Duration = Duration::from_secs(1);
 const IDLE_RATE: f64 = 0.5;
 /// Frames are never closer than this.
 const GAP_MIN: Duration = Duration::from_millis(50);
+/// A frame goes so much earlier or later with the next look at the engines: figures are not old when they leave.
+const SLACK: Duration = Duration::from_millis(25);
 /// A change of this share of the slots is worth a frame.
 const CHANGE: f64 = 0.1;
 /// Figures older than this are not worth a frame for a new subscriber: newer ones come soon.
@@ -76,7 +78,7 @@ impl Reporter {
 
     /// A frame, if one is due.
     pub fn frame(&mut self, now: Instant, loads: &[Load], draining: bool) -> Option<LoadFrame> {
-        if self.due(loads, draining).is_some_and(|due| due > now) {
+        if self.due(loads, draining).is_some_and(|(due, _)| due > now) {
             return None;
         }
         Some(self.say(now, loads, draining))
@@ -88,11 +90,15 @@ impl Reporter {
         self.make(loads, draining, next)
     }
 
-    /// When a frame of these figures is due; `None`: nothing was said yet.
-    fn due(&self, loads: &[Load], draining: bool) -> Option<Instant> {
+    /// When a frame of these figures is due, and by how much that may be missed; `None`: nothing was said yet.
+    fn due(&self, loads: &[Load], draining: bool) -> Option<(Instant, Duration)> {
         let last = self.last.as_ref()?;
         let is_news = draining != last.draining || changed(&last.loads, loads);
-        Some(last.at + if is_news { GAP_MIN } else { last.next.min(next(loads)) })
+        Some(if is_news {
+            (last.at + GAP_MIN, Duration::ZERO)
+        } else {
+            (last.at + last.next.min(next(loads)), SLACK)
+        })
     }
 
     /// A frame now, for a subscriber that has just come. It changes nothing about when the next is due.
@@ -113,13 +119,14 @@ impl Reporter {
 
     /// The frame for all `subscribers`, encoded once, if one is due. Without subscribers nothing is made.
     pub fn poll(&mut self, now: Instant, subscribers: usize) -> Option<Bytes> {
-        let due = self.next_deadline(subscribers)?;
-        let figures = self.figures.take()?;
-        // What was seen just now is said a little early: what is seen next would come too late.
-        let is_early = figures.at == now
-            && due < now + GAP_MIN
-            && self.last.as_ref().is_none_or(|last| now >= last.at + GAP_MIN);
-        let is_due = due <= now || is_early;
+        let figures = self.figures.take_if(|_| subscribers > 0)?;
+        let due = self.due(&figures.loads, self.draining);
+        let is_due =
+            due.is_none_or(
+                |(due, slack)| {
+                    if figures.at == now { now + slack >= due } else { now >= due + slack }
+                },
+            );
         let bytes = is_due.then(|| {
             let frame = self.say(now, &figures.loads, self.draining);
             figures.encoded(frame, now)
@@ -146,7 +153,8 @@ impl Reporter {
     #[must_use]
     pub fn next_deadline(&self, subscribers: usize) -> Option<Instant> {
         let figures = self.figures.as_ref().filter(|_| subscribers > 0)?;
-        Some(self.due(&figures.loads, self.draining).unwrap_or(figures.at))
+        let due = self.due(&figures.loads, self.draining);
+        Some(due.map_or(figures.at, |(due, slack)| due + slack))
     }
 
     /// How often the engines should be looked at; `None`: nobody subscribes.
@@ -281,7 +289,7 @@ mod tests {
         let frame = decoded(reporter.poll(now + Duration::from_millis(3), 2));
         assert_eq!((frame.sample_age, frame.arrivals), (Duration::from_millis(3), arrivals));
         let at = now + Duration::from_millis(3);
-        assert_eq!(reporter.next_deadline(2), Some(at + ACTIVE));
+        assert_eq!(reporter.next_deadline(2), Some(at + ACTIVE + SLACK));
         assert_eq!(reporter.poll(at + GAP_MIN, 2), None);
         reporter.drain();
         assert_eq!(reporter.next_deadline(2), Some(at + GAP_MIN));
@@ -297,7 +305,11 @@ mod tests {
         reporter.sampled(now, loads(1).into(), vec![]);
         reporter.poll(now, 1).unwrap();
         assert_eq!(decoded(reporter.first(now + GAP_MIN)).sequence, 2);
-        assert_eq!(reporter.next_deadline(1), Some(now + ACTIVE), "nothing else has changed");
+        assert_eq!(
+            reporter.next_deadline(1),
+            Some(now + ACTIVE + SLACK),
+            "nothing else has changed"
+        );
         let later = now + Duration::from_secs(60);
         assert_eq!(reporter.first(later), None);
         reporter.sampled(later, loads(1).into(), vec![]);
