@@ -20,6 +20,8 @@ const REFUTE_MIN: Duration = Duration::from_millis(1500);
 const ALONE: Duration = Duration::from_secs(30);
 /// Who has heard somebody so recently is not cut off.
 const COMPANY: Duration = Duration::from_secs(3);
+/// Who was heard so recently is not dead.
+const JUST: Duration = Duration::from_secs(1);
 /// Deaths, suspicions and misses remembered.
 const DOUBTS_MAX: usize = 4096;
 
@@ -180,6 +182,24 @@ impl<J: Judge> Mesh<J> {
             // Who is cut off does not come back with the news that all others are dead.
             let down = Member::new(pair, incarnation, State::Down);
             self.call(now, pool, down, !is_cut_off);
+        }
+    }
+
+    /// Who is suspected and was just heard lives, for this node at least: it may never have heard of the suspicion, and nobody tells it
+    /// for ever. The others judge by what they hear themselves.
+    pub(super) fn acquit(&mut self, now: Instant) {
+        for pool in [Pool::Region, Pool::Relays] {
+            let Some(members) = self.members(pool) else { continue };
+            let heard = self.links.up.iter().filter(|(_, link)| now < link.heard + JUST);
+            let lives = heard.filter_map(|(id, _)| {
+                let seen = members.seen(*id).filter(|seen| seen.state == State::Suspect)?;
+                let is_ours = self.doubts.suspicions.contains_key(&(pool, *id));
+                let next = seen.incarnation.checked_add(1).filter(|_| !is_ours)?;
+                Some(Member::new(seen.pair(*id), next, State::Alive))
+            });
+            for update in lives.collect::<Vec<_>>() {
+                self.call(now, pool, update, false);
+            }
         }
     }
 
