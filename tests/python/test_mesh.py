@@ -243,7 +243,7 @@ def test_nobody_is_called_down_while_a_tenth_of_all_packets_is_lost(town):
     assert watch.downs() == set()
     for node in town.nodes.values():
         node.died()
-    town.check_calls(since)
+    town.check_calls(since, "infer")
 
 
 def test_a_node_that_is_killed_gets_no_call_any_more_and_is_soon_down_everywhere(town):
@@ -278,7 +278,7 @@ def test_a_node_that_is_killed_gets_no_call_any_more_and_is_soon_down_everywhere
     town.whole()
     back = time.monotonic()
     wait_for("calls to the node that is back", lambda: "b" in town.served("a", back), 10)
-    town.check_calls(since)
+    town.check_calls(since, "infer")
 
 
 def is_gone(name: str):
@@ -301,7 +301,7 @@ def test_a_node_that_was_paused_returns_by_itself(town):
     town.whole()
     wait_for("calls to the node that is back", lambda: "c" in town.served("a", back), 10)
     victim.died()
-    town.check_calls(since)
+    town.check_calls(since, "infer")
 
 
 def test_halves_that_lose_each_other_go_on_and_find_each_other_again(town):
@@ -334,7 +334,7 @@ def test_nobody_is_down_whom_one_other_alone_does_not_hear(town):
     downs = {(by, name) for by, name in watch.downs() if by not in "bc"}
     assert downs == set(), "those who hear both know better"
     town.whole()
-    town.check_calls(since)
+    town.check_calls(since, "infer")
 
 
 def test_a_region_that_was_cut_off_is_back_in_half_a_minute(town):
@@ -397,7 +397,7 @@ def test_of_two_nodes_with_one_name_the_later_stays_and_the_earlier_says_why_it_
         return all(s.state("c") == ALIVE and s.members["c"].gossip == later.gossip for s in seen.values())
 
     wait_for("the others to know the later one", found, 15)
-    town.check_calls(since)
+    town.check_calls(since, "infer")
 
 
 @pytest.mark.timeout(NO_UDP_S + 200)
