@@ -34,8 +34,6 @@ use crate::{
 const SERVING: u8 = 0xfd;
 /// Operators are few.
 const CONNECTIONS: usize = 64;
-/// What the machine of membership may take to say how it sees the mesh.
-const WITHIN: Duration = Duration::from_secs(2);
 
 /// What the port answers from. Cloneable.
 #[derive(Clone, Debug)]
@@ -153,11 +151,11 @@ impl admin_server::Admin for Admin {
     }
 
     async fn get_mesh(&self, _: Request<GetMeshRequest>) -> Result<Response<GetMeshReply>, Status> {
-        let status = tokio::time::timeout(WITHIN, self.mesh.status()).await.map_err(|_| {
-            Status::unavailable("membership did not answer in time: the node is overloaded")
-        })?;
-        let status = status.ok_or_else(|| {
-            Status::unavailable("its gossip port does not answer: the node stops, or its processors are at their limit; ask again, or another")
+        let status = self.mesh.status().await.ok_or_else(|| {
+            Status::unavailable(
+                "its gossip port does not answer: the node stops, or its processors are at their limit; \
+                 ask again, or another",
+            )
         })?;
         let loads = self.board.loads_by_peer().into_iter();
         let known = mesh::Known {
