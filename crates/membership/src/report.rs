@@ -70,12 +70,6 @@ impl Reporter {
         }
     }
 
-    /// How long until the loads should be looked at again.
-    #[must_use]
-    pub fn interval(&self) -> Duration {
-        GAP_MIN
-    }
-
     /// A frame, if one is due.
     pub fn frame(&mut self, now: Instant, loads: &[Load], draining: bool) -> Option<LoadFrame> {
         if self.due(loads, draining).is_some_and(|(due, _)| due > now) {
