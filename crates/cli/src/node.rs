@@ -153,7 +153,7 @@ fn ready_text(config: &Config, addresses: Addresses, ca: &Path) -> String {
         format!("isobar node {name} (region {region}) of {mesh} is ready"),
         format!("  clients    {}   h2 and h3 over TLS", addresses.clients),
         format!("  peers      {}   h3 and h2, mutual TLS", addresses.peers),
-        format!("  gossip     {}   QUIC, mutual TLS", addresses.gossip),
+        format!("  gossip     {}   QUIC, or HTTP/2 over TCP, mutual TLS", addresses.gossip),
     ];
     if let Some(plaintext) = addresses.plaintext {
         lines.push(format!("  plaintext  {plaintext}   h2c"));
