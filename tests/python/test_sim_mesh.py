@@ -1,0 +1,35 @@
+"""`isobar sim mesh`: the machines of many nodes on one clock."""
+
+import json
+import subprocess
+
+from nodes import BINARY, LONG
+
+FIGURES = {
+    "load_age_p50_ms", "load_age_p99_ms", "digest_age_p99_ms", "detect_p50_s", "detect_p99_s", "false_downs",
+    "bytes_per_s_per_node", "convergence_after_heal_s", "panics",
+}
+
+
+def sim_mesh(*options):
+    command = [BINARY, "sim", "mesh", *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=LONG)
+
+
+def test_a_small_mesh_prints_its_figures_and_the_same_again():
+    options = ("--nodes", 16, "--regions", 2, "--seed", 3, "--seconds", 30, "--fault", "crash", "--json")
+    first, second = sim_mesh(*options), sim_mesh(*options)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    said = json.loads(first.stdout)
+    assert FIGURES <= said.keys()
+    assert said["false_downs"] == 0 and said["panics"] == 0
+    assert 0 < said["load_age_p50_ms"] <= said["load_age_p99_ms"]
+    assert 0 < said["detect_p50_s"] <= said["detect_p99_s"]
+
+
+def test_what_makes_no_sense_is_a_mistake_of_the_caller():
+    for wrong in (["--nodes", 1], ["--fault", "nonsense"], ["--nodes", 4, "--regions", 9]):
+        done = sim_mesh(*wrong)
+        assert done.returncode == 2 and not done.stdout, wrong
+        assert done.stderr.startswith("error:"), done.stderr
