@@ -190,10 +190,12 @@ pub(crate) fn certificates(connection: &quinn::Connection) -> Vec<CertificateDer
 /// network or the other end.
 pub(crate) fn is_refusal(error: &quinn::ConnectionError) -> bool {
     match error {
-        // RFC 9001 §4.8: an alert is the error 0x100 and its number.
-        quinn::ConnectionError::TransportError(error) => {
-            (0x100..0x200).contains(&u64::from(error.code))
-        }
+        quinn::ConnectionError::TransportError(error) => is_alert(error.code.into()),
         _ => false,
     }
+}
+
+/// Whether a code is an alert of TLS: the error 0x100 and its number (RFC 9001 §4.8).
+pub(crate) fn is_alert(code: u64) -> bool {
+    (0x100..0x200).contains(&code)
 }

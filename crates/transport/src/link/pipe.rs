@@ -24,7 +24,7 @@ use crate::TransportError;
 
 /// Bytes before each frame.
 const PREFIX_BYTES: usize = 5;
-/// Bytes that wait to be written above which a frame that may be lost is, and one that must arrive waits.
+/// Above so many bytes that wait to be written, a frame that may be lost is dropped, and one that must arrive waits.
 const WAITING_BYTES_MAX: usize = 64 << 10;
 /// Frames that wait to be read at most; their bytes are bounded by the window of the stream.
 const FRAMES_MAX: usize = 4096;

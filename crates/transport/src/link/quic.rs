@@ -11,7 +11,7 @@ use quinn::{
 };
 use tokio::sync::Mutex;
 
-use super::{DONE_WITHIN, FRAME_BYTES_MAX, IDLE, KEEP_ALIVE, NoLink, TOO_LONG, UNENDED};
+use super::{DONE_WITHIN, FRAME_BYTES_MAX, IDLE, KEEP_ALIVE, NoLink, TOO_LONG, UNENDED, closed};
 use crate::{TransportError, quic};
 
 /// Unidirectional streams the other end may have open.
@@ -76,11 +76,9 @@ pub(super) async fn accept(incoming: quinn::Incoming) -> Result<QuicLink, NoLink
 
 /// Whether a handshake failed for what one of both ends showed or speaks: over TCP it would be the same.
 pub(super) fn is_final(error: &ConnectionError) -> bool {
-    // RFC 9001 §4.8: an alert of TLS is the error 0x100 and its number.
-    let is_alert = |code: u64| (0x100..0x200).contains(&code);
     match error {
-        ConnectionError::TransportError(error) => is_alert(error.code.into()),
-        ConnectionError::ConnectionClosed(close) => is_alert(close.error_code.into()),
+        ConnectionError::TransportError(error) => quic::is_alert(error.code.into()),
+        ConnectionError::ConnectionClosed(close) => quic::is_alert(close.error_code.into()),
         _ => false,
     }
 }
@@ -208,8 +206,4 @@ pub(super) async fn answer(
     send.write_chunk(answer).await.map_err(closed)?;
     send.finish().map_err(closed)?;
     send.stopped().await.map(drop).map_err(closed)
-}
-
-fn closed(error: impl std::fmt::Display) -> TransportError {
-    TransportError::Closed(error.to_string())
 }
