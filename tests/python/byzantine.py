@@ -25,7 +25,7 @@ ECDSA_P256_SHA256 = 0x0403
 REGION, RELAYS = mesh_pb.POOL_REGION, mesh_pb.POOL_RELAYS
 
 # Kinds of packets, and states of members.
-PING, ACK, ANNOUNCE, FEED, GOSSIP_KIND = 1, 2, 7, 8, 9
+PING, ACK, GOSSIP_KIND = 1, 2, 9
 ALIVE, SUSPECT, DOWN = 1, 2, 3
 UPDATES_MAX = 36
 
@@ -53,8 +53,6 @@ def node_id(name: str, region: str, mesh=MESH) -> bytes:
 def packet(kind: int, src: Pair, dst: Pair, updates=(), number=0, incarnation=0) -> bytes:
     """A packet of SWIM that names no third node; updates are (pair, incarnation, state)."""
     header = bytes([kind, number]) + src.write() + struct.pack(">H", incarnation) + dst.write()
-    if kind == ANNOUNCE:
-        return header
     said = [pair.write() + struct.pack(">HB", count, state) for pair, count, state in updates]
     return header + struct.pack(">H", len(said)) + b"".join(said)
 

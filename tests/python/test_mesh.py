@@ -194,7 +194,7 @@ def present(node) -> int:
     return sum(line.startswith("isobar_peer_present{") and line.endswith(" 1.0") for line in lines)
 
 
-def p99(values) -> float:
+def p99_of(values) -> float:
     return sorted(values)[len(values) * 99 // 100]
 
 
@@ -417,8 +417,8 @@ def test_without_udp_links_go_over_tcp_and_nobody_is_called_down(town):
     # Those who are called all along: the others have nothing to say more than once a second.
     ages = settled.ages("b", "c", "d", "f")
     assert len(ages) > 100
-    print(f"load age over TCP: p50 {statistics.median(ages):.0f} ms, p99 {p99(ages):.0f} ms of {len(ages)}")
-    assert p99(ages) <= LOAD_AGE_P99_MS
+    print(f"load age over TCP: p50 {statistics.median(ages):.0f} ms, p99 {p99_of(ages):.0f} ms of {len(ages)}")
+    assert p99_of(ages) <= LOAD_AGE_P99_MS
     for status in settled.seen[-1][1].values():
         assert set(status.linked().values()) == {"tcp"}
     back = Watch(town.nodes.values())
