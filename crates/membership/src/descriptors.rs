@@ -323,7 +323,7 @@ impl Body {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DESCRIPTOR_BYTES_MAX, encode};
+    use crate::encode;
 
     /// No SHA-256, but as good as one here.
     fn hash(bytes: &[u8]) -> Hash {

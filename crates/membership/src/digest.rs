@@ -14,14 +14,12 @@ use rand::{Rng, RngExt as _};
 
 use crate::{
     Candidate, Card, Descriptor, Digest, EngineDescriptor, LoadFrame, RegionOffer,
-    view::within,
+    view::{gone_at, within},
     wire::{CANDIDATES_MAX, OFFERS_MAX, PARTS_MAX, SLOTS_MAX, is_word},
 };
 
 /// Time from one digest to the next.
 const INTERVAL: Duration = Duration::from_millis(400);
-/// A frame older than three times the announced wait and this says nothing any more.
-const SILENT_AFTER: Duration = Duration::from_secs(1);
 /// Nobody is said to wait longer.
 const WAIT_MAX: Duration = Duration::from_secs(60);
 /// Parts of a digest.
@@ -50,7 +48,7 @@ impl Sample<'_> {
             && self.frame.epoch == self.card.facts.epoch
             && self.frame.descriptor_version == self.descriptor.version
             && self.frame.engines.len() == self.descriptor.engines.len()
-            && self.age <= self.frame.next * 3 + SILENT_AFTER
+            && self.age <= gone_at(self.frame.next)
     }
 
     /// Its engines that can be used, and what can be believed of their load.

@@ -2,7 +2,7 @@
 //!
 //! Pure: frames and time in, frames, links to make and news out. [`Mesh`] is the machine behind the gossip port, [`View`]
 //! keeps what others said of their load and how old it is, [`wire`](decode) turns bytes into frames and back. A node speaks
-//! only about itself; that the speaker is who it says is checked where certificates are ([`Judge`]).
+//! only about itself, but of who is alive; that the speaker is who it says is checked where certificates are ([`Judge`]).
 
 mod card;
 mod cards;
@@ -28,11 +28,10 @@ pub use mesh::{
     Candidate, Event, Input, Liveness, MemberStatus, Mesh, Output, Own, Peer, RegionOffer,
     RegionView, Seed, Status, Target, Transport, Way,
 };
-pub use report::Reporter;
 pub use view::{Figures, Presence, Seen, View};
+pub(crate) use wire::{ASKED_MAX, PROTOCOL_OLDEST, SWIM_BYTES_MAX, decode_card};
 pub use wire::{
-    ASKED_MAX, CARD_BYTES_MAX, DATAGRAM_BYTES_MAX, DESCRIPTOR_BYTES_MAX, Descriptor, Digest,
-    EngineDescriptor, Frame, Hello, LoadFrame, PROTOCOL_OLDEST, PROTOCOL_VERSION, Pool,
-    STREAM_BYTES_MAX, SWIM_BYTES_MAX, WireError, decode, decode_card, decode_descriptor, encode,
-    encode_card, encode_descriptor, is_service,
+    CARD_BYTES_MAX, DATAGRAM_BYTES_MAX, Descriptor, Digest, EngineDescriptor, Frame, Hello,
+    LoadFrame, PROTOCOL_VERSION, Pool, STREAM_BYTES_MAX, WireError, decode, encode, encode_card,
+    encode_descriptor, is_service,
 };

@@ -245,10 +245,7 @@ impl Place {
     }
 
     pub(crate) fn address(&self) -> &str {
-        match &self.target {
-            Target::Member { address, .. } => address,
-            Target::Seed(seed) => &seed.address,
-        }
+        self.target.address()
     }
 
     pub(crate) fn is_listed(&self) -> bool {
@@ -256,10 +253,7 @@ impl Place {
     }
 
     pub(crate) fn peer(&self) -> Option<&Peer> {
-        match &self.target {
-            Target::Member { peer, .. } => Some(peer),
-            Target::Seed(seed) => seed.peer.as_ref(),
-        }
+        self.target.peer()
     }
 }
 

@@ -44,7 +44,7 @@ pub use io::{
 
 use crate::{
     Card, Descriptor, Frame, Hello, Judge, LoadFrame, NodeId, PROTOCOL_OLDEST, PROTOCOL_VERSION,
-    Pool, Reporter,
+    Pool,
     cards::Cards,
     descriptors::Bodies,
     digest::Digester,
@@ -52,6 +52,7 @@ use crate::{
     links::{Links, Seeds},
     pool::Members,
     regions::Regions,
+    report::Reporter,
     strikes::Strikes,
     subscribe::Subscriptions,
     timers::{Due, Timers},
@@ -327,7 +328,7 @@ impl<J: Judge> Mesh<J> {
         }
     }
 
-    /// The pool that says of node `id` whether it lives: that of its region, if it is this one's.
+    /// The pool that says of nodes of `region` whether they live: that of the region, if it is this node's.
     fn pool_of(&self, region: &RegionName) -> Pool {
         if *region == self.own.region { Pool::Region } else { Pool::Relays }
     }

@@ -325,6 +325,14 @@ fn transmissions(active: usize) -> NonZeroU8 {
     NonZeroU8::new((digits.saturating_mul(6) / 5).max(5)).unwrap_or(NonZeroU8::MIN)
 }
 
+/// How long somebody who is suspected has to say that it lives.
+pub(crate) fn suspect_for(kind: Pool) -> Duration {
+    match kind {
+        Pool::Region => Duration::from_secs(3),
+        Pool::Relays => Duration::from_secs(10),
+    }
+}
+
 fn config(kind: Pool, max_transmissions: NonZeroU8) -> Config {
     const fn count(n: usize) -> NonZeroUsize {
         match NonZeroUsize::new(n) {
@@ -335,16 +343,16 @@ fn config(kind: Pool, max_transmissions: NonZeroU8) -> Config {
     let every = |ms, n| {
         Some(PeriodicParams { frequency: Duration::from_millis(ms), num_members: count(n) })
     };
-    let (probe_ms, rtt_ms, suspect_s, gossip_ms) = match kind {
-        Pool::Region => (500, 150, 3, 200),
-        Pool::Relays => (2000, 600, 10, 500),
+    let (probe_ms, rtt_ms, gossip_ms) = match kind {
+        Pool::Region => (500, 150, 200),
+        Pool::Relays => (2000, 600, 500),
     };
     Config {
         probe_period: Duration::from_millis(probe_ms),
         probe_rtt: Duration::from_millis(rtt_ms),
         num_indirect_probes: count(3),
         max_transmissions,
-        suspect_to_down_after: Duration::from_secs(suspect_s),
+        suspect_to_down_after: suspect_for(kind),
         remove_down_after: Some(REMOVE_AFTER),
         max_packet_size: count(SWIM_BYTES_MAX),
         notify_down_members: true,

@@ -21,7 +21,7 @@ use crate::{
 
 /// Older figures say nothing.
 const OLD: Duration = Duration::from_secs(3);
-/// A voice keeps to a relay for so long after its last word: three digests may be lost.
+/// A voice keeps to a relay for so long after its last word: two digests may be lost.
 const KEPT_TO: Duration = Duration::from_millis(1_500);
 /// Views of a region are not closer than this.
 const GAP_MIN: Duration = Duration::from_millis(100);
@@ -104,7 +104,7 @@ struct Offer {
 impl Regions {
     /// A part of a digest came from `from`, a relay of this region that made it or hands it on, or the relay of another that
     /// made it. The caller has seen to it that `from` is one of them, and that the card of who made it says `digest.region`.
-    /// Returns whether it was news: what is none need not be handed on.
+    /// Returns whether it was news.
     pub(crate) fn take(
         &mut self,
         now: Instant,

@@ -28,7 +28,7 @@ const FRESH: Duration = GAP_MIN;
 
 /// Decides when a frame is due, and makes it.
 #[derive(Clone, Debug)]
-pub struct Reporter {
+pub(crate) struct Reporter {
     epoch: u64,
     sequence: u64,
     descriptor_version: u32,
@@ -55,27 +55,18 @@ struct Said {
 
 impl Reporter {
     /// A reporter of a process that is known as `epoch`.
-    #[must_use]
-    pub fn new(epoch: u64, descriptor_version: u32) -> Self {
+    pub(crate) fn new(epoch: u64, descriptor_version: u32) -> Self {
         let (last, figures, draining) = (None, None, false);
         Self { epoch, sequence: 0, descriptor_version, last, figures, draining }
     }
 
     /// From now on the figures are of descriptor `version`, and the next frame is due at once.
-    pub fn describes(&mut self, version: u32) {
+    pub(crate) fn describes(&mut self, version: u32) {
         if self.descriptor_version != version {
             self.descriptor_version = version;
             self.last = None;
             self.figures = None;
         }
-    }
-
-    /// A frame, if one is due.
-    pub fn frame(&mut self, now: Instant, loads: &[Load], draining: bool) -> Option<LoadFrame> {
-        if self.due(loads, draining).is_some_and(|(due, _)| due > now) {
-            return None;
-        }
-        Some(self.say(now, loads, draining))
     }
 
     fn say(&mut self, now: Instant, loads: &[Load], draining: bool) -> LoadFrame {
@@ -96,23 +87,28 @@ impl Reporter {
     }
 
     /// A frame now, for a subscriber that has just come. It changes nothing about when the next is due.
-    pub fn first_frame(&mut self, loads: &[Load], draining: bool) -> LoadFrame {
+    fn first_frame(&mut self, loads: &[Load], draining: bool) -> LoadFrame {
         let next = self.last.as_ref().map_or(ACTIVE, |last| last.next);
         self.make(loads, draining, next)
     }
 
     /// The engines were looked at: loads in the order of the descriptor, attempts that came by source region.
-    pub fn sampled(&mut self, now: Instant, loads: Vec<Load>, arrivals: Vec<(RegionName, u64)>) {
+    pub(crate) fn sampled(
+        &mut self,
+        now: Instant,
+        loads: Vec<Load>,
+        arrivals: Vec<(RegionName, u64)>,
+    ) {
         self.figures = Some(Figures { at: now, loads, arrivals });
     }
 
     /// From now on frames say that the node takes no new calls.
-    pub fn drain(&mut self) {
+    pub(crate) fn drain(&mut self) {
         self.draining = true;
     }
 
     /// The frame for all `subscribers`, encoded once, if one is due. Without subscribers nothing is made.
-    pub fn poll(&mut self, now: Instant, subscribers: usize) -> Option<Bytes> {
+    pub(crate) fn poll(&mut self, now: Instant, subscribers: usize) -> Option<Bytes> {
         let figures = self.figures.take_if(|_| subscribers > 0)?;
         let due = self.due(&figures.loads, self.draining);
         let is_due =
@@ -131,7 +127,7 @@ impl Reporter {
 
     /// The frame for a subscriber that has just come, encoded. `None`: the figures are too old, and `poll` makes one of the
     /// next.
-    pub fn first(&mut self, now: Instant) -> Option<Bytes> {
+    pub(crate) fn first(&mut self, now: Instant) -> Option<Bytes> {
         let is_fresh = |figures: &Figures| now.saturating_duration_since(figures.at) <= FRESH;
         let Some(figures) = self.figures.take().filter(is_fresh) else {
             self.last = None;
@@ -144,16 +140,14 @@ impl Reporter {
     }
 
     /// When [`Self::poll`] is due; `None`: nobody subscribes, or nothing was seen yet.
-    #[must_use]
-    pub fn next_deadline(&self, subscribers: usize) -> Option<Instant> {
+    pub(crate) fn next_deadline(&self, subscribers: usize) -> Option<Instant> {
         let figures = self.figures.as_ref().filter(|_| subscribers > 0)?;
         let due = self.due(&figures.loads, self.draining);
         Some(due.map_or(figures.at, |(due, slack)| due + slack))
     }
 
     /// How often the engines should be looked at; `None`: nobody subscribes.
-    #[must_use]
-    pub fn sample_interval(&self, subscribers: usize) -> Option<Duration> {
+    pub(crate) fn sample_interval(&self, subscribers: usize) -> Option<Duration> {
         (subscribers > 0).then_some(GAP_MIN)
     }
 
@@ -205,15 +199,21 @@ mod tests {
         [Load { in_flight, slots: Some(64), ..Load::default() }]
     }
 
-    /// The milliseconds at which frames leave when `load` is looked at every 10 ms for five seconds.
+    /// The engines are looked at, and a frame leaves if one is due.
+    fn looked(reporter: &mut Reporter, now: Instant, loads: &[Load]) -> Option<Bytes> {
+        reporter.sampled(now, loads.to_vec(), vec![]);
+        reporter.poll(now, 1)
+    }
+
+    /// The milliseconds at which frames leave when `load` is looked at as often as is asked for, for five seconds.
     fn frames(load: impl Fn(u64) -> u32) -> Vec<u64> {
         let start = base::clock::now();
         let mut reporter = Reporter::new(1, 1);
         (0..5_000)
-            .step_by(10)
+            .step_by(50)
             .filter(|ms| {
                 let now = start + Duration::from_millis(*ms);
-                reporter.frame(now, &loads(load(*ms)), false).is_some()
+                looked(&mut reporter, now, &loads(load(*ms))).is_some()
             })
             .collect()
     }
@@ -230,7 +230,7 @@ mod tests {
         assert_eq!(jump[..3], [0, 700, 900]);
         let small = frames(|ms| if ms < 700 { 1 } else { 6 });
         assert_eq!(small[..5], [0, 200, 400, 600, 800]);
-        let wild = frames(|ms| if ms % 20 == 0 { 0 } else { 64 });
+        let wild = frames(|ms| if ms % 100 == 0 { 0 } else { 64 });
         assert!(wild.windows(2).all(|pair| pair[1] - pair[0] >= 50), "{wild:?}");
     }
 
@@ -244,13 +244,14 @@ mod tests {
     fn draining_is_news_and_sequences_count_up() {
         let now = base::clock::now();
         let mut reporter = Reporter::new(9, 3);
-        let first = reporter.frame(now, &loads(0), false).unwrap();
+        let first = decoded(looked(&mut reporter, now, &loads(0)));
         let later = now + GAP_MIN;
-        assert!(reporter.frame(later, &loads(0), false).is_none());
-        let second = reporter.frame(later, &loads(0), true).unwrap();
+        assert!(looked(&mut reporter, later, &loads(0)).is_none());
+        reporter.drain();
+        let second = decoded(looked(&mut reporter, later, &loads(0)));
         assert_eq!((first.sequence, second.sequence), (1, 2));
         assert!(second.draining && second.epoch == 9 && second.descriptor_version == 3);
-        assert_eq!(reporter.first_frame(&loads(0), true).sequence, 3);
+        assert_eq!(decoded(reporter.first(later)).sequence, 3);
     }
 
     fn decoded(bytes: Option<Bytes>) -> LoadFrame {

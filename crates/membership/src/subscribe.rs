@@ -29,7 +29,7 @@ const SWAP: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_secs(1);
 /// Where they are few it costs nothing, and calls wait for what they say.
 const LOOK_AT_FEW: Duration = Duration::from_millis(50);
-/// Who refuses is asked again after this at the latest, and at the earliest.
+/// Who refuses is asked again after this at the latest, whatever it says, and after [`LOOK`] at the earliest.
 const REFUSED_MAX: Duration = Duration::from_secs(600);
 /// Refusals remembered.
 const REFUSALS_MAX: usize = 1024;

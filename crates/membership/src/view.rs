@@ -202,7 +202,7 @@ impl View {
     pub fn presence(&self, now: Instant) -> Presence {
         let Some(heard) = self.heard else { return Presence::Unknown };
         let silent_for =
-            now.saturating_duration_since(heard.at).saturating_sub(heard.next * 3 + SILENT_AFTER);
+            now.saturating_duration_since(heard.at).saturating_sub(gone_at(heard.next));
         if silent_for >= FORGOTTEN_AFTER {
             Presence::Unknown
         } else if silent_for > Duration::ZERO || self.cut_off.is_some() {
@@ -225,7 +225,7 @@ impl View {
     pub fn seen(&self, engine: usize, now: Instant) -> Option<Seen> {
         let (figures, heard) = (self.engines.get(engine)?, self.heard?);
         // Until twice the announced wait has passed, then less, and nothing at three times it and a second.
-        Some(figures.seen(now, heard.next * 2, heard.next * 3 + SILENT_AFTER))
+        Some(figures.seen(now, heard.next * 2, gone_at(heard.next)))
     }
 }
 
@@ -292,6 +292,11 @@ impl Figures {
         let left = gone_at.saturating_sub(age).div_duration_f64(gone_at.saturating_sub(full_until));
         Seen { load, age, confidence: left.clamp(0.0, 1.0) }
     }
+}
+
+/// How old figures are that count for nothing, after a frame that said the next comes within `next`.
+pub(crate) fn gone_at(next: Duration) -> Duration {
+    next * 3 + SILENT_AFTER
 }
 
 /// What an engine of so many `slots` can be believed of what it claims.

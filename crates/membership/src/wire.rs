@@ -11,7 +11,7 @@ use crate::{Candidate, Facts, NodeId, RegionOffer};
 /// The version of the protocol we speak.
 pub const PROTOCOL_VERSION: u32 = 2;
 /// The version before, which is understood too.
-pub const PROTOCOL_OLDEST: u32 = 1;
+pub(crate) const PROTOCOL_OLDEST: u32 = 1;
 /// Longest frame sent as a datagram: fits every path that carries QUIC.
 pub const DATAGRAM_BYTES_MAX: usize = 1150;
 /// Longest frame sent as a stream.
@@ -26,13 +26,13 @@ const MODELS_MAX: usize = 4096;
 const SERVICES_MAX: usize = 1024;
 const SERVICE_BYTES_MAX: usize = 256;
 /// Longest packet of SWIM.
-pub const SWIM_BYTES_MAX: usize = 1134;
+pub(crate) const SWIM_BYTES_MAX: usize = 1134;
 /// Longest signed card: three certificates and a few addresses.
 pub const CARD_BYTES_MAX: usize = 12 << 10;
 /// Longest encoded descriptor: a frame holds it and what is around it.
-pub const DESCRIPTOR_BYTES_MAX: usize = STREAM_BYTES_MAX - 64;
+pub(crate) const DESCRIPTOR_BYTES_MAX: usize = STREAM_BYTES_MAX - 64;
 /// Nodes or descriptors one frame may ask for.
-pub const ASKED_MAX: usize = 256;
+pub(crate) const ASKED_MAX: usize = 256;
 /// Regions one load frame may count attempts of.
 pub(crate) const ARRIVALS_MAX: usize = 64;
 /// Models of one digest frame, candidates of one model, and frames of one digest.
@@ -276,7 +276,7 @@ pub fn encode_descriptor(descriptor: &Descriptor) -> Vec<u8> {
 ///
 /// # Errors
 /// [`WireError`].
-pub fn decode_descriptor(bytes: &[u8]) -> Result<Descriptor, WireError> {
+pub(crate) fn decode_descriptor(bytes: &[u8]) -> Result<Descriptor, WireError> {
     if bytes.len() > DESCRIPTOR_BYTES_MAX {
         return Err(WireError::TooLong(bytes.len()));
     }
@@ -303,7 +303,7 @@ pub fn encode_card(facts: &Facts) -> Vec<u8> {
 ///
 /// # Errors
 /// [`WireError`].
-pub fn decode_card(bytes: &[u8]) -> Result<Facts, WireError> {
+pub(crate) fn decode_card(bytes: &[u8]) -> Result<Facts, WireError> {
     if bytes.len() > CARD_BYTES_MAX {
         return Err(WireError::TooLong(bytes.len()));
     }

@@ -31,7 +31,7 @@ const ALL_GAP: Duration = Duration::from_secs(10);
 /// All were asked for and nothing came: somebody else is asked.
 const ALL_ANSWER: Duration = Duration::from_secs(3);
 /// What comes so long after all cards were asked for is the answer.
-const ALL_COMES: Duration = Duration::from_secs(30);
+pub(super) const ALL_COMES: Duration = Duration::from_secs(30);
 
 /// Cards of one other region.
 const OTHERS_OF_REGION_MAX: usize = 16;
@@ -229,7 +229,7 @@ impl<J: Judge> Mesh<J> {
             self.links.is_up(id)
                 || self.seeds.is_listed(id)
                 || self.regions.hears(id)
-                || self.relay.as_ref().is_some_and(|relay| relay.is_active(id))
+                || self.is_fellow(id)
         };
         let of_region = self.cards.all().filter(|card| card.region == *region);
         let old: Vec<_> = of_region.map(|card| card.id).filter(|id| !is_needed(*id)).collect();
@@ -485,10 +485,5 @@ impl<J: Judge> Mesh<J> {
 
     pub(super) fn note(&mut self, fact: String) {
         self.event(Event::Note(fact));
-    }
-
-    /// The pair on which `id` stands, by its newest card.
-    pub(super) fn pair_of(&self, id: NodeId) -> Option<Pair> {
-        self.cards.pair(id)
     }
 }

@@ -8,7 +8,11 @@ use std::{
 use foca::{Member, State};
 
 use super::Mesh;
-use crate::{Judge, NodeId, Pair, Pool, pool::Seen, timers::Due};
+use crate::{
+    Judge, NodeId, Pair, Pool,
+    pool::{Seen, suspect_for},
+    timers::Due,
+};
 
 /// Two who call the same node down within this are believed.
 const SECOND: Duration = Duration::from_secs(30);
@@ -209,12 +213,5 @@ impl<J: Judge> Mesh<J> {
         let is_company = |id: &NodeId| *id != but && members.seen(*id).is_some();
         members.active() > 1
             && !self.links.up.iter().any(|(id, link)| now < link.heard + COMPANY && is_company(id))
-    }
-}
-
-pub(super) fn suspect_for(pool: Pool) -> Duration {
-    match pool {
-        Pool::Region => Duration::from_secs(3),
-        Pool::Relays => Duration::from_secs(10),
     }
 }

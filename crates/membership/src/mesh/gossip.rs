@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use foca::{Member, Message, State, Timer};
 
-use super::{Event, Mesh, Way, doubts::suspect_for};
+use super::{Event, Mesh, Way};
 use crate::{
     Frame, Judge, NodeId, Pair, Pool,
-    pool::{Change, Seen, farewell},
+    pool::{Change, Seen, farewell, suspect_for},
     strikes::Offence,
     swim::{Packet, readdressed},
     timers::Due,
@@ -112,7 +112,7 @@ impl<J: Judge> Mesh<J> {
         if is_about_us || !self.is_for_us(&mut packet.header) {
             return Ok(false);
         }
-        let known = self.pair_of(from);
+        let known = self.cards.pair(from);
         if known.is_none_or(|known| known < src) {
             let update = Member::new(src, incarnation, State::Alive);
             if self.cards.miss(now, pool, update, from) {
@@ -172,7 +172,7 @@ impl<J: Judge> Mesh<J> {
                 }
                 continue;
             }
-            match self.pair_of(pair.id) {
+            match self.cards.pair(pair.id) {
                 Some(known) if known == pair => {
                     if self.judge_update(now, from, pool, &update) {
                         taken.push(update);
@@ -384,8 +384,7 @@ impl<J: Judge> Mesh<J> {
     fn somebody(&mut self, pool: Pool) -> Option<Pair> {
         let members = self.members(pool)?;
         let linked = |id: &NodeId| members.seen(*id).filter(|s| s.is_active()).map(|s| s.pair(*id));
-        let mut found: Vec<_> = Vec::new();
-        found.extend(self.links.up.keys().filter_map(linked));
+        let found: Vec<_> = self.links.up.keys().filter_map(linked).collect();
         let count = found.len();
         if count == 0 {
             return None;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Event, Mesh, Peer};
+use super::{Event, Mesh, Peer, card::ALL_COMES};
 use crate::{
     Frame, Judge, NodeId, WireError, decode,
     strikes::{Offence, Passage},
@@ -11,11 +11,10 @@ use crate::{
 impl<J: Judge> Mesh<J> {
     /// A frame came.
     pub(super) fn hear(&mut self, now: Instant, from: NodeId, bytes: &bytes::Bytes, rtt: Duration) {
-        let is_relay = self.relaying.is_of_ours(from)
-            || self.relaying.is_relay()
-            || self.relay.as_ref().is_some_and(|relay| relay.is_active(from));
+        let is_relay =
+            self.relaying.is_of_ours(from) || self.relaying.is_relay() || self.is_fellow(from);
         let Some(link) = self.links.up.get_mut(&from) else { return };
-        let is_answer = link.asked_all.is_some_and(|(at, _)| now < at + Duration::from_secs(30));
+        let is_answer = link.asked_all.is_some_and(|(at, _)| now < at + ALL_COMES);
         let weight = if is_answer { 0 } else { bytes.len() };
         (link.heard, link.rtt) = (now, rtt);
         match link.rate.take(now, weight, is_relay || is_answer) {

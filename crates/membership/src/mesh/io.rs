@@ -140,6 +140,26 @@ pub enum Target {
     Seed(Seed),
 }
 
+impl Target {
+    /// Host and port.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        match self {
+            Self::Member { address, .. } => address,
+            Self::Seed(seed) => &seed.address,
+        }
+    }
+
+    /// Who it must be; `None`: anybody of the mesh.
+    #[must_use]
+    pub fn peer(&self) -> Option<&Peer> {
+        match self {
+            Self::Member { peer, .. } => Some(peer),
+            Self::Seed(seed) => seed.peer.as_ref(),
+        }
+    }
+}
+
 /// What is to be done.
 #[derive(Clone, Debug)]
 pub enum Output {
@@ -306,7 +326,7 @@ pub struct Status {
     pub is_relay: bool,
     /// Who subscribes to this node's load.
     pub subscribers: usize,
-    /// Other regions by their digests, and how old those are.
+    /// Regions by their digests, this one where it hears its own, and how old those are.
     pub regions: Vec<(RegionName, Duration)>,
     /// Who is in quarantine, for how long yet, and why.
     pub quarantined: Vec<(Peer, Duration, String)>,
@@ -327,7 +347,7 @@ pub struct MemberStatus {
     pub link: Option<(Transport, Duration)>,
     /// The version of the protocol spoken with it, if it is linked.
     pub protocol: Option<u32>,
-    /// Whether this node asked for its load, and how old the last frame is.
+    /// Whether this node asked for its load.
     pub subscribed: bool,
     /// How long ago its last load frame came.
     pub heard: Option<Duration>,

@@ -119,7 +119,7 @@ impl<J: Judge> Mesh<J> {
         let is_of_region = peer.region == self.own.region;
         if is_of_region {
             let seen = self.region.seen(id).copied();
-            let pair = self.pair_of(id);
+            let pair = self.cards.pair(id);
             let is_young = now < self.began + YOUNG;
             if !self.has_all || self.region.active() < 4 {
                 self.ask_all(now, id);
@@ -214,7 +214,7 @@ impl<J: Judge> Mesh<J> {
     pub(super) fn wants(&self, id: NodeId) -> bool {
         self.subscriptions.is_subscribed(&id)
             || self.relaying.needs(id)
-            || self.relay.as_ref().is_some_and(|relay| relay.is_active(id))
+            || self.is_fellow(id)
             || self.seeds.is_listed(id)
     }
 
@@ -248,18 +248,15 @@ impl<J: Judge> Mesh<J> {
         let failures = self.links.dials.get(&id).map_or(0, |dial| dial.failures);
         let listed = self.seeds.listed().find(|(peer, _)| peer.id == id);
         let listed = listed.map(|(_, seed)| Target::Seed(seed.clone()));
-        let member = self.cards.get(id).map(|card| Target::Member {
-            peer: Peer { id, node: card.node.clone(), region: card.region.clone() },
-            address: card.facts.gossip.clone(),
-        });
+        let member = self
+            .cards
+            .get(id)
+            .map(|card| Target::Member { peer: peer_of(card), address: card.facts.gossip.clone() });
         if failures.is_multiple_of(2) { member.or(listed) } else { listed.or(member) }
     }
 
     pub(super) fn dial_failed(&mut self, now: Instant, target: &Target) {
-        let id = match target {
-            Target::Member { peer, .. } => Some(peer.id),
-            Target::Seed(seed) => seed.peer.as_ref().map(|peer| peer.id),
-        };
+        let id = target.peer().map(|peer| peer.id);
         self.seeds.failed(now, target, &mut self.rng);
         if let Some(id) = id {
             self.failed(now, id);

@@ -375,8 +375,8 @@ impl<J: Judge> Mesh<J> {
                 }
             }
             None => {
-                if self.relay.as_ref().is_some_and(|relay| relay.is_active(from)) {
-                    self.hand_on(now, from, &digest);
+                if self.is_fellow(from) {
+                    self.hand_on(now, from, &digest, one_way);
                     digest.relay = Some(from);
                     self.regions.take(now, from, digest, one_way);
                 }
@@ -408,8 +408,7 @@ impl<J: Judge> Mesh<J> {
     }
 
     /// A partner's digest goes to everybody of this region that is linked, once, and as it came.
-    fn hand_on(&mut self, now: Instant, from: NodeId, digest: &Digest) {
-        let one_way = self.links.get(from).map_or(Duration::ZERO, |link| link.rtt / 2);
+    fn hand_on(&mut self, now: Instant, from: NodeId, digest: &Digest, one_way: Duration) {
         let age = digest.age + one_way;
         let digest = Digest { relay: Some(from), age, ..digest.clone() };
         let bytes: bytes::Bytes = encode(&Frame::Digest(digest)).into();

@@ -93,6 +93,11 @@ impl Relaying {
 }
 
 impl<J: Judge> Mesh<J> {
+    /// Whether `id` is alive in the pool of relays, if this node is in it.
+    pub(super) fn is_fellow(&self, id: NodeId) -> bool {
+        self.relay.as_ref().is_some_and(|relay| relay.is_active(id))
+    }
+
     /// Somebody of a pool came or went.
     pub(super) fn relays_change(&mut self, pool: Pool, id: NodeId, was: bool, is: bool) {
         if was == is {

@@ -73,7 +73,7 @@ impl<J: Judge> Mesh<J> {
         match linked {
             None => self.outputs.push_back(Output::Dial(target.clone())),
             Some(id) if self.region.is_active(id) => {
-                if let Some(pair) = self.pair_of(id) {
+                if let Some(pair) = self.cards.pair(id) {
                     self.region.announce(pair);
                     self.settle(now, Pool::Region);
                 }
@@ -83,13 +83,10 @@ impl<J: Judge> Mesh<J> {
     }
 
     fn linked_at(&self, target: &Target) -> Option<NodeId> {
-        let (address, peer) = match target {
-            Target::Member { address, peer } => (address, Some(peer)),
-            Target::Seed(seed) => (&seed.address, seed.peer.as_ref()),
-        };
+        let (address, peer) = (target.address(), target.peer());
         let is_it = |id: &NodeId| {
             peer.is_some_and(|peer| peer.id == *id)
-                || self.cards.get(*id).is_some_and(|card| card.facts.gossip == *address)
+                || self.cards.get(*id).is_some_and(|card| card.facts.gossip == address)
         };
         self.links.up.keys().copied().find(is_it)
     }

@@ -278,10 +278,7 @@ impl World {
     }
 
     fn dial(&mut self, from: usize, target: Target) {
-        let address = match &target {
-            Target::Member { address, .. } => address,
-            Target::Seed(seed) => &seed.address,
-        };
+        let address = target.address();
         let to = address.strip_prefix('n').and_then(|a| a.strip_suffix(":1")?.parse().ok());
         self.at(3 * LATENCY, What::Dialled { from, to, target });
     }

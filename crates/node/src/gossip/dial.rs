@@ -30,17 +30,11 @@ pub(super) struct Dial {
 
 impl Dial {
     pub(super) fn address(&self) -> &str {
-        match &self.target {
-            Target::Member { address, .. } => address,
-            Target::Seed(seed) => &seed.address,
-        }
+        self.target.address()
     }
 
     pub(super) fn expected(&self) -> Option<&Peer> {
-        match &self.target {
-            Target::Member { peer, .. } => Some(peer),
-            Target::Seed(seed) => seed.peer.as_ref(),
-        }
+        self.target.peer()
     }
 
     fn within(&self) -> Duration {

@@ -4,10 +4,10 @@ use std::{collections::BTreeSet, fmt, str::FromStr};
 
 use rand::{RngExt as _, rngs::StdRng, seq::SliceRandom as _};
 
-use super::{Config, network::Nanos};
-
-const MS: Nanos = 1_000_000;
-const S: Nanos = 1_000 * MS;
+use super::{
+    Config,
+    network::{MS, Nanos, SECOND as S},
+};
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq)]

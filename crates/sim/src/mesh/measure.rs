@@ -72,7 +72,7 @@ pub struct Report {
     pub detect_p50_s: Option<f64>,
     /// The same, 99th percentile.
     pub detect_p99_s: Option<f64>,
-    /// How often a node was held down that was alive, linked and on this side of every cut.
+    /// How often a node was held down that ran and could be heard, both for a while.
     pub false_downs: u64,
     /// Bytes per second an ordinary node sent or received, whichever is more: mean.
     pub bytes_per_s_per_node: Option<f64>,

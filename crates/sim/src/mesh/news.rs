@@ -131,7 +131,7 @@ impl World {
 
     fn down(&mut self, host: u32, id: NodeId, left: bool) {
         let (now, about) = (self.now, toy::index(id));
-        if self.measures.noticed(about, host, now) || left && self.has_left(about) {
+        if self.measures.noticed(about, host, now) || left && !self.is_alive(about) {
             return;
         }
         if self.is_liar(about) || self.is_liar(self.node_of(host)) || !self.is_settled(host, about)
@@ -142,10 +142,6 @@ impl World {
         self.measures.note_down(format!("{host} of {about} at {:.1} s", seconds(now)));
         let life = self.host(host).map_or(0, |host| host.life);
         self.push(now + CORRECTED, What::Recheck { host, life, about });
-    }
-
-    fn has_left(&self, node: u32) -> bool {
-        !self.is_alive(node)
     }
 
     /// Whether a process of this node runs.

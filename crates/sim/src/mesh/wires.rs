@@ -37,10 +37,7 @@ impl World {
     pub(super) fn dial(&mut self, host: u32, target: Target) {
         let Some(on) = self.host(host) else { return };
         let life = on.life;
-        let address = match &target {
-            Target::Member { address, .. } => address,
-            Target::Seed(seed) => &seed.address,
-        };
+        let address = target.address();
         let found = self.addresses.get(address).copied();
         let to = found.unwrap_or(host);
         let dial = Box::new(Dial { host, life, to, began: self.now, target });
