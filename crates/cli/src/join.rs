@@ -22,7 +22,7 @@ use node::{
 };
 use serde_json::json;
 
-use crate::{Failure, log, output, setup::environment};
+use crate::{Failure, log, output, setup::environment, target::usage};
 
 /// Longest token file that is read.
 const TOKEN_FILE_BYTES_MAX: u64 = 64 << 10;
@@ -219,7 +219,7 @@ fn seeds(options: &Options, token: &Token) -> Result<Vec<Authority>, Failure> {
     let seeds: Vec<_> = seeds.map(|seed| seed.authority()).collect();
     if seeds.is_empty() {
         return Err(usage(
-            "the token does not say where to join: give the gossip port of the node it was made at, such as 10.0.0.1:8445".into(),
+            "the token does not say where to join: give the gossip port of the node it was made at, such as 10.0.0.1:8445",
         ));
     }
     Ok(seeds)
@@ -296,8 +296,4 @@ fn absolute(path: &Path) -> Result<PathBuf, Failure> {
 
 fn whole_seconds(later: SystemTime, earlier: SystemTime) -> std::time::Duration {
     std::time::Duration::from_secs(later.duration_since(earlier).unwrap_or_default().as_secs())
-}
-
-fn usage(text: String) -> Failure {
-    Failure::Usage(anyhow::anyhow!(text))
 }

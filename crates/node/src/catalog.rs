@@ -10,12 +10,7 @@ use membership::{Descriptor, Frame, STREAM_BYTES_MAX, is_service};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use crate::{
-    engines::Engine,
-    offer::KSERVE,
-    peers::Board,
-    services::{HEALTH, REFLECTION, REPORTS},
-};
+use crate::{engines::Engine, offer::KSERVE, peers::Board, services::ANSWERED};
 
 /// Bytes of names of services a node tells others about, at most; fewer where its models fill the descriptor.
 const NAMES_BYTES_MAX: usize = 16 << 10;
@@ -107,8 +102,8 @@ impl Catalog {
 
     /// The services of `scope`, sorted, those every node answers itself included.
     pub(crate) fn services(&self, scope: Scope) -> Vec<String> {
-        let own = REFLECTION.iter().chain(&[HEALTH, REPORTS]);
-        let mut services: Vec<String> = own.map(|service| (*service).to_owned()).collect();
+        let mut services: Vec<String> =
+            ANSWERED.iter().map(|service| (*service).to_owned()).collect();
         services.extend(self.sources(scope).iter().flat_map(|source| source.services.clone()));
         let has_kserve = self.engines.iter().any(|engine| engine.offer.is_called(KSERVE))
             || (scope == Scope::Mesh && self.board.has(KSERVE));
@@ -142,8 +137,7 @@ impl Catalog {
 
 /// What a server reflects, without what every node answers itself and what is no name.
 fn named(mut reflected: Reflected) -> Reflected {
-    let is_own =
-        |service: &str| [HEALTH, REPORTS].contains(&service) || REFLECTION.contains(&service);
+    let is_own = |service: &str| ANSWERED.contains(&service);
     reflected.services.retain(|service| !is_own(service) && is_service(service));
     reflected
 }
@@ -153,7 +147,10 @@ mod tests {
     use rand::{SeedableRng as _, rngs::StdRng};
 
     use super::*;
-    use crate::config::Config;
+    use crate::{
+        config::Config,
+        services::{HEALTH, REFLECTION, REPORTS},
+    };
 
     fn catalog(models: usize) -> Catalog {
         let models: Vec<String> = (0..models).map(|i| format!("\"model-{i:0>20}\"")).collect();

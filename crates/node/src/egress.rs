@@ -95,7 +95,7 @@ impl OnEnd for Held {
 
     fn trailers(&mut self, trailers: &mut HeaderMap) {
         if let Some((Route::Engine(slot, _), _)) = &self.served {
-            orca::said(trailers).into_iter().for_each(|said| slot.said(said));
+            slot.said(trailers);
         }
         self.report(trailers);
     }

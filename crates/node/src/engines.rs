@@ -9,9 +9,9 @@ use std::{
     time::Duration,
 };
 
-use balance::{HealthChange, Outcome, Place, Said, Server, Standing, Ticket};
+use balance::{HealthChange, Outcome, Place, Server, Standing, Ticket};
 use base::{EngineName, Load, clock};
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response};
 use inference::Reflected;
 use membership::EngineDescriptor;
 use parking_lot::Mutex;
@@ -22,6 +22,7 @@ use transport::{Channel, Target, TransportError};
 use crate::{
     config::{EngineConfig, HealthConfig},
     offer::{Ask, Has, Offer},
+    orca,
     steps::Steps,
 };
 
@@ -189,9 +190,11 @@ impl Slot {
         self.steps.saw(data, clock::now);
     }
 
-    /// The engine said this of itself.
-    pub(crate) fn said(&self, said: Said) {
-        self.engine.machine.lock().said(clock::now(), said);
+    /// What the engine says of itself in its trailers.
+    pub(crate) fn said(&self, trailers: &HeaderMap) {
+        if let Some(said) = orca::said(trailers) {
+            self.engine.machine.lock().said(clock::now(), said);
+        }
     }
 
     /// How pressed the engine is once this call is over.

@@ -38,7 +38,12 @@ use self::{
     link::Common,
 };
 
-pub(crate) use self::{judge::peer, kept::KEPT, port::Enrolment, thread::Thread};
+pub(crate) use self::{
+    judge::{node_id, peer},
+    kept::KEPT,
+    port::Enrolment,
+    thread::Thread,
+};
 
 /// Links at most: those the machine wants, and some that others do.
 const LINKS_MAX: usize = 384;

@@ -22,11 +22,7 @@ use proto::grpc::health::v1::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, codegen::BoxStream};
 
-use crate::{
-    offer::Has,
-    router::Router,
-    services::{HEALTH, REFLECTION, REPORTS},
-};
+use crate::{offer::Has, router::Router, services::ANSWERED};
 
 /// How often a watched status is looked at.
 const LOOK: Duration = Duration::from_millis(200);
@@ -54,8 +50,7 @@ impl Health {
     ///
     /// An engine that does not say what it has may have it, as routing sees it too.
     fn status(&self, name: &str) -> Option<ServingStatus> {
-        let is_own =
-            name.is_empty() || [HEALTH, REPORTS].contains(&name) || REFLECTION.contains(&name);
+        let is_own = name.is_empty() || ANSWERED.contains(&name);
         let is_usable = if is_own { true } else { self.is_usable(name)? };
         Some(self.serving(is_usable))
     }
@@ -85,7 +80,7 @@ impl Health {
 
     /// The statuses of everything that somebody says it has.
     fn statuses(&self) -> BTreeMap<String, ServingStatus> {
-        let own = REFLECTION.iter().chain([&HEALTH, &REPORTS, &""]);
+        let own = ANSWERED.iter().chain([&""]);
         let mut usable: BTreeMap<String, bool> =
             own.map(|name| ((*name).to_owned(), true)).collect();
         self.router.served(|name, standing| {

@@ -89,7 +89,7 @@ impl OnEnd for Held {
     fn trailers(&mut self, trailers: &mut HeaderMap) {
         match &mut self.served {
             Some((Route::Engine(slot, _), _)) => {
-                orca::said(trailers).into_iter().for_each(|said| slot.said(said));
+                slot.said(trailers);
             }
             Some((Route::Peer(call), _)) => {
                 let by = self.served_by.as_ref().and_then(|by| by.to_str().ok()?.split_once('/'));

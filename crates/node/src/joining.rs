@@ -10,7 +10,7 @@ use identity::{
 };
 use prost::Message as _;
 use proto::isobar::mesh::v1::{
-    EnrolReply, EnrolRequest, Issued, Join, Peer, Renew, enrol_reply::Outcome, enrol_request::Ask,
+    EnrolReply, EnrolRequest, Issued, Join, Renew, enrol_reply::Outcome, enrol_request::Ask,
 };
 use rustls::{ClientConfig, pki_types::CertificateDer};
 use transport::{Links, QuicKeys, TransportError};
@@ -49,7 +49,7 @@ pub enum EnrolError {
         "no authority is known: set mesh.seeds to the gossip port of one, such as \"authority.example:8445\""
     )]
     NobodyToAsk,
-    /// The machine gives no UDP socket.
+    /// The machine gives no socket.
     #[error("cannot dial: {0}")]
     Socket(#[from] std::io::Error),
 }
@@ -63,8 +63,6 @@ pub struct Enrolled {
     pub revocations: Option<SignedRevocations>,
     /// The node that answered, as a peer, with the host it was reached at.
     pub authority: KnownPeer,
-    /// Other nodes it knows.
-    pub peers: Vec<KnownPeer>,
 }
 
 /// A node to begin with.
@@ -181,20 +179,7 @@ fn enrolled(
         peers: at(issued.peers_port),
         gossip: at(issued.gossip_port),
     };
-    // A peer this version cannot read is left out: others will be found.
-    let peers = issued.peers.iter().filter_map(known).collect();
-    Ok(Enrolled { identity, revocations, authority, peers })
-}
-
-fn known(peer: &Peer) -> Option<KnownPeer> {
-    let address = |text: &String| text.parse::<crate::config::HostPort>().is_ok();
-    (address(&peer.peers) && address(&peer.gossip)).then_some(())?;
-    Some(KnownPeer {
-        node: peer.node.parse().ok()?,
-        region: peer.region.parse().ok()?,
-        peers: peer.peers.clone(),
-        gossip: peer.gossip.clone(),
-    })
+    Ok(Enrolled { identity, revocations, authority })
 }
 
 /// What somebody else wrote, fit for a terminal.

@@ -1,7 +1,7 @@
 //! Putting a node together: ports, workers, the control side, and the way down.
 //!
-//! Workers carry calls; the control side, on the caller's runtime, accepts TCP connections for them, speaks with other nodes,
-//! checks engines and serves metrics.
+//! Workers carry calls; the control side, on the caller's runtime, accepts TCP connections for them, checks engines, keeps the
+//! node's certificate and serves metrics. Other nodes are spoken with on a thread of its own (`gossip`).
 
 use std::{
     io,
@@ -174,7 +174,7 @@ pub struct Node {
     own: String,
 }
 
-/// What runs beside the workers, on the caller's runtime.
+/// What runs beside the workers: on the caller's runtime, and the gossip port on its thread.
 #[derive(Debug)]
 struct Control {
     tasks: JoinSet<()>,
@@ -515,7 +515,7 @@ fn gossip_port(
 ) -> Result<Gossip, NodeError> {
     let id = plan.trust.identity().id().clone();
     let own = membership::Own {
-        id: gossip::peer(&id).id,
+        id: gossip::node_id(&id),
         node: id.name.clone(),
         region: id.region.clone(),
         zone: config.node.zone.clone(),

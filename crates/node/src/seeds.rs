@@ -159,12 +159,11 @@ impl Names {
         let targets = targets(&resolver, name).await?;
         let looks = targets.iter().map(|(host, port)| addresses(&resolver, host, *port));
         let looked = futures_util::future::join_all(looks).await;
-        let hosts = targets.iter().filter_map(|(host, port)| format!("{host}:{port}").parse().ok());
         // A target that is gone hides none of the others.
         let found_any: Vec<_> = looked.iter().flatten().flatten().copied().collect();
         match looked.into_iter().find_map(Result::err) {
             Some(why) if found_any.is_empty() => Err(why),
-            _ => found(found_any, hosts.collect()),
+            _ => found(found_any, authorities(&targets)),
         }
     }
 
@@ -196,7 +195,12 @@ pub async fn look_up_srv(name: &str) -> Result<Vec<Authority>, String> {
     let looking = async { targets(&Names::default().resolver()?, name).await };
     let targets = tokio::time::timeout(WITHIN, looking).await;
     let targets = targets.unwrap_or_else(|_| Err("no answer in time".to_owned()))?;
-    Ok(targets.iter().filter_map(|(host, port)| format!("{host}:{port}").parse().ok()).collect())
+    Ok(authorities(&targets))
+}
+
+/// As others write them; what is no host is left out.
+fn authorities(targets: &[(String, u16)]) -> Vec<Authority> {
+    targets.iter().filter_map(|(host, port)| format!("{host}:{port}").parse().ok()).collect()
 }
 
 /// Hosts and ports in the order of their priority.

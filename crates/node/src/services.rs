@@ -27,6 +27,8 @@ pub(crate) const REFLECTION: [&str; 2] =
 pub(crate) const HEALTH: &str = "grpc.health.v1.Health";
 /// What load reports out of band are called.
 pub(crate) const REPORTS: &str = "xds.service.orca.v3.OpenRcaService";
+/// All that a node answers itself.
+pub(crate) const ANSWERED: [&str; 4] = [REFLECTION[0], REFLECTION[1], HEALTH, REPORTS];
 /// The method of health that says whether the node serves.
 const CHECK: &str = "Check";
 /// The method of reflection.

@@ -131,7 +131,7 @@ fn slots(load: &NodeLoad) -> String {
 fn regions(regions: &[Region]) -> Vec<String> {
     let mut lines = Vec::new();
     for region in regions {
-        lines.push(format!("  {}, {} old", region.region, age(region.age_ms)));
+        lines.push(format!("  {}, {} old", shown(&region.region), age(region.age_ms)));
         for offer in &region.offers {
             let model = if offer.model.is_empty() { "any model" } else { &offer.model };
             let (free, slots) = (offer.free, offer.slots);

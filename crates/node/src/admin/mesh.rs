@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use base::{ASSUMED_SLOTS, Load, NodeName, RegionName};
+use base::{Load, NodeName, RegionName};
 use identity::CertificateSummary;
 use membership::{Card, Liveness, MemberStatus, Peer, RegionOffer, RegionView, Status, Transport};
 use prost::Message as _;
@@ -66,9 +66,7 @@ pub(super) fn load(loads: &[Load]) -> NodeLoad {
         engines: count(loads.len()),
         in_flight: total.in_flight,
         queued: total.queued,
-        slots: loads
-            .iter()
-            .fold(0, |sum: u32, load| sum.saturating_add(load.slots.unwrap_or(ASSUMED_SLOTS))),
+        slots: total.slots.unwrap_or(0),
         unusable: count(loads.iter().filter(|load| load.unusable).count()),
     }
 }
@@ -178,6 +176,7 @@ fn millis(duration: Duration) -> u64 {
 mod tests {
     use std::sync::Arc;
 
+    use base::ASSUMED_SLOTS;
     use identity::DevCa;
     use membership::{Candidate, Facts, NodeId};
 

@@ -132,6 +132,6 @@ impl Common {
 
     /// Whether a process with this node's certificate is at the other end.
     pub(super) fn is_own(&self, peer: &Peer) -> bool {
-        peer.id.0 == self.own().digest()
+        peer.id == super::judge::node_id(self.own())
     }
 }

@@ -34,7 +34,7 @@ use super::{
 
 /// News taken in before timers are looked at again.
 const BATCH: usize = 64;
-/// How often what has no notice of its own is looked at: certificates, descriptors, seeds.
+/// How often what is not waited for is looked at: certificates, seeds, links whose task is gone.
 const LOOK: Duration = Duration::from_millis(200);
 /// How often cards are written down.
 const KEEP: Duration = Duration::from_secs(30);
@@ -152,7 +152,7 @@ impl Driver {
             due: now + SLEEP_MAX,
         };
         Self {
-            table: Table::new(super::judge::peer(parts.common.own()).id),
+            table: Table::new(super::judge::node_id(parts.common.own())),
             mesh,
             parts,
             next_number: 1,
@@ -245,7 +245,7 @@ impl Driver {
         }
     }
 
-    /// Looks at what has no notice of its own.
+    /// Looks at what is not waited for.
     fn look(&mut self, now: Instant) {
         let identity = self.parts.common.trust.identity().current();
         if !Arc::ptr_eq(&identity, &self.seen.identity) {
@@ -384,13 +384,13 @@ impl Driver {
             None => drop(self.dialled.remove(&id)),
         }
         self.teller.link_up(&peer, transport);
-        let (legacy, hello) =
-            (Legacy { peer: peer.clone(), hello: hello.clone(), transport }, Box::new(hello));
         if is_legacy {
-            self.legacy.insert(id, legacy);
+            let (peer, hello) = (peer.clone(), hello.clone());
+            self.legacy.insert(id, Legacy { peer, hello, transport });
         } else {
             self.legacy.remove(&id);
         }
+        let hello = Box::new(hello);
         self.tell(Input::LinkUp { peer, hello, transport, dialled: is_dialled });
         if answer.send(Answer::Taken(Box::new(taken))).is_err() {
             // Its task was ended: it is gone already.

@@ -30,5 +30,10 @@ impl Judge for NodeJudge {
 
 /// A member as membership calls it.
 pub(crate) fn peer(id: &SpiffeId) -> Peer {
-    Peer { id: NodeId(id.digest()), node: id.name.clone(), region: id.region.clone() }
+    Peer { id: node_id(id), node: id.name.clone(), region: id.region.clone() }
+}
+
+/// How members call a member among themselves.
+pub(crate) fn node_id(id: &SpiffeId) -> NodeId {
+    NodeId(id.digest())
 }

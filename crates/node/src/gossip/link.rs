@@ -57,7 +57,7 @@ const TO_QUIC_EVERY: Duration = Duration::from_secs(30);
 /// What a link tells whoever owns the machine.
 #[derive(Debug)]
 pub(super) enum News {
-    /// Both ends have said hello; the answer is awaited.
+    /// Both ends have said hello, or the one that dialled; the answer is awaited.
     Up(Box<Up>),
     /// A dial came to nothing.
     DialFailed { dial: Dial, why: String, is_self: bool },

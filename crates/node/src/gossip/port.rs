@@ -43,7 +43,7 @@ pub(crate) struct Enrolment {
 struct Port {
     common: Common,
     enrolment: Option<Enrolment>,
-    /// Handshakes in progress, up to the hello.
+    /// Handshakes in progress; whoever has yet to say hello takes no place any more.
     shaking: Places,
     /// Links that were made here.
     linked: Places,

@@ -33,6 +33,10 @@ enum Side {
     In,
 }
 
+impl Side {
+    const ALL: [Self; 3] = [Self::Both, Self::Out, Self::In];
+}
+
 /// A link as it counts here.
 #[derive(Debug)]
 struct Held<L> {
@@ -127,7 +131,7 @@ impl<L> Table<L> {
             let is_beside = one_way.contains(&other) && one_way.contains(&side) && other != side;
             !is_beside || held.entry.epoch < entry.epoch
         };
-        let replaced = [Side::Both, Side::Out, Side::In].into_iter().filter_map(|other| {
+        let replaced = Side::ALL.into_iter().filter_map(|other| {
             let is_replaced =
                 self.links.get(&(id, other)).is_some_and(|held| replaces(other, held));
             is_replaced.then(|| self.links.remove(&(id, other))).flatten()
@@ -155,8 +159,10 @@ impl<L> Table<L> {
 
     /// Takes all links with a node out.
     pub(super) fn remove(&mut self, id: NodeId) -> Vec<L> {
-        let sides = [Side::Both, Side::Out, Side::In];
-        sides.into_iter().filter_map(|side| Some(self.links.remove(&(id, side))?.link)).collect()
+        Side::ALL
+            .into_iter()
+            .filter_map(|side| Some(self.links.remove(&(id, side))?.link))
+            .collect()
     }
 
     /// Takes link `number` with a node out, if it is still there.

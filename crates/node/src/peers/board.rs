@@ -21,14 +21,15 @@ use tokio::sync::watch;
 use transport::Target;
 
 use super::{entry::Listing, state::State};
-use crate::{offer::Ask, orca};
+use crate::{gossip, offer::Ask, orca};
 
 /// What is known of the other nodes.
 #[derive(Debug)]
 pub(crate) struct Board {
     pub(super) own: SpiffeId,
     make: MakeTarget,
-    pub(super) listed: Vec<PeerName>,
+    /// How many are listed: they have the first places.
+    pub(super) listed: usize,
     pub(super) state: Mutex<State>,
     /// Whether any of them serves models by name.
     pub(super) has_models: AtomicBool,
@@ -92,11 +93,10 @@ pub(super) struct At {
 impl Board {
     /// Knows of the listed peers alone. `own` is this node, of which nothing is taken in.
     pub(crate) fn new(own: SpiffeId, listed: Vec<Listed>, make: MakeTarget) -> Self {
-        let names = listed.iter().map(|peer| peer.name.clone()).collect();
         let board = Self {
             own,
             make,
-            listed: names,
+            listed: listed.len(),
             state: Mutex::default(),
             has_models: AtomicBool::new(false),
             changes: watch::Sender::new(0),
@@ -121,12 +121,12 @@ impl Board {
             region: name.region.clone(),
             name: name.node.clone(),
         };
-        NodeId(id.digest())
+        gossip::node_id(&id)
     }
 
     /// This node, as members call it.
     pub(crate) fn own(&self) -> NodeId {
-        NodeId(self.own.digest())
+        gossip::node_id(&self.own)
     }
 
     /// Changes of who is there and of what they serve.

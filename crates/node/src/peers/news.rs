@@ -183,7 +183,7 @@ impl Board {
     }
 
     /// The peer at `place` said how pressed it is.
-    pub(crate) fn frame(&self, place: usize, frame: &LoadFrame, rtt: Duration) {
+    fn frame(&self, place: usize, frame: &LoadFrame, rtt: Duration) {
         let now = clock::now();
         let mut state = self.state.lock();
         let Some(entry) = state.get_mut(place) else { return };
@@ -201,7 +201,7 @@ impl Board {
     }
 
     /// A link to the peer at `place` begins, to its process `epoch`.
-    pub(crate) fn greet(&self, place: usize, epoch: u64) {
+    fn greet(&self, place: usize, epoch: u64) {
         if let Some(entry) = self.state.lock().get_mut(place) {
             entry.view.greet(epoch);
         }

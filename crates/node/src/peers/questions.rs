@@ -174,7 +174,7 @@ impl Board {
         let was_tried = |place: usize| {
             tried.iter().any(|tried| tried.is_same(Place::Peer { node: place, engine: None }))
         };
-        let unknown = (0..self.listed.len()).filter_map(|place| {
+        let unknown = (0..self.listed).filter_map(|place| {
             let entry = state.get(place)?;
             let has_gossip = entry.listed?.has_gossip;
             (!was_tried(place) && entry.is_unknown(now)).then_some((place, has_gossip, entry))
