@@ -52,10 +52,15 @@ def done(*arguments, **options) -> str:
     return result.stdout
 
 
+GIVEN = set()
+
+
 def free_address() -> str:
-    """An address nobody has, neither over TCP nor over UDP, apart from the ports that dialling takes."""
+    """An address nobody has, neither over TCP nor over UDP, apart from the ports that dialling takes; another each time."""
     for _ in range(200):
         address = ("127.0.0.1", random.randrange(20_000, 30_000))
+        if address in GIVEN:
+            continue
         kinds = (socket.SOCK_STREAM, socket.SOCK_DGRAM)
         try:
             for kind in kinds:
@@ -63,6 +68,7 @@ def free_address() -> str:
                     probe.bind(address)
         except OSError:
             continue
+        GIVEN.add(address)
         return f"{address[0]}:{address[1]}"
     raise AssertionError("no free port")
 

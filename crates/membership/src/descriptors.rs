@@ -51,6 +51,8 @@ pub(crate) struct Bodies {
     queue: VecDeque<Hash>,
     /// What was asked for, and until when an answer is waited for.
     in_flight: BTreeMap<Hash, Instant>,
+    /// No answer is overdue before.
+    overdue: Option<Instant>,
     /// When the queue is to be looked at; `None`: it is empty, or everything waits for an answer.
     look: Option<Instant>,
 }
@@ -78,10 +80,21 @@ struct Body {
 
 #[derive(Debug, Default)]
 struct Wanted {
+    /// Whose cards name it.
+    owners: Vec<NodeId>,
     /// Who may have it, whoever was asked last at the end.
     sources: VecDeque<NodeId>,
     tries: u32,
     not_before: Option<Instant>,
+}
+
+/// A body that was wanted, and has come.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Arrived {
+    pub(crate) hash: Hash,
+    pub(crate) descriptor: Arc<Descriptor>,
+    /// Whose cards have named it since it was wanted; they may name another by now.
+    pub(crate) owners: Vec<NodeId>,
 }
 
 impl Bodies {
@@ -90,16 +103,19 @@ impl Bodies {
         &mut self,
         descriptor: Descriptor,
         sha256: impl Fn(&[u8]) -> Hash,
-    ) -> (Hash, Arc<Descriptor>) {
+    ) -> Arrived {
         let encoded = encode_descriptor(&descriptor);
         let hash = sha256(&encoded);
         let body = Body { descriptor: Arc::new(descriptor), encoded: encoded.into() };
         let descriptor = Arc::clone(&body.descriptor);
         let entry = self.entries.entry(hash).or_insert(Entry { cards: 0, state: State::Broken });
         entry.cards += 1;
+        let mut owners = Vec::new();
         if !matches!(entry.state, State::Here(_)) {
             self.bytes += body.bytes();
-            entry.state = State::Here(body);
+            if let State::Wanted(wanted) = std::mem::replace(&mut entry.state, State::Here(body)) {
+                owners = wanted.owners;
+            }
             self.forget_asking(&hash);
         }
         // The card that names the one before is not replaced yet.
@@ -107,10 +123,10 @@ impl Bodies {
         if let Some(older) = std::mem::replace(&mut self.own_before, before) {
             self.release(&older);
         }
-        (hash, descriptor)
+        Arrived { hash, descriptor, owners }
     }
 
-    /// One more card names `hash`; `sources` may have the body, the best first. Returns its body, if it is here already.
+    /// One more card names `hash`; `sources` may have the body, its owner the first. Returns its body, if it is here already.
     /// Each call is undone by one [`Self::release`].
     pub(crate) fn want(
         &mut self,
@@ -123,6 +139,9 @@ impl Bodies {
         } else if self.entries.len() < HASHES_MAX {
             self.entries.insert(hash, Entry { cards: 1, state: State::Wanted(Box::default()) });
             self.queue.push_back(hash);
+        }
+        if let Some(Entry { state: State::Wanted(wanted), .. }) = self.entries.get_mut(&hash) {
+            wanted.owners.extend(sources.first());
         }
         for source in sources {
             self.offered(now, &hash, *source);
@@ -162,11 +181,11 @@ impl Bodies {
         now: Instant,
         is_linked: impl Fn(NodeId) -> bool,
     ) -> Vec<(NodeId, Vec<Hash>)> {
-        let overdue: Vec<_> =
-            self.in_flight.iter().filter(|(_, until)| **until <= now).map(|(h, _)| *h).collect();
-        for hash in &overdue {
-            self.in_flight.remove(hash);
-            self.queue.push_back(*hash);
+        let mut overdue = vec![];
+        if self.overdue.is_some_and(|due| due <= now) {
+            overdue = self.in_flight.extract_if(.., |_, until| *until <= now).collect();
+            self.queue.extend(overdue.iter().map(|(hash, _)| hash));
+            self.overdue = self.in_flight.values().copied().min();
         }
         if overdue.is_empty() && self.look.is_none_or(|look| look > now) {
             return vec![];
@@ -185,6 +204,7 @@ impl Bodies {
             if let Some((source, until)) = wanted.ask(now, &is_linked) {
                 asks.entry(source).or_default().push(hash);
                 self.in_flight.insert(hash, until);
+                self.overdue = Some(self.overdue.map_or(until, |due| due.min(until)));
             } else {
                 self.queue.push_back(hash);
                 self.look_at(now + LOOK);
@@ -199,7 +219,7 @@ impl Bodies {
 
     /// When [`Self::asks`] is to be called, if nothing changes before.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        self.in_flight.values().copied().chain(self.look).min()
+        self.overdue.filter(|_| !self.in_flight.is_empty()).into_iter().chain(self.look).min()
     }
 
     /// A body came. `None`: nobody wanted it, there is no room, or it is no descriptor.
@@ -208,7 +228,7 @@ impl Bodies {
         now: Instant,
         bytes: &[u8],
         sha256: impl Fn(&[u8]) -> Hash,
-    ) -> Option<(Hash, Arc<Descriptor>)> {
+    ) -> Option<Arrived> {
         if bytes.len() > DESCRIPTOR_BYTES_MAX {
             return None;
         }
@@ -233,9 +253,10 @@ impl Bodies {
         }
         self.bytes += body.bytes();
         let descriptor = Arc::clone(&body.descriptor);
+        let owners = std::mem::take(&mut wanted.owners);
         entry.state = State::Here(body);
         self.look_at(now);
-        Some((hash, descriptor))
+        Some(Arrived { hash, descriptor, owners })
     }
 
     /// The body of `hash`, if it is here.
@@ -355,14 +376,16 @@ mod tests {
     fn a_body_goes_from_its_owner_to_whoever_wants_it_and_on() {
         let now = base::clock::now();
         let (mut owner, mut other) = (Bodies::default(), Bodies::default());
-        let (name, _) = owner.own(descriptor(1, 2), hash);
+        let name = owner.own(descriptor(1, 2), hash).hash;
         assert_eq!(other.want(now, name, &[node(1)]), None);
         assert_eq!(other.next_deadline(), Some(now));
         let asks = other.asks(now, |_| true);
         assert_eq!(asks, [(node(1), vec![name])]);
         assert!(other.asks(now, |_| true).is_empty(), "asked once");
         let [Frame::Descriptors(bodies)] = &owner.answer(&asks[0].1)[..] else { panic!("one") };
-        let (came, body) = other.take(now, &bodies[0], hash).unwrap();
+        let Arrived { hash: came, descriptor: body, owners } =
+            other.take(now, &bodies[0], hash).unwrap();
+        assert_eq!(owners, [node(1)]);
         assert_eq!((came, &*body), (name, &descriptor(1, 2)));
         assert!(other.take(now, &bodies[0], hash).is_none(), "it is here");
         assert_eq!(other.answer(&[name]), owner.answer(&[name]), "handed on as it came");
@@ -374,9 +397,9 @@ mod tests {
     fn a_body_is_kept_until_the_last_card_that_names_it_goes() {
         let now = base::clock::now();
         let mut bodies = Bodies::default();
-        let (first, _) = bodies.own(descriptor(1, 1), hash);
+        let first = bodies.own(descriptor(1, 1), hash).hash;
         assert!(bodies.want(now, first, &[]).is_some());
-        let (second, _) = bodies.own(descriptor(2, 1), hash);
+        let second = bodies.own(descriptor(2, 1), hash).hash;
         assert!(bodies.get(&first).is_some() && bodies.get(&second).is_some());
         bodies.release(&first);
         assert!(bodies.get(&first).is_some(), "this node's card names it yet");
@@ -424,7 +447,7 @@ mod tests {
             never[31] = i;
             bodies.want(now, never, &[node(1)]);
         }
-        let (name, _) = owner.own(descriptor(1, 1), hash);
+        let name = owner.own(descriptor(1, 1), hash).hash;
         bodies.want(now, name, &[node(2)]);
         let mut most = 0;
         let came = (0..100).any(|step| {

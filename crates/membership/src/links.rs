@@ -2,13 +2,14 @@
 
 use std::{
     collections::BTreeMap,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use rand::{RngExt as _, rngs::SmallRng};
 
-use crate::{NodeId, Peer, Pool, Seed, Target, Transport, strikes::Rate};
+use crate::{Descriptor, NodeId, Peer, Pool, Seed, Target, Transport, strikes::Rate};
 
 /// Links an ordinary node has at most; those nobody needs make room.
 pub(crate) const LINKS_MAX: usize = 320;
@@ -54,6 +55,8 @@ pub(crate) struct Link {
     /// It was asked for its load, and when a frame last came.
     pub(crate) subscribed: bool,
     pub(crate) load: Option<(u64, Instant)>,
+    /// What its process serves, as its last figures were of it: versions of one process count up.
+    pub(crate) served: Option<Arc<Descriptor>>,
     /// Whoever routes was told that it can be reached.
     pub(crate) reachable: bool,
 }
@@ -75,6 +78,7 @@ impl Link {
             given: (now, 0),
             subscribed: false,
             load: None,
+            served: None,
             reachable: false,
         }
     }

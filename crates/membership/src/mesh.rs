@@ -5,6 +5,7 @@
 //!  LinkUp, LinkDown, DialFailed ──> link.rs, seeds.rs ──> Dial, Close  who is linked
 //!  Frame: Swim ─────> gossip.rs, doubts.rs ──> Swim, Down, Suspected   what is believed of whom (A)
 //!  Frame: Cards ────> card.rs ────> CardsAsk, Member                   whose words these are
+//!  CardsCompare ────> compare.rs ─> Cards                              whether anybody was missed
 //!  Frame: the rest ─> planes.rs ──> Described, Load, Region            what they serve (B), how pressed they are (C, D)
 //!  the round, once a second ──────> relay.rs                           who speaks for the region
 //! ```
@@ -13,6 +14,7 @@
 //! death only one node speaks of.
 
 mod card;
+mod compare;
 mod doubts;
 mod gossip;
 mod hear;
@@ -46,7 +48,7 @@ use crate::{
     Card, Descriptor, Frame, Hello, Judge, LoadFrame, NodeId, PROTOCOL_OLDEST, PROTOCOL_VERSION,
     Pool,
     cards::Cards,
-    descriptors::Bodies,
+    descriptors::{Arrived, Bodies},
     digest::Digester,
     encode,
     links::{Links, Seeds},
@@ -138,7 +140,8 @@ impl<J: Judge> Mesh<J> {
     ) -> Result<Self, String> {
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut bodies = Bodies::default();
-        let (hash, descriptor) = bodies.own(descriptor, |bytes| judge.sha256(bytes));
+        let Arrived { hash, descriptor, .. } =
+            bodies.own(descriptor, |bytes| judge.sha256(bytes));
         let card = card::make(&own, &mut judge, hash, 0)?;
         let mut timers = Timers::default();
         timers.set(now + ROUND.mul_f64(rng.random()), Due::Round);
@@ -270,6 +273,7 @@ impl<J: Judge> Mesh<J> {
             },
             Due::Dial(id) => self.dial(now, id),
             Due::Suspicion(pool, id) => self.decide(now, pool, id),
+            Due::Doubt(pool, id) => self.look_after(now, pool, id),
             Due::Renewal => self.renew(now),
             Due::Round => {
                 self.round(now);
@@ -284,6 +288,7 @@ impl<J: Judge> Mesh<J> {
         self.tend_links(now);
         self.tend_seeds(now);
         self.tend_relays(now);
+        self.compare(now);
         for id in self.cards.unanswered(now) {
             self.had_no_card(now, id);
         }

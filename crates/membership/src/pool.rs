@@ -24,6 +24,11 @@ use crate::{
 
 /// Members of one pool at most.
 pub(crate) const MEMBERS_MAX: usize = 16_384;
+/// In a pool of so many each is linked with every other.
+const LINKED: usize = 64;
+/// In a larger one a probe often takes a new link, and each member is watched over the links it has, by dozens: foca's
+/// probes, which its configuration cannot slow down as the pool grows, come so long after each other.
+const PROBES_AFTER: Duration = Duration::from_secs(2);
 /// A member that is down is forgotten after this.
 const REMOVE_AFTER: Duration = Duration::from_secs(3600);
 
@@ -134,6 +139,11 @@ impl Members {
 
     pub(crate) fn active(&self) -> usize {
         self.active
+    }
+
+    /// Time from one probe to the next, at least.
+    pub(crate) fn probes_after(&self) -> Duration {
+        if self.active > LINKED { PROBES_AFTER } else { Duration::ZERO }
     }
 
     pub(crate) fn is_full(&self) -> bool {

@@ -31,6 +31,8 @@ const REGIONS_MAX: usize = 256;
 const VOICES_MAX: usize = 9;
 /// Memory of all that was said, and of one part of a digest.
 const BYTES_MAX: usize = 16 << 20;
+/// What is kept is counted this often.
+const COUNTED_EVERY: Duration = Duration::from_secs(1);
 const PART_BYTES_MAX: usize = 16 << 10;
 
 /// What is known of all regions.
@@ -39,8 +41,9 @@ pub(crate) struct Regions {
     regions: BTreeMap<RegionName, Region>,
     /// Models are named by many voices.
     keys: BTreeSet<Arc<Key>>,
-    /// Memory of what was said, at most: what was dropped since the last views is counted still.
+    /// Memory of what was said, at most: what was dropped since it was last counted is in it still.
     bytes: usize,
+    counted: Option<Instant>,
     /// When views are due, or figures become too old, at the earliest.
     next: Option<Instant>,
 }
@@ -155,11 +158,18 @@ impl Regions {
             }
         }
         self.regions.retain(|_, region| !region.voices.is_empty() || region.changed.is_some());
+        self.next = self.regions.values().filter_map(Region::due).min();
+        if self.bytes > BYTES_MAX || self.counted.is_none_or(|at| now >= at + COUNTED_EVERY) {
+            self.counted = Some(now);
+            self.count();
+        }
+        views
+    }
+
+    fn count(&mut self) {
         self.keys.retain(|key| Arc::strong_count(key) > 1);
         self.bytes =
             self.regions.values().flat_map(|region| &region.voices).map(Voice::bytes).sum();
-        self.next = self.regions.values().filter_map(Region::due).min();
-        views
     }
 
     /// When [`Self::views`] is due.
@@ -386,8 +396,7 @@ fn merged(key: &Key, mut offers: Vec<&Offer>, voices: usize) -> Option<RegionOff
 
 /// Candidates of each voice in turn, so that none brings more than its share of them, nor on the average larger ones.
 fn candidates(offers: &[&Offer], free: u32) -> Vec<Candidate> {
-    let mut lists: Vec<_> =
-        offers.iter().map(|offer| unpack(&offer.candidates, CANDIDATES_MAX).into_iter()).collect();
+    let mut lists: Vec<_> = offers.iter().map(|offer| unpack(&offer.candidates)).collect();
     let mut taken: Vec<(usize, Candidate)> = Vec::with_capacity(CANDIDATES_MAX);
     for _ in 0..CANDIDATES_MAX {
         for (voice, list) in lists.iter_mut().enumerate() {

@@ -61,9 +61,9 @@ impl Packet {
     }
 }
 
-/// The same packet for another: gossip is as good for whoever gets it. `None`: it is no gossip.
+/// The same packet for another. `None`: it is no gossip.
 pub(crate) fn readdressed(packet: &[u8], to: Pair) -> Option<Vec<u8>> {
-    if packet.first() != Some(&kind::GOSSIP) {
+    if !is_gossip(packet) {
         return None;
     }
     let mut bytes = packet.to_vec();
@@ -135,7 +135,15 @@ impl Codec<Pair> for Layout {
     }
 }
 
-pub(crate) const GOSSIP: u8 = kind::GOSSIP;
+/// Whether a packet is gossip, which is as good for whoever gets it.
+pub(crate) fn is_gossip(packet: &[u8]) -> bool {
+    packet.first() == Some(&kind::GOSSIP)
+}
+
+/// Whether a packet is gossip without news.
+pub(crate) fn says_nothing(packet: &[u8]) -> bool {
+    is_gossip(packet) && packet.get(HEADER_BYTES..).is_none_or(|rest| rest.iter().all(|b| *b == 0))
+}
 
 mod kind {
     pub(super) const PING: u8 = 1;
@@ -315,5 +323,7 @@ mod tests {
         let other = Packet::read(&readdressed(&bytes, pair(9)).unwrap()).unwrap();
         assert_eq!((other.header.dst, other.updates.len()), (pair(9), 2));
         assert_eq!(readdressed(&packet(Message::Ping(1), 0).write(), pair(9)), None);
+        assert!(!says_nothing(&bytes) && says_nothing(&packet(Message::Gossip, 0).write()));
+        assert!(!says_nothing(&packet(Message::Ping(1), 0).write()));
     }
 }

@@ -19,6 +19,8 @@ pub(crate) enum Due {
     Dial(NodeId),
     /// A suspicion of ours is decided.
     Suspicion(Pool, NodeId),
+    /// A suspicion of somebody else's has had its time.
+    Doubt(Pool, NodeId),
     /// A new card is made.
     Renewal,
     /// Everything that is looked at once a second.

@@ -33,6 +33,8 @@ pub const CARD_BYTES_MAX: usize = 12 << 10;
 pub(crate) const DESCRIPTOR_BYTES_MAX: usize = STREAM_BYTES_MAX - 64;
 /// Nodes or descriptors one frame may ask for.
 pub(crate) const ASKED_MAX: usize = 256;
+/// Parts into which a region is taken apart when two nodes compare what they know.
+pub(crate) const PARTS_OF_REGION_MAX: usize = 1024;
 /// Regions one load frame may count attempts of.
 pub(crate) const ARRIVALS_MAX: usize = 64;
 /// Models of one digest frame, candidates of one model, and frames of one digest.
@@ -89,6 +91,8 @@ pub enum Frame {
     Swim(Pool, Vec<u8>),
     /// Asks for the cards of these nodes, or where there are none of the whole pool.
     CardsAsk(Pool, Vec<NodeId>),
+    /// What its sender knows of its region, part by part: asks for the cards it does not.
+    CardsCompare(Vec<u64>),
     /// Signed cards, encoded.
     Cards(Pool, Vec<Vec<u8>>),
     /// Asks for descriptors by their SHA-256.
@@ -242,6 +246,9 @@ pub fn encode(frame: &Frame) -> Vec<u8> {
         }),
         Frame::Swim(pool, packet) => {
             Body::Swim(wire::Swim { pool: pool_to_wire(*pool), packet: packet.clone() })
+        }
+        Frame::CardsCompare(sums) => {
+            Body::CardsCompare(wire::CardsCompare { sums: sums.clone() })
         }
         Frame::CardsAsk(pool, nodes) => Body::CardsAsk(wire::CardsAsk {
             pool: pool_to_wire(*pool),
@@ -424,15 +431,16 @@ fn candidate_from_wire(candidate: wire::Candidate) -> Result<Candidate, WireErro
 
 /// Candidates as they are kept: most are never looked at before newer ones come.
 pub(crate) fn pack(candidates: &[Candidate]) -> Box<[u8]> {
-    let candidates = candidates.iter().map(candidate_to_wire).collect();
-    wire::Offer { candidates, ..Default::default() }.encode_to_vec().into()
+    let packed = candidates.iter().map(|c| candidate_to_wire(c).encode_length_delimited_to_vec());
+    packed.collect::<Vec<_>>().concat().into()
 }
 
-/// Up to `most` of what [`pack`] made.
-pub(crate) fn unpack(bytes: &[u8], most: usize) -> Vec<Candidate> {
-    let offer = wire::Offer::decode(bytes).unwrap_or_default();
-    let candidates = offer.candidates.into_iter().take(most);
-    candidates.filter_map(|candidate| candidate_from_wire(candidate).ok()).collect()
+/// What [`pack`] made, one after the other.
+pub(crate) fn unpack(mut bytes: &[u8]) -> impl Iterator<Item = Candidate> {
+    std::iter::from_fn(move || {
+        let candidate = wire::Candidate::decode_length_delimited(&mut bytes).ok()?;
+        candidate_from_wire(candidate).ok()
+    })
 }
 
 fn digest_from_wire(digest: wire::Digest) -> Result<Digest, WireError> {
@@ -573,6 +581,13 @@ pub fn decode(bytes: &[u8]) -> Result<Frame, WireError> {
             bounded("packet", swim.packet.len(), SWIM_BYTES_MAX)?;
             Ok(Frame::Swim(pool_from_wire(swim.pool)?, swim.packet))
         }
+        Body::CardsCompare(wire::CardsCompare { sums }) => {
+            bounded("sums", sums.len(), PARTS_OF_REGION_MAX)?;
+            if !sums.len().is_power_of_two() {
+                return Err(invalid("sums", format!("{} of them", sums.len())));
+            }
+            Ok(Frame::CardsCompare(sums))
+        }
         Body::CardsAsk(ask) => {
             bounded("nodes", ask.nodes.len(), ASKED_MAX)?;
             let nodes = ask.nodes.iter().map(|node| node_id("nodes", node));
@@ -696,6 +711,7 @@ mod tests {
             Frame::Hello(later),
             Frame::Swim(Pool::Region, vec![9; SWIM_BYTES_MAX]),
             Frame::CardsAsk(Pool::Relays, vec![NodeId([1; 16]), NodeId([2; 16])]),
+            Frame::CardsCompare(vec![7; 4]),
             Frame::Cards(Pool::Relays, vec![signed(700), signed(20)]),
             Frame::DescriptorsAsk(vec![[3; 32], [4; 32]]),
             Frame::Descriptors(vec![vec![5; 300], vec![]]),
@@ -868,6 +884,7 @@ mod tests {
             Frame::Revocations(signed) => assert!(signed.len() <= REVOCATIONS_BYTES_MAX),
             Frame::Swim(_, packet) => assert!(packet.len() <= SWIM_BYTES_MAX),
             Frame::CardsAsk(_, nodes) => assert!(nodes.len() <= ASKED_MAX),
+            Frame::CardsCompare(sums) => assert!(sums.len() <= PARTS_OF_REGION_MAX),
             Frame::Cards(_, cards) => {
                 assert!(cards.iter().all(|card| card.len() <= CARD_BYTES_MAX));
             }
@@ -917,6 +934,8 @@ mod tests {
         let swim = |pool, bytes| Body::Swim(wire::Swim { pool, packet: vec![0; bytes] });
         assert_eq!(refused(swim(region, SWIM_BYTES_MAX + 1)), "packet");
         assert_eq!([refused(swim(0, 9)), refused(swim(3, 9))], ["pool"; 2]);
+        let compare = |count| Body::CardsCompare(wire::CardsCompare { sums: vec![0; count] });
+        assert_eq!([0, 3, 2048].map(|count| refused(compare(count))), ["sums"; 3]);
         let ask = |count, bytes| {
             Body::CardsAsk(wire::CardsAsk { pool: region, nodes: vec![vec![0; bytes]; count] })
         };

@@ -11,6 +11,7 @@
 
 mod acts;
 mod check;
+mod crew;
 mod fault;
 mod host;
 mod liar;

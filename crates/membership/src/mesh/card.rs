@@ -27,7 +27,7 @@ const RENEWALS_FEW: u32 = 5;
 /// Cards go in frames of about this, so that other frames come between.
 const FRAME_BYTES: usize = 60 << 10;
 /// All cards are given to one node, and asked for, no more often than this.
-const ALL_GAP: Duration = Duration::from_secs(10);
+pub(super) const ALL_GAP: Duration = Duration::from_secs(10);
 /// All were asked for and nothing came: somebody else is asked.
 const ALL_ANSWER: Duration = Duration::from_secs(3);
 /// What comes so long after all cards were asked for is the answer.

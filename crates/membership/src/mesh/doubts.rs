@@ -1,7 +1,7 @@
 //! Who may be dead: own evidence, suspicions that stand for a while, and deaths only one node speaks of.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
@@ -26,6 +26,8 @@ const ALONE: Duration = Duration::from_secs(30);
 const COMPANY: Duration = Duration::from_secs(3);
 /// Who was heard so recently is not dead.
 const JUST: Duration = Duration::from_secs(1);
+/// The news that a suspected node is down, or lives, may be missed: somebody who stays suspected is looked after this often.
+const OPEN: Duration = Duration::from_secs(5);
 /// Deaths, suspicions and misses remembered.
 const DOUBTS_MAX: usize = 4096;
 
@@ -33,6 +35,8 @@ const DOUBTS_MAX: usize = 4096;
 #[derive(Debug, Default)]
 pub(super) struct Doubts {
     suspicions: BTreeMap<(Pool, NodeId), Suspicion>,
+    /// Who is suspected, by anybody: looked after until that is over.
+    open: BTreeSet<(Pool, NodeId)>,
     /// Who was called down by one node only, which, and when.
     held: BTreeMap<NodeId, (NodeId, Instant)>,
     /// Who could not be reached, and when.
@@ -65,10 +69,13 @@ impl Doubts {
     }
 
     /// `from` says that `id` is down: whether this node knows so itself, or somebody else said so. If not it is remembered.
+    ///
+    /// Of relays only what this node knows itself counts, for it is linked with all of them: others say the same of one that
+    /// has died and of one that is no relay any more.
     pub(super) fn confirm(&mut self, now: Instant, from: NodeId, pool: Pool, id: NodeId) -> bool {
-        let own = self.suspicions.contains_key(&(pool, id)) || self.is_unreached(now, id);
-        let second = self.held.get(&id);
-        if own || second.is_some_and(|(other, at)| *other != from && now < *at + SECOND) {
+        let is_own = self.suspicions.contains_key(&(pool, id)) || self.is_unreached(now, id);
+        let second = self.held.get(&id).filter(|_| pool == Pool::Region);
+        if is_own || second.is_some_and(|(other, at)| *other != from && now < *at + SECOND) {
             self.held.remove(&id);
             return true;
         }
@@ -187,6 +194,30 @@ impl<J: Judge> Mesh<J> {
             let down = Member::new(pair, incarnation, State::Down);
             self.call(now, pool, down, !is_cut_off);
         }
+    }
+
+    /// `id` is suspected, by whomever: it is not forgotten.
+    pub(super) fn watch(&mut self, now: Instant, pool: Pool, id: NodeId) {
+        if self.doubts.open.len() < DOUBTS_MAX && self.doubts.open.insert((pool, id)) {
+            self.timers.set(now + suspect_for(pool) + OPEN, Due::Doubt(pool, id));
+        }
+    }
+
+    /// `id` was suspected long enough to know better: this node finds out itself.
+    pub(super) fn look_after(&mut self, now: Instant, pool: Pool, id: NodeId) {
+        let seen = self.members(pool).and_then(|members| members.seen(id)).copied();
+        let Some(seen) = seen.filter(|seen| seen.state == State::Suspect) else {
+            self.doubts.open.remove(&(pool, id));
+            return;
+        };
+        if !self.links.is_up(id) && !self.is_leaving {
+            if self.doubts.is_unreached(now, id) {
+                self.suspect(now, pool, seen.pair(id), seen.incarnation, now);
+            } else {
+                self.plan_dial(now, id, None);
+            }
+        }
+        self.timers.set(now + OPEN, Due::Doubt(pool, id));
     }
 
     /// Who is suspected and was just heard lives, for this node at least: it may never have heard of the suspicion, and nobody tells it

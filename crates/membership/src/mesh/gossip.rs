@@ -10,7 +10,7 @@ use crate::{
     Frame, Judge, NodeId, Pair, Pool,
     pool::{Change, Seen, farewell, suspect_for},
     strikes::Offence,
-    swim::{Packet, readdressed},
+    swim::{Packet, is_gossip, readdressed, says_nothing},
     timers::Due,
 };
 
@@ -309,7 +309,10 @@ impl<J: Judge> Mesh<J> {
         let wanted = std::mem::take(&mut members.wanted);
         let changes = std::mem::take(&mut members.changes);
         let is_worn = members.incarnation() >= WORN;
+        let probes_after = members.probes_after();
         for (timer, after) in wanted.timers {
+            let is_probe = matches!(timer, Timer::ProbeRandomMember(_));
+            let after = if is_probe { after.max(probes_after) } else { after };
             self.timers.set(now + after, Due::Foca(pool, generation, timer));
         }
         for (pair, incarnation) in wanted.failed {
@@ -333,10 +336,13 @@ impl<J: Judge> Mesh<J> {
         let was_active = before.is_some_and(|seen| seen.is_active());
         let is_active = after.is_some_and(|seen| seen.is_active());
         self.relays_change(pool, id, was_active, is_active);
+        let suspected = |seen: Option<Seen>| seen.is_some_and(|s| s.state == State::Suspect);
+        if suspected(after) {
+            self.watch(now, pool, id);
+        }
         if self.pool_of_node(id) != pool {
             return;
         }
-        let suspected = |seen: Option<Seen>| seen.is_some_and(|s| s.state == State::Suspect);
         if suspected(before) != suspected(after) {
             self.event(Event::Suspected { id, is: suspected(after) });
         }
@@ -362,10 +368,13 @@ impl<J: Judge> Mesh<J> {
 
     /// A packet of foca's, to whom it is for; gossip, where that takes a new link, to somebody who is linked.
     fn carry(&mut self, now: Instant, pool: Pool, to: Pair, packet: Vec<u8>) {
+        if says_nothing(&packet) {
+            return;
+        }
         if self.links.get(to.id).is_some_and(|link| !link.is_legacy()) {
             return self.say(now, to.id, &Frame::Swim(pool, packet), Way::Datagram);
         }
-        if packet.first() == Some(&crate::swim::GOSSIP) {
+        if is_gossip(&packet) {
             if let Some(other) = self.somebody(pool)
                 && let Some(packet) = readdressed(&packet, other)
             {

@@ -39,6 +39,7 @@ impl<J: Judge> Mesh<J> {
             Frame::Load(frame) => self.hear_load(now, from, frame),
             Frame::Cards(pool, cards) => self.hear_cards(now, from, pool, &cards),
             Frame::CardsAsk(pool, nodes) => self.hear_cards_ask(now, from, pool, &nodes),
+            Frame::CardsCompare(sums) => self.hear_cards_compare(now, from, &sums),
             Frame::DescriptorsAsk(hashes) => self.hear_descriptors_ask(now, from, &hashes),
             Frame::Descriptors(bodies) => self.hear_descriptors(now, &bodies),
             Frame::Subscribe(wanted) => self.hear_subscribe(now, from, wanted),

@@ -10,8 +10,9 @@ use base::{Load, RegionName};
 
 use super::{Event, Mesh, Peer, Way};
 use crate::{
-    Descriptor, Digest, Frame, Judge, LoadFrame, NodeId, Pool, digest::Sample, encode, links::Link,
-    pool::Members, strikes::Offence, subscribe::Known, view::within,
+    Descriptor, Digest, Frame, Judge, LoadFrame, NodeId, Pool, descriptors::Arrived,
+    digest::Sample, encode, links::Link, pool::Members, strikes::Offence, subscribe::Known,
+    view::within,
 };
 
 /// Nodes that may subscribe, the relays of this region aside. Further ones are told to wait for so long.
@@ -62,11 +63,12 @@ impl<J: Judge> Mesh<J> {
 
     pub(super) fn describe(&mut self, now: Instant, descriptor: Descriptor) {
         let judge = &self.judge;
-        let (hash, descriptor) = self.bodies.own(descriptor, |bytes| judge.sha256(bytes));
-        self.descriptor = descriptor;
+        let arrived = self.bodies.own(descriptor, |bytes| judge.sha256(bytes));
+        self.descriptor = Arc::clone(&arrived.descriptor);
         self.own_figures = None;
-        self.renewal.descriptor = hash;
+        self.renewal.descriptor = arrived.hash;
         self.want_card(now);
+        self.arrived(now, &arrived);
         let legacy = self.subscribers.iter().filter(|id| self.is_legacy(**id));
         for id in legacy.copied().collect::<Vec<_>>() {
             self.say_descriptor(now, id);
@@ -110,14 +112,17 @@ impl<J: Judge> Mesh<J> {
     pub(super) fn hear_descriptors(&mut self, now: Instant, bodies: &[Vec<u8>]) {
         for body in bodies {
             let judge = &self.judge;
-            let Some((hash, descriptor)) = self.bodies.take(now, body, |bytes| judge.sha256(bytes))
-            else {
-                continue;
-            };
-            let served = self.cards.all().filter(|card| card.facts.descriptor == hash);
-            let served: Vec<_> = served.map(|card| (card.id, card.facts.epoch)).collect();
-            for (id, epoch) in served {
-                self.described(now, id, epoch, Arc::clone(&descriptor));
+            if let Some(arrived) = self.bodies.take(now, body, |bytes| judge.sha256(bytes)) {
+                self.arrived(now, &arrived);
+            }
+        }
+    }
+
+    fn arrived(&mut self, now: Instant, arrived: &Arrived) {
+        for id in &arrived.owners {
+            let card = self.cards.get(*id).filter(|c| c.facts.descriptor == arrived.hash);
+            if let Some(epoch) = card.map(|card| card.facts.epoch) {
+                self.described(now, *id, epoch, Arc::clone(&arrived.descriptor));
             }
         }
     }
@@ -259,7 +264,7 @@ impl<J: Judge> Mesh<J> {
         if !link.subscribed && !link.is_legacy() {
             return;
         }
-        if self.cut(from, &mut frame) {
+        if self.cut(&mut frame, from) {
             self.strike(now, from, Offence::Strike, "many more slots than its descriptor says");
         }
         if self.relaying.is_relay() && self.region.is_active(from) {
@@ -271,12 +276,15 @@ impl<J: Judge> Mesh<J> {
     }
 
     /// Nobody has more slots than its descriptor says. Returns whether it claims so many that it is no mistake.
-    fn cut(&self, from: NodeId, frame: &mut LoadFrame) -> bool {
-        let card = self.cards.get(from);
-        let body = card.and_then(|card| self.bodies.get(&card.facts.descriptor));
-        let Some(descriptor) = body.filter(|body| body.version == frame.descriptor_version) else {
-            return false;
-        };
+    fn cut(&mut self, frame: &mut LoadFrame, from: NodeId) -> bool {
+        let Some(link) = self.links.up.get_mut(&from) else { return false };
+        let of_frame = |body: &&Arc<Descriptor>| body.version == frame.descriptor_version;
+        if link.served.as_ref().filter(of_frame).is_none() {
+            let card = self.cards.get(from).filter(|card| card.facts.epoch == link.epoch);
+            let body = card.and_then(|card| self.bodies.get(&card.facts.descriptor));
+            link.served = body.filter(of_frame).cloned();
+        }
+        let Some(descriptor) = &link.served else { return false };
         let mut is_absurd = false;
         for (load, engine) in frame.engines.iter_mut().zip(&descriptor.engines) {
             let most = engine.slots.map_or(u32::MAX, |slots| slots.saturating_mul(4));

@@ -12,7 +12,7 @@ use super::{
 };
 
 /// Kinds of frames by the number of their field.
-const KINDS: [&str; 15] = [
+const KINDS: [&str; 16] = [
     "other",
     "hello",
     "descriptor",
@@ -26,12 +26,13 @@ const KINDS: [&str; 15] = [
     "subscribe",
     "not_subscribed",
     "digest",
+    "cards_compare",
     "keep_alive",
     "handshake",
 ];
 /// What goes over the wire that is no frame.
-pub(super) const KEPT_ALIVE: u8 = 13 << 3;
-pub(super) const HANDSHAKE: u8 = 14 << 3;
+pub(super) const KEPT_ALIVE: u8 = 14 << 3;
+pub(super) const HANDSHAKE: u8 = 15 << 3;
 
 /// Examples kept of what should not be.
 const EXAMPLES: usize = 10;

@@ -2,15 +2,14 @@
 //! the simulation. Equal cards are one card in memory, however many nodes know it.
 
 use std::{
-    cell::RefCell,
     collections::HashMap,
     hash::{DefaultHasher, Hash as _, Hasher as _},
-    rc::Rc,
     sync::Arc,
 };
 
 use base::{NodeName, RegionName};
 use membership::{Card, Judge, Judged, NodeId};
+use parking_lot::Mutex;
 use prost::Message as _;
 use proto::isobar::mesh::v1::SignedCard;
 
@@ -25,13 +24,13 @@ const CARDS_MAX: usize = 200_000;
 /// The judge of one node, which shares what it has judged with all others.
 #[derive(Clone, Debug)]
 pub(super) struct Toy {
-    certificate: Rc<Vec<u8>>,
-    shared: Rc<RefCell<Shared>>,
+    certificate: Arc<Vec<u8>>,
+    key: u64,
+    shared: Arc<Mutex<Shared>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Shared {
-    key: u64,
     /// What was judged, by its bytes. Only looked up, never walked.
     cards: HashMap<Arc<[u8]>, Arc<Card>>,
 }
@@ -45,14 +44,13 @@ impl Toy {
         node: &NodeName,
         region: &RegionName,
     ) -> Self {
-        let fresh = || Rc::new(RefCell::new(Shared { key: seed, cards: HashMap::new() }));
-        let shared = of.map_or_else(fresh, |of| Rc::clone(&of.shared));
-        Self { certificate: Rc::new(certificate(index, node, region)), shared }
+        let shared = of.map(|of| Arc::clone(&of.shared)).unwrap_or_default();
+        Self { certificate: Arc::new(certificate(index, node, region)), key: seed, shared }
     }
 
     fn mark(&self, certificate: &[u8], card: &[u8]) -> Vec<u8> {
         let mut hasher = DefaultHasher::new();
-        (self.shared.borrow().key, certificate, card).hash(&mut hasher);
+        (self.key, certificate, card).hash(&mut hasher);
         let mut mark = hasher.finish().to_be_bytes().to_vec();
         mark.resize(SIGNATURE_BYTES, 0x30);
         mark
@@ -81,7 +79,7 @@ impl Judge for Toy {
     }
 
     fn share(&mut self, card: Card) -> Arc<Card> {
-        let cards = &mut self.shared.borrow_mut().cards;
+        let cards = &mut self.shared.lock().cards;
         if let Some(known) = cards.get(&card.signed) {
             return Arc::clone(known);
         }

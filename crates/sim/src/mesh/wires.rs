@@ -307,7 +307,7 @@ impl World {
             process.subscribed.remove(&node);
         }
         self.capture(&bytes);
-        self.give(host, Input::Frame { from, bytes, rtt: Duration::from_nanos(rtt) });
+        self.give_soon(host, Input::Frame { from, bytes, rtt: Duration::from_nanos(rtt) });
     }
 
     /// Keeps a few frames of all that go by.

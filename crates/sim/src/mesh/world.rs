@@ -14,12 +14,13 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use super::{
     Config, Outcome,
+    crew::{Done, Task},
     fault::{Act, Plan},
     host::{Host, Process},
     links::{LinkRef, Links},
     load::{self, Engine},
     measure::Measures,
-    network::{MS, Nanos, Network, SECOND},
+    network::{MS, Nanos, Network, SECOND, SHORTEST_WAY},
     toy::{self, Toy},
     wires::Dial,
 };
@@ -126,6 +127,8 @@ pub(super) struct World {
     pub(super) plan: Plan,
     pub(super) now: Nanos,
     heap: BinaryHeap<Timed>,
+    /// What machines are to be told next.
+    pub(super) tasks: Vec<Task>,
     sequence: u64,
     pub(super) origin: Instant,
     pub(super) hosts: Vec<Host>,
@@ -156,6 +159,7 @@ impl World {
             plan,
             now: 0,
             heap: BinaryHeap::new(),
+            tasks: vec![],
             sequence: 0,
             origin: base::clock::now(),
             hosts: vec![],
@@ -182,16 +186,34 @@ impl World {
         self.push(self.plan.warm, What::Warm);
         self.push(self.plan.warm, What::Probe);
         self.push(self.plan.joined, What::Check);
-        while let Some(Timed { at, what, .. }) = self.heap.pop() {
-            if at > self.plan.end {
-                break;
-            }
-            self.now = at;
-            self.measures.events += 1;
-            self.happen(what);
+        while let Some(first) = self.heap.peek().map(|next| next.at).filter(|at| *at <= self.plan.end) {
+            self.run_until((first + SHORTEST_WAY).min(self.plan.end + 1));
         }
         self.now = self.plan.end;
         self.finish()
+    }
+
+    /// What happens before `until`, within which nobody hears of anybody.
+    fn run_until(&mut self, until: Nanos) {
+        while self.heap.peek().is_some_and(|next| next.at < until)
+            && let Some(Timed { at, what, .. }) = self.heap.pop()
+        {
+            self.now = at;
+            self.measures.events += 1;
+            match what {
+                What::Frame { link, side, bytes } => self.arrive(link, side, bytes),
+                What::Tick { host, life } => self.tick(host, life),
+                What::Sample { host, life } => self.sample(host, life),
+                What::Step { host, life } => self.step(host, life),
+                What::Jump { host, life } => self.jump(host, life),
+                alone => {
+                    self.work();
+                    self.now = at;
+                    self.happen(alone);
+                }
+            }
+        }
+        self.work();
     }
 
     pub(super) fn push(&mut self, at: Nanos, what: What) {
@@ -253,11 +275,11 @@ impl World {
 
     fn happen(&mut self, what: What) {
         match what {
-            What::Frame { link, side, bytes } => self.arrive(link, side, bytes),
-            What::Tick { host, life } => self.tick(host, life),
-            What::Sample { host, life } => self.sample(host, life),
-            What::Step { host, life } => self.step(host, life),
-            What::Jump { host, life } => self.jump(host, life),
+            What::Frame { .. }
+            | What::Tick { .. }
+            | What::Sample { .. }
+            | What::Step { .. }
+            | What::Jump { .. } => {}
             What::Dialled(dial) => self.dialled(dial),
             What::Failed { dial, why } => self.dial_failed(*dial, why),
             What::Idle { link, side } => self.idle(link, side),
@@ -292,14 +314,28 @@ impl World {
         self.kill(host, false);
     }
 
+    /// Tells the machine of a host something at once.
     pub(super) fn give(&mut self, host: u32, input: Input) {
-        self.guarded(host, |mesh, now| mesh.handle(now, input));
-        self.outputs(host);
+        self.give_soon(host, input);
+        let now = self.now;
+        self.work();
+        self.now = now;
     }
 
-    fn outputs(&mut self, host: u32) {
+    /// Tells the machine of a host something, while others are told something too.
+    pub(super) fn give_soon(&mut self, host: u32, input: Input) {
+        let Some(on) = self.host(host).filter(|on| on.process.is_some()) else { return };
+        let (at, clock) = (self.now, on.clock(self.origin, self.now));
+        self.tasks.push(Task { at, host, clock, input });
+    }
+
+    /// Does what a machine wants done.
+    pub(super) fn carry_out(&mut self, host: u32, done: Done) {
+        if done.has_panicked {
+            return self.panicked(host);
+        }
         let mut later = None;
-        while let Some(output) = self.process(host).and_then(|process| process.mesh.poll_output()) {
+        for output in done.outputs {
             match output {
                 Output::Send { to, bytes, way } => self.send(host, to, bytes, way),
                 Output::Dial(target) => self.dial(host, target),
@@ -309,16 +345,14 @@ impl World {
         }
         match later {
             Some(epoch) => self.superseded(host, epoch),
-            None => self.arm(host),
+            None => self.arm(host, done.deadline),
         }
     }
 
     /// Sees to it that the host's machine is woken when it wants to be.
-    fn arm(&mut self, host: u32) {
+    fn arm(&mut self, host: u32, deadline: Option<Instant>) {
         let (origin, life) = (self.origin, self.host(host).map_or(0, |host| host.life));
-        let Some(wanted) = self.guarded(host, |mesh, _| mesh.next_deadline()).flatten() else {
-            return;
-        };
+        let Some(wanted) = deadline else { return };
         let Some(on) = self.host_mut(host) else { return };
         let wanted = on.when(origin, wanted);
         let Some(process) = on.process.as_mut() else { return };
@@ -340,11 +374,12 @@ impl World {
         if is_paused {
             return;
         }
-        if process.mesh.next_deadline().is_some_and(|wanted| wanted <= clock) {
+        let deadline = process.mesh.next_deadline();
+        if deadline.is_some_and(|wanted| wanted <= clock) {
             process.ticked = now;
-            self.give(host, Input::Tick);
+            self.give_soon(host, Input::Tick);
         } else {
-            self.arm(host);
+            self.arm(host, deadline);
         }
     }
 
@@ -386,7 +421,7 @@ impl World {
         let other = self.regions.get(1).unwrap_or(&on.own.region);
         let arrivals = on.engine.arrivals(&on.own.region, other);
         let loads = vec![on.engine.load()];
-        self.give(host, Input::Loads { loads, arrivals });
+        self.give_soon(host, Input::Loads { loads, arrivals });
     }
 
     /// Another process of this host's name is the later one: this one ends. Where it was alone, it is started again as a later.

@@ -1,0 +1,89 @@
+//! Whether this node knows everybody another knows: news that never came is made good within half a minute.
+//!
+//! A node says what it has of its region as sums, one of each part of the space of ids, and gets the cards of the parts in which
+//! the other has something else. Gossip misses somebody now and then; in a large region nothing else would ever tell.
+
+use std::time::Instant;
+
+use rand::seq::IndexedRandom as _;
+
+use super::{Mesh, Way, card::ALL_GAP};
+use crate::{Frame, Judge, NodeId, Pair, Pool, wire::PARTS_OF_REGION_MAX};
+
+/// Rounds from one comparison to the next, and of a node that has just started.
+const ROUNDS: u64 = 30;
+const ROUNDS_YOUNG: u64 = 5;
+/// Members of a part, about: so many cards come for one that is missing.
+const MEMBERS_OF_PART: usize = 8;
+
+impl<J: Judge> Mesh<J> {
+    /// Asks somebody of the region for what this node does not know, if it is time.
+    pub(super) fn compare(&mut self, now: Instant) {
+        let every = if self.rounds < 2 * ROUNDS { ROUNDS_YOUNG } else { ROUNDS };
+        if !self.rounds.is_multiple_of(every) {
+            return;
+        }
+        let is_one = |id: &NodeId| {
+            self.region.is_active(*id) && self.links.get(*id).is_some_and(|link| !link.is_legacy())
+        };
+        let linked: Vec<_> = self.links.up.keys().copied().filter(is_one).collect();
+        let Some(id) = linked.choose(&mut self.rng).copied() else { return };
+        let parts = (self.region.active() / MEMBERS_OF_PART).max(1).next_power_of_two();
+        let sums = self.sums(parts.min(PARTS_OF_REGION_MAX));
+        if let Some(link) = self.links.up.get_mut(&id) {
+            link.asked_all = Some((now, !self.has_all));
+        }
+        self.say(now, id, &Frame::CardsCompare(sums), Way::Stream);
+    }
+
+    /// `from` says what it has of the region.
+    pub(super) fn hear_cards_compare(&mut self, now: Instant, from: NodeId, theirs: &[u64]) {
+        let Some(link) = self.links.up.get_mut(&from) else { return };
+        let is_stranger = link.peer.region != self.own.region;
+        if is_stranger || link.gave_all.is_some_and(|(at, _)| now < at + ALL_GAP) {
+            return;
+        }
+        let ours = self.sums(theirs.len());
+        let differs = |id: NodeId| {
+            let part = part_of(id, theirs.len());
+            ours.get(part) != theirs.get(part)
+        };
+        let active = self.region.all().filter(|(id, seen)| seen.is_active() && differs(*id));
+        let mut cards: Vec<_> = active.filter_map(|(id, _)| self.cards.get(id).cloned()).collect();
+        if differs(self.own.id) {
+            cards.push(self.card.clone());
+        }
+        if cards.is_empty() {
+            return;
+        }
+        if let Some(link) = self.links.up.get_mut(&from) {
+            link.gave_all = Some((now, Pool::Region));
+        }
+        self.give_cards(now, from, Pool::Region, &cards);
+    }
+
+    /// One sum of each part: of the pairs that are alive, this node's included.
+    fn sums(&self, parts: usize) -> Vec<u64> {
+        let mut sums = vec![0_u64; parts];
+        let active = self.region.all().filter(|(_, seen)| seen.is_active());
+        for pair in active.map(|(id, seen)| seen.pair(id)).chain([self.card.pair()]) {
+            if let Some(sum) = sums.get_mut(part_of(pair.id, parts)) {
+                *sum ^= fingerprint(pair);
+            }
+        }
+        sums
+    }
+}
+
+/// Ids are hashes: their first bytes spread evenly. `parts` is a power of two.
+fn part_of(id: NodeId, parts: usize) -> usize {
+    let [first, second, ..] = id.0;
+    usize::from(u16::from_be_bytes([first, second])) & (parts - 1)
+}
+
+/// Sixty-four bits of a pair.
+fn fingerprint(pair: Pair) -> u64 {
+    let id = u128::from_be_bytes(pair.id.0);
+    let words = [(id >> 64) as u64, id as u64, pair.epoch, pair.bump.into()];
+    words.into_iter().fold(0, |sum, word| crate::subscribe::mix(sum ^ word))
+}
