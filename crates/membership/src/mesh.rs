@@ -20,6 +20,8 @@ mod gossip;
 mod hear;
 mod io;
 mod link;
+#[cfg(test)]
+mod missed;
 mod planes;
 mod relay;
 mod seeds;

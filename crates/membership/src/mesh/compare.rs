@@ -63,7 +63,7 @@ impl<J: Judge> Mesh<J> {
     }
 
     /// One sum of each part: of the pairs that are alive, this node's included.
-    fn sums(&self, parts: usize) -> Vec<u64> {
+    pub(super) fn sums(&self, parts: usize) -> Vec<u64> {
         let mut sums = vec![0_u64; parts];
         let active = self.region.all().filter(|(_, seen)| seen.is_active());
         for pair in active.map(|(id, seen)| seen.pair(id)).chain([self.card.pair()]) {

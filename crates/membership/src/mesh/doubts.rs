@@ -91,6 +91,12 @@ impl Doubts {
         self.blamed.retain(|_, at| now < *at + UNREACHED);
     }
 
+    /// As if this node had just blamed `id`: it does not do so again.
+    #[cfg(test)]
+    pub(super) fn suspect_nobody(&mut self, now: Instant, id: NodeId) {
+        self.blamed.insert(id, now);
+    }
+
     fn is_unreached(&self, now: Instant, id: NodeId) -> bool {
         self.unreached.get(&id).is_some_and(|at| now < *at + UNREACHED)
     }
@@ -244,5 +250,24 @@ impl<J: Judge> Mesh<J> {
         let is_company = |id: &NodeId| *id != but && members.seen(*id).is_some();
         members.active() > 1
             && !self.links.up.iter().any(|(id, link)| now < link.heard + COMPANY && is_company(id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_others_are_believed_of_a_member_and_nobody_of_a_relay() {
+        let id = |i| NodeId([i; 16]);
+        let now = base::clock::now();
+        let mut doubts = Doubts::default();
+        assert!(!doubts.confirm(now, id(1), Pool::Region, id(9)));
+        assert!(!doubts.confirm(now, id(1), Pool::Region, id(9)), "the same one again");
+        assert!(doubts.confirm(now, id(2), Pool::Region, id(9)));
+        assert!(!doubts.confirm(now, id(1), Pool::Relays, id(8)));
+        assert!(!doubts.confirm(now, id(2), Pool::Relays, id(8)));
+        doubts.unreached.insert(id(8), now);
+        assert!(doubts.confirm(now, id(2), Pool::Relays, id(8)), "it was seen here too");
     }
 }
