@@ -34,7 +34,7 @@ pub const LINK_ALPN: &[u8] = b"isobar/1";
 const FRAME_BYTES_MAX: usize = 64 << 10;
 /// A link on which nothing comes for so long is gone; something is asked for much more often.
 const IDLE: Duration = Duration::from_millis(1200);
-const KEEP_ALIVE: Duration = Duration::from_millis(400);
+const KEEP_ALIVE: Duration = Duration::from_millis(500);
 /// A dial, a handshake, or a frame that has begun, must be done within this.
 const DONE_WITHIN: Duration = Duration::from_secs(5);
 /// The connection identifiers of this endpoint begin with this: no worker has it.

@@ -7,7 +7,7 @@ use super::network::{MS, Nanos};
 /// An end that hears nothing for so long gives up.
 pub(super) const IDLE: Nanos = 1_200 * MS;
 /// A silent link is kept alive this often.
-pub(super) const KEEP_ALIVE: Nanos = 400 * MS;
+pub(super) const KEEP_ALIVE: Nanos = 500 * MS;
 /// What that costs each end, sent and received.
 pub(super) const KEEP_ALIVE_BYTES: u64 = 60;
 /// What a handshake costs each end, sent and received.

@@ -6,7 +6,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Instant};
 use base::clock;
 use bytes::{Bytes, BytesMut};
 use quinn::{
-    ConnectionError, TransportConfig,
+    AckFrequencyConfig, ConnectionError, TransportConfig,
     crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig},
 };
 use tokio::sync::Mutex;
@@ -23,8 +23,12 @@ const DATAGRAMS_HELD_BYTES: usize = 64 << 10;
 const RTT_FIRST: std::time::Duration = std::time::Duration::from_millis(100);
 
 pub(super) fn transport_config() -> TransportConfig {
+    // Frames are few and far between: an acknowledgement that waits for a second one only wakes the node once more.
+    let mut acks = AckFrequencyConfig::default();
+    acks.ack_eliciting_threshold(0u32.into());
     let mut config = TransportConfig::default();
     config
+        .ack_frequency_config(Some(acks))
         .initial_rtt(RTT_FIRST)
         .max_concurrent_bidi_streams(0u32.into())
         .max_concurrent_uni_streams(STREAMS.into())
