@@ -53,7 +53,7 @@ use crate::{
     pool::Members,
     regions::Regions,
     report::Reporter,
-    strikes::Strikes,
+    strikes::{Offence, Strikes},
     subscribe::Subscriptions,
     timers::{Due, Timers},
     wire::DATAGRAM_BYTES_MAX,
@@ -191,6 +191,7 @@ impl<J: Judge> Mesh<J> {
                 self.link_up(now, &peer, &hello, transport, dialled);
             }
             Input::LinkDown { id, why } => self.link_down(now, id, &why),
+            Input::Broke { peer, why } => self.convict(now, &peer, Offence::Lie, &why),
             Input::DialFailed { target, .. } => self.dial_failed(now, &target),
             Input::Frame { from, bytes, rtt } => self.hear(now, from, &bytes, rtt),
             Input::Loads { loads, arrivals } => self.sampled(now, loads, arrivals),
