@@ -62,7 +62,8 @@ impl Identity {
     /// Judges a `SignedCard`, encoded, at the moment `now`: whose it is, and the card.
     ///
     /// # Errors
-    /// It is damaged, or not signed by a node of this mesh whose certificate is good and was not revoked.
+    /// It is damaged, or not signed by a node of this mesh whose certificate is good and was not revoked;
+    /// [`IdentityError::ForgedCard`] where there is such a certificate, and only the signature is not its own.
     pub fn judge_card(
         &self,
         signed: &[u8],
@@ -104,7 +105,7 @@ fn verify(
         .ok_or_else(|| wrong(format!("nobody signs with the scheme {scheme:#06x}")))?;
     let leaf = EndEntityCert::try_from(leaf).map_err(|error| wrong(error.to_string()))?;
     leaf.verify_signature(*algorithm, &message(card), signature)
-        .map_err(|_| wrong("its signature does not fit it"))
+        .map_err(|_| IdentityError::ForgedCard)
 }
 
 fn message(card: &[u8]) -> Vec<u8> {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use crate::{
-    Descriptor, EngineDescriptor, Frame, NodeId,
+    Descriptor, EngineDescriptor, Frame, NodeId, WireError,
     wire::{ASKED_MAX, DESCRIPTOR_BYTES_MAX, decode_descriptor, encode_descriptor},
 };
 
@@ -67,7 +67,9 @@ enum State {
     Here(Body),
     Wanted(Box<Wanted>),
     /// What hashes to this is no descriptor: its owner's fault, and of no use to ask for again.
-    Broken,
+    Broken {
+        is_absurd: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -95,7 +97,10 @@ impl Bodies {
         let hash = sha256(&encoded);
         let body = Body { descriptor: Arc::new(descriptor), encoded: encoded.into() };
         let descriptor = Arc::clone(&body.descriptor);
-        let entry = self.entries.entry(hash).or_insert(Entry { cards: 0, state: State::Broken });
+        let entry = self
+            .entries
+            .entry(hash)
+            .or_insert(Entry { cards: 0, state: State::Broken { is_absurd: false } });
         entry.cards += 1;
         if !matches!(entry.state, State::Here(_)) {
             self.bytes += body.bytes();
@@ -151,7 +156,7 @@ impl Bodies {
             match state {
                 State::Here(body) => self.bytes -= body.bytes(),
                 State::Wanted(_) => self.forget_asking(hash),
-                State::Broken => {}
+                State::Broken { .. } => {}
             }
         }
     }
@@ -202,13 +207,13 @@ impl Bodies {
         self.in_flight.values().copied().chain(self.look).min()
     }
 
-    /// A body came. `None`: nobody wanted it, there is no room, or it is no descriptor.
+    /// A body came. `None`: nobody wanted it, or there is no room. An error: it is no descriptor that can be used.
     pub(crate) fn take(
         &mut self,
         now: Instant,
         bytes: &[u8],
         sha256: impl Fn(&[u8]) -> Hash,
-    ) -> Option<(Hash, Arc<Descriptor>)> {
+    ) -> Option<(Hash, Result<Arc<Descriptor>, WireError>)> {
         if bytes.len() > DESCRIPTOR_BYTES_MAX {
             return None;
         }
@@ -219,10 +224,13 @@ impl Bodies {
         self.forget_asking(&hash);
         let entry = self.entries.get_mut(&hash)?;
         let State::Wanted(wanted) = &mut entry.state else { return None };
-        let Ok(descriptor) = decode_descriptor(bytes) else {
-            entry.state = State::Broken;
-            self.look_at(now);
-            return None;
+        let descriptor = match decode_descriptor(bytes) {
+            Ok(descriptor) => descriptor,
+            Err(error) => {
+                entry.state = State::Broken { is_absurd: matches!(error, WireError::Slots(_)) };
+                self.look_at(now);
+                return Some((hash, Err(error)));
+            }
         };
         let body = Body { descriptor: Arc::new(descriptor), encoded: bytes.into() };
         if self.bytes + body.bytes() > BYTES_MAX {
@@ -235,7 +243,14 @@ impl Bodies {
         let descriptor = Arc::clone(&body.descriptor);
         entry.state = State::Here(body);
         self.look_at(now);
-        Some((hash, descriptor))
+        Some((hash, Ok(descriptor)))
+    }
+
+    /// Whether what hashes to this was seen, and speaks of an engine such as there is none.
+    pub(crate) fn is_absurd(&self, hash: &Hash) -> bool {
+        self.entries
+            .get(hash)
+            .is_some_and(|entry| matches!(entry.state, State::Broken { is_absurd: true }))
     }
 
     /// The body of `hash`, if it is here.
@@ -268,7 +283,7 @@ impl Bodies {
     fn body(&self, hash: &Hash) -> Option<&Body> {
         match &self.entries.get(hash)?.state {
             State::Here(body) => Some(body),
-            State::Wanted(_) | State::Broken => None,
+            State::Wanted(_) | State::Broken { .. } => None,
         }
     }
 
@@ -323,7 +338,7 @@ impl Body {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::encode;
+    use crate::{SLOTS_MAX, encode};
 
     /// No SHA-256, but as good as one here.
     fn hash(bytes: &[u8]) -> Hash {
@@ -363,6 +378,7 @@ mod tests {
         assert!(other.asks(now, |_| true).is_empty(), "asked once");
         let [Frame::Descriptors(bodies)] = &owner.answer(&asks[0].1)[..] else { panic!("one") };
         let (came, body) = other.take(now, &bodies[0], hash).unwrap();
+        let body = body.unwrap();
         assert_eq!((came, &*body), (name, &descriptor(1, 2)));
         assert!(other.take(now, &bodies[0], hash).is_none(), "it is here");
         assert_eq!(other.answer(&[name]), owner.answer(&[name]), "handed on as it came");
@@ -458,10 +474,25 @@ mod tests {
         let garbage = [0xff; 100];
         bodies.want(now, hash(&garbage), &[node(1)]);
         bodies.asks(now, |_| true);
-        assert!(bodies.take(now, &garbage, hash).is_none());
+        assert!(matches!(bodies.take(now, &garbage, hash), Some((_, Err(_)))));
+        assert!(!bodies.is_absurd(&hash(&garbage)));
         assert!(bodies.take(now, &vec![0; DESCRIPTOR_BYTES_MAX + 1], hash).is_none());
         let later = now + Duration::from_secs(100);
         assert!(bodies.asks(later, |_| true).is_empty() && bodies.next_deadline().is_none());
+    }
+
+    #[test]
+    fn more_slots_than_an_engine_can_have_are_told_from_garbage() {
+        let now = base::clock::now();
+        let mut bodies = Bodies::default();
+        for (slots, is_absurd) in [(SLOTS_MAX, false), (SLOTS_MAX + 1, true), (u32::MAX, true)] {
+            let mut body = descriptor(1, 2);
+            body.engines[1].slots = Some(slots);
+            let encoded = encode_descriptor(&body);
+            bodies.want(now, hash(&encoded), &[node(1)]);
+            let (came, taken) = bodies.take(now, &encoded, hash).unwrap();
+            assert_eq!((taken.is_err(), bodies.is_absurd(&came)), (is_absurd, is_absurd));
+        }
     }
 
     #[test]
@@ -502,7 +533,7 @@ mod tests {
             let encoded = encode_descriptor(&descriptor(i, 1_000));
             let name = hash(&encoded);
             bodies.want(now, name, &[node(1)]);
-            bodies.take(now, &encoded, hash).unwrap();
+            bodies.take(now, &encoded, hash).unwrap().1.unwrap();
             hashes.extend([name, name]);
         }
         let frames = bodies.answer(&hashes);

@@ -39,6 +39,8 @@ pub(crate) struct Link {
     /// The version both speak.
     pub(crate) protocol: u32,
     pub(crate) rtt: Duration,
+    /// When it was made.
+    pub(crate) since: Instant,
     /// When something last came.
     pub(crate) heard: Instant,
     /// When something last came or went that somebody needed.
@@ -66,6 +68,7 @@ impl Link {
             epoch,
             protocol: 1,
             rtt: Duration::ZERO,
+            since: now,
             heard: now,
             used: now,
             rate: Rate::new(now),

@@ -17,6 +17,8 @@ mod doubts;
 mod gossip;
 mod hear;
 mod io;
+#[cfg(test)]
+mod liars;
 mod link;
 mod planes;
 mod relay;
@@ -285,8 +287,8 @@ impl<J: Judge> Mesh<J> {
         self.tend_links(now);
         self.tend_seeds(now);
         self.tend_relays(now);
-        for id in self.cards.unanswered(now) {
-            self.had_no_card(now, id);
+        for pending in self.cards.unanswered(now) {
+            self.had_no_card(now, &pending);
         }
         if self.rounds.is_multiple_of(60) {
             self.strikes.sweep(now);

@@ -25,6 +25,10 @@ const UNANSWERED_MAX: u32 = 32;
 /// Who calls others down that were just heard may be mistaken about so many of them, and so often, in a minute.
 const FALSE_DOWN_NODES: usize = 3;
 const FALSE_DOWNS: u32 = 5;
+/// A relay gives itself more slots than its descriptor for so long at most, if that has changed: its card may come as late as that.
+const OVERCLAIM: Duration = Duration::from_secs(15);
+/// Who has not done so for as long has stopped.
+const OVERCLAIM_GAP: Duration = Duration::from_secs(5);
 /// Cards that are not believed count once in this: whoever trusts another authority brings many at once.
 const DISBELIEF: Duration = Duration::from_secs(5);
 
@@ -52,6 +56,8 @@ struct Record {
     false_downs: Count,
     victims: Vec<NodeId>,
     disbelieved: Option<Instant>,
+    /// When it began to claim too much, and when it last did.
+    overclaims: Option<(Instant, Instant)>,
     /// The end of the quarantine, how long it was, and why.
     quarantine: Option<(Instant, Duration, String)>,
 }
@@ -143,6 +149,15 @@ impl Strikes {
         counts
     }
 
+    /// `peer` claims more than its descriptor says. Returns whether it has for so long that it cannot be a change of that.
+    pub(crate) fn overclaims(&mut self, now: Instant, peer: &Peer) -> bool {
+        let Some(record) = self.record(now, peer) else { return false };
+        let before = record.overclaims.filter(|(_, last)| now < *last + OVERCLAIM_GAP);
+        let since = before.map_or(now, |(since, _)| since);
+        record.overclaims = Some((since, now));
+        now >= since + OVERCLAIM
+    }
+
     /// Forgets who has behaved for long.
     pub(crate) fn sweep(&mut self, now: Instant) {
         self.records.retain(|_, record| !record.is_clean(now));
@@ -163,6 +178,7 @@ impl Strikes {
             false_downs: Count::default(),
             victims: Vec::new(),
             disbelieved: None,
+            overclaims: None,
             quarantine: None,
         }))
     }
@@ -177,6 +193,7 @@ impl Record {
         let counts = [self.strikes, self.new_ids, self.unanswered, self.false_downs];
         let is_over = |count: &Count| count.since.is_none_or(|since| now >= since + WINDOW);
         counts.iter().all(is_over)
+            && self.overclaims.is_none_or(|(_, last)| now >= last + OVERCLAIM_GAP)
             && self.quarantine.as_ref().is_none_or(|(until, ..)| now >= *until + CLEAN_AFTER)
     }
 }
@@ -267,6 +284,15 @@ mod tests {
         assert_eq!(until, Some(later + 2 * QUARANTINE));
         strikes.sweep(later + Duration::from_secs(10_000));
         assert!(strikes.quarantined(later).is_empty());
+    }
+
+    #[test]
+    fn what_is_claimed_counts_when_it_is_claimed_for_long() {
+        let now = base::clock::now();
+        let mut strikes = Strikes::default();
+        let mut claim = |at: u64| strikes.overclaims(now + Duration::from_secs(at), &peer());
+        assert!(!claim(0) && !claim(4) && !claim(8) && !claim(12), "its card is on the way");
+        assert!(!claim(18) && !claim(22) && !claim(26) && !claim(30) && claim(33));
     }
 
     #[test]

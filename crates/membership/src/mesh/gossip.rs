@@ -180,7 +180,8 @@ impl<J: Judge> Mesh<J> {
                 }
                 // It lives on under a newer card, or so its owner says: its death under the old one is no news.
                 Some(known) if known > pair => {}
-                _ if update.state() == State::Down => {}
+                None if update.state() == State::Down => {}
+                // Also who calls a node down that stands on a later card has to have that.
                 _ => {
                     if self.cards.miss(now, pool, update, from) {
                         unknown.push(pair.id);

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Event, Mesh, Output, Peer, Target, Transport, Way, card::Taken};
+use super::{Event, Mesh, Output, Peer, Target, Transport, Way, card::Taken, planes::ABSURD};
 use crate::{
     Card, Frame, Hello, Judge, NodeId, Pool,
     links::{Begin, IDLE, LINKS_MAX, Link},
@@ -79,12 +79,12 @@ impl<J: Judge> Mesh<J> {
         let card = match self.take_card(now, Some(peer), signed) {
             Ok(Taken::New(card)) => Card::clone(&card),
             Ok(Taken::Old(card)) => card,
-            Ok(Taken::Own) if peer.id == self.own.id => {
+            Ok(Taken::Own(_)) if peer.id == self.own.id => {
                 return Err("this is the same node".to_owned());
             }
-            Ok(Taken::Own) => return self.lie(now, peer, "says hello with another's card"),
+            Ok(Taken::Own(_)) => return self.lie(now, peer, "says hello with another's card"),
             Err(why) => {
-                self.convict(now, peer, Offence::Strike, "a card that is not believed");
+                self.disbelieve(now, peer, &why);
                 return Err(format!("the card is not believed: {why}"));
             }
         };
@@ -100,6 +100,9 @@ impl<J: Judge> Mesh<J> {
                 self.outputs.push_back(Output::Send { to: peer.id, bytes, way: Way::Stream });
                 self.doomed.insert(peer.id, now + 2 * super::ROUND);
                 Err(String::new())
+            }
+            Some(newest) if self.bodies.is_absurd(&newest.facts.descriptor) => {
+                self.lie(now, peer, ABSURD)
             }
             Some(newest) => {
                 self.apply_card(now, &newest, true);

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{Facts, Pair, encode_card, swim::Packet};
 
-fn mesh_of(n: usize) -> World {
+pub(super) fn mesh_of(n: usize) -> World {
     let mut world = World::new(1);
     for i in 0..n {
         world.add(&format!("eu/n{i}"));
@@ -30,12 +30,12 @@ fn check(world: &World) {
     }
 }
 
-fn pair(world: &World, at: usize) -> Pair {
+pub(super) fn pair(world: &World, at: usize) -> Pair {
     world.mesh(at).card.pair()
 }
 
 /// What node `from` would say to node `to`.
-fn gossip(world: &World, from: usize, to: usize, updates: Vec<Member<Pair>>) -> Frame {
+pub(super) fn gossip(world: &World, from: usize, to: usize, updates: Vec<Member<Pair>>) -> Frame {
     let header = Header {
         src: pair(world, from),
         src_incarnation: 0,
@@ -54,7 +54,7 @@ fn false_downs(world: &World, but: &[usize]) -> usize {
     world.nodes.iter().flat_map(|node| &node.events).filter(|(_, event)| down(event)).count()
 }
 
-fn quarantined(world: &World, at: usize) -> Vec<(NodeId, String)> {
+pub(super) fn quarantined(world: &World, at: usize) -> Vec<(NodeId, String)> {
     let status = world.mesh(at).status(world.now);
     status.quarantined.into_iter().map(|(peer, _, why)| (peer.id, why)).collect()
 }

@@ -14,7 +14,7 @@ use proto::isobar::mesh::v1 as wire;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use super::*;
-use crate::{EngineDescriptor, Judged};
+use crate::{Disbelief, EngineDescriptor, Judged};
 
 pub(super) const MS: Duration = Duration::from_millis(1);
 pub(super) const S: Duration = Duration::from_secs(1);
@@ -59,16 +59,17 @@ impl Judge for Toy {
         Ok(sign(&self.name, card))
     }
 
-    fn judge(&mut self, signed: &[u8]) -> Result<Judged, String> {
+    fn judge(&mut self, signed: &[u8]) -> Result<Judged, Disbelief> {
+        let no = |why: &str| Disbelief::Doubtful(why.to_owned());
         let signed = wire::SignedCard::decode(signed).map_err(|e| e.to_string())?;
-        let name = signed.certificates.first().ok_or("no certificate")?;
+        let name = signed.certificates.first().ok_or_else(|| no("no certificate"))?;
         let name = std::str::from_utf8(name).map_err(|e| e.to_string())?;
+        let (region, node) = name.split_once('/').ok_or_else(|| no("no region"))?;
+        let node = node.parse().map_err(|_| no("no name"))?;
+        let region = region.parse().map_err(|_| no("no region"))?;
         if signed.signature != digest(&[b"secret", name.as_bytes(), &signed.card]) {
-            return Err("forged".to_owned());
+            return Err(Disbelief::Forged("forged".to_owned()));
         }
-        let (region, node) = name.split_once('/').ok_or("no region")?;
-        let node = node.parse().map_err(|_| "no name")?;
-        let region = region.parse().map_err(|_| "no region")?;
         Ok(Judged { id: id_of(name), node, region, card: signed.card })
     }
 
