@@ -331,7 +331,10 @@ impl<J: Judge> Mesh<J> {
     pub(super) fn apply_card(&mut self, now: Instant, card: &Card, spread: bool) {
         let pending = self.cards.found(card.pair());
         for pool in [Pool::Region, Pool::Relays] {
-            let said = pending.as_ref().filter(|pending| pending.pool == pool);
+            // Who is said to be dead is not of a pool for that.
+            let said = pending
+                .as_ref()
+                .filter(|pending| pending.pool == pool && pending.update.state() != State::Down);
             let Some(members) = self.members(pool) else { continue };
             let is_known = members.seen(card.id).is_some();
             let is_of_pool = match pool {

@@ -150,7 +150,10 @@ impl<J: Judge> Mesh<J> {
     ) {
         let before = self.doubts.suspicions.get(&(pool, pair.id));
         let is_same = before.is_some_and(|s| s.pair == pair && s.incarnation == incarnation);
-        if is_same || self.doubts.suspicions.len() >= DOUBTS_MAX {
+        let seen = self.members(pool).and_then(|members| members.seen(pair.id));
+        // A probe of an older card that came to nothing.
+        let is_past = seen.is_some_and(|seen| seen.pair(pair.id) > pair);
+        if is_same || is_past || self.doubts.suspicions.len() >= DOUBTS_MAX {
             return;
         }
         let suspicion = Suspicion { pair, incarnation, since: now, due };

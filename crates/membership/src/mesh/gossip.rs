@@ -341,7 +341,9 @@ impl<J: Judge> Mesh<J> {
         if suspected(before) != suspected(after) {
             self.event(Event::Suspected { id, is: suspected(after) });
         }
-        if !is_active {
+        let is_other = before.zip(after).is_some_and(|(a, b)| a.pair(id) != b.pair(id));
+        // What spoke against a node on an older card says nothing of the newer one.
+        if !is_active || is_other {
             self.doubts.decided(pool, id);
         }
         if was_active && !is_active {

@@ -299,3 +299,22 @@ fn a_flood_is_named() {
     }
     assert_named(&world, "more than it may send");
 }
+
+#[test]
+fn what_spoke_against_a_node_on_an_older_card_is_no_evidence_against_it_now() {
+    let mut world = mesh_of(4);
+    world.run(5 * S);
+    let (now, before) = (world.now, pair(&world, 2));
+    let suspect = |world: &mut World, pair| {
+        let mesh = world.nodes[0].mesh.as_mut().unwrap();
+        mesh.suspect(now, Pool::Region, pair, 0, now + 10 * S);
+        mesh.doubts.confirm(now, id_of("eu/n1"), Pool::Region, pair.id)
+    };
+    assert!(suspect(&mut world, before), "what it found out itself");
+    assert!(suspect(&mut world, before));
+    let mut facts = world.mesh(2).card.facts.clone();
+    facts.bump += 1;
+    let card = sign("eu/n2", &encode_card(&facts));
+    world.forge(2, 0, &Frame::Cards(Pool::Region, vec![card]));
+    assert!(!suspect(&mut world, before));
+}
