@@ -22,9 +22,12 @@ const RECORDS_MAX: usize = 1024;
 const NEW_IDS_MAX: u32 = 2048;
 /// Cards one node may name and not have, in a minute.
 const UNANSWERED_MAX: u32 = 32;
-/// Who calls others down that were just heard may be mistaken about so many of them, and so often, in a minute.
+/// Who calls others down that were just heard may be mistaken about so many of them in a minute, and say so so often: one death is
+/// passed on up to sixteen times, and whoever shuns a node, and answers another, makes the one say so to the other.
 const FALSE_DOWN_NODES: usize = 3;
-const FALSE_DOWNS: u32 = 5;
+const FALSE_DOWNS: u32 = 32;
+/// Cards of this node that one node may call down in a minute.
+const CARDS_DOWN: u32 = 5;
 /// A relay gives itself more slots than its descriptor for so long at most, if that has changed: its card may come as late as that.
 const OVERCLAIM: Duration = Duration::from_secs(15);
 /// Who has not done so for as long has stopped.
@@ -54,6 +57,7 @@ struct Record {
     new_ids: Count,
     unanswered: Count,
     false_downs: Count,
+    cards_down: Count,
     victims: Vec<NodeId>,
     disbelieved: Option<Instant>,
     /// When it began to claim too much, and when it last did.
@@ -139,6 +143,11 @@ impl Strikes {
         record.victims.len() >= FALSE_DOWN_NODES || times >= FALSE_DOWNS
     }
 
+    /// `peer` calls one more card of this node down. Returns whether that is too often.
+    pub(crate) fn card_down(&mut self, now: Instant, peer: &Peer) -> bool {
+        self.record(now, peer).is_some_and(|record| record.cards_down.more(now) >= CARDS_DOWN)
+    }
+
     /// `peer` brought a card that is not believed. Returns whether it counts.
     pub(crate) fn disbelieved(&mut self, now: Instant, peer: &Peer) -> bool {
         let Some(record) = self.record(now, peer) else { return false };
@@ -176,6 +185,7 @@ impl Strikes {
             new_ids: Count::default(),
             unanswered: Count::default(),
             false_downs: Count::default(),
+            cards_down: Count::default(),
             victims: Vec::new(),
             disbelieved: None,
             overclaims: None,
@@ -190,7 +200,8 @@ impl Record {
     }
 
     fn is_clean(&self, now: Instant) -> bool {
-        let counts = [self.strikes, self.new_ids, self.unanswered, self.false_downs];
+        let counts =
+            [self.strikes, self.new_ids, self.unanswered, self.false_downs, self.cards_down];
         let is_over = |count: &Count| count.since.is_none_or(|since| now >= since + WINDOW);
         counts.iter().all(is_over)
             && self.overclaims.is_none_or(|(_, last)| now >= last + OVERCLAIM_GAP)

@@ -231,7 +231,7 @@ impl<J: Judge> Mesh<J> {
     fn called_down(&mut self, now: Instant, from: NodeId) {
         let Some(link) = self.links.get(from) else { return };
         let peer = link.peer.clone();
-        if self.want_card(now) && self.strikes.false_down(now, &peer, self.own.id) {
+        if self.want_card(now) && self.strikes.card_down(now, &peer) {
             self.strike(now, from, Offence::Strike, "calls this node down again and again");
         }
     }

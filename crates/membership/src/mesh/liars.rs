@@ -318,3 +318,17 @@ fn what_spoke_against_a_node_on_an_older_card_is_no_evidence_against_it_now() {
     world.forge(2, 0, &Frame::Cards(Pool::Region, vec![card]));
     assert!(!suspect(&mut world, before));
 }
+
+#[test]
+fn who_passes_one_death_on_is_not_named_although_another_hears_the_dead() {
+    let mut world = mesh_of(4);
+    world.run(5 * S);
+    let victim = Member::down(pair(&world, 2));
+    for _ in 0..31 {
+        let frame = gossip(&world, 1, 0, vec![victim.clone()]);
+        world.forge(1, 0, &frame);
+    }
+    assert_eq!(quarantined(&world, 0), []);
+    insist(&mut world, 20, |world, _| gossip(world, 1, 0, vec![victim.clone()]));
+    assert_named(&world, "calls others down that live");
+}
