@@ -213,6 +213,18 @@ mod tests {
     }
 
     #[test]
+    fn a_forged_card_is_told_from_one_nobody_vouches_for() {
+        let (mesh, foreign) = (Mesh::new(), Mesh::new());
+        let (a, b) = (mesh.node("a"), mesh.node("b"));
+        for (signer, is_forged) in [(&a, true), (&foreign.node("a"), false)] {
+            let mut card = wire::SignedCard::decode(&*signer.sign_card(b"x").unwrap()).unwrap();
+            card.card = b"y".to_vec();
+            let error = b.judge_card(&card.encode_to_vec(), clock::wall()).unwrap_err();
+            assert_eq!(matches!(error, IdentityError::ForgedCard), is_forged, "{error}");
+        }
+    }
+
+    #[test]
     fn only_nodes_of_this_mesh_have_cards() {
         let (mesh, foreign) = (Mesh::new(), Mesh::new());
         let judge = mesh.node("b");
