@@ -80,6 +80,7 @@ class Line(Client):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.double, self.hello, self.frames, self.read_already = None, None, [], set()
+        self.cards = []
 
     def quic_event_received(self, event):
         super().quic_event_received(event)
@@ -96,6 +97,9 @@ class Line(Client):
         kind = said.WhichOneof("body")
         if kind == "hello":
             self.hello = said.hello
+        if kind == "cards" and self.hello:
+            mine = self.hello.card.certificates
+            self.cards = [one for one in said.cards.cards if one.certificates == mine] or self.cards
         # Enough to know what is said; nobody reads thousands.
         self.frames = [*self.frames[-999:], said]
         if self.double and self.hello:
@@ -112,9 +116,12 @@ class Line(Client):
 
     @property
     def pair(self) -> Pair:
-        """The node at the other end, by its card."""
+        """The node at the other end, by the newest of its cards."""
+        return max(map(self.read_pair, [self.hello.card, *self.cards]), key=lambda pair: pair.bump)
+
+    def read_pair(self, signed) -> Pair:
         card = mesh_pb.Card()
-        card.ParseFromString(self.hello.card.card)
+        card.ParseFromString(signed.card)
         return Pair(node_id(self.hello.node, self.hello.region), card.epoch, card.bump)
 
 
@@ -209,6 +216,10 @@ class Double:
                 act()
 
         self.run(acted())
+
+    def is_heard(self) -> bool:
+        """Whether anybody listens yet."""
+        return not all(map(self.is_out, self.lines.values()))
 
     def is_out(self, line: Line) -> bool:
         return line.terminated is not None

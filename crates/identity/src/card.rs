@@ -62,7 +62,8 @@ impl Identity {
     /// Judges a `SignedCard`, encoded, at the moment `now`: whose it is, and the card.
     ///
     /// # Errors
-    /// It is damaged, or not signed by a node of this mesh whose certificate is good and was not revoked.
+    /// It is damaged, or not signed by a node of this mesh whose certificate is good and was not revoked;
+    /// [`IdentityError::ForgedCard`] where there is such a certificate, and only the signature is not its own.
     pub fn judge_card(
         &self,
         signed: &[u8],
@@ -104,7 +105,7 @@ fn verify(
         .ok_or_else(|| wrong(format!("nobody signs with the scheme {scheme:#06x}")))?;
     let leaf = EndEntityCert::try_from(leaf).map_err(|error| wrong(error.to_string()))?;
     leaf.verify_signature(*algorithm, &message(card), signature)
-        .map_err(|_| wrong("its signature does not fit it"))
+        .map_err(|_| IdentityError::ForgedCard)
 }
 
 fn message(card: &[u8]) -> Vec<u8> {
@@ -208,6 +209,18 @@ mod tests {
             (refused(&b, &vec![0; 20_000]), "20000 bytes"),
         ] {
             assert!(said.contains(want), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_forged_card_is_told_from_one_nobody_vouches_for() {
+        let (mesh, foreign) = (Mesh::new(), Mesh::new());
+        let (a, b) = (mesh.node("a"), mesh.node("b"));
+        for (signer, is_forged) in [(&a, true), (&foreign.node("a"), false)] {
+            let mut card = wire::SignedCard::decode(&*signer.sign_card(b"x").unwrap()).unwrap();
+            card.card = b"y".to_vec();
+            let error = b.judge_card(&card.encode_to_vec(), clock::wall()).unwrap_err();
+            assert_eq!(matches!(error, IdentityError::ForgedCard), is_forged, "{error}");
         }
     }
 

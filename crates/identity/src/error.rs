@@ -239,6 +239,9 @@ pub enum IdentityError {
     /// What a node is said to say of itself is not believed, or cannot be said.
     #[error("a node's card cannot be used: {0}")]
     Card(String),
+    /// A node's card is not signed with the key of the certificates that it carries and that are good.
+    #[error("a node's card cannot be used: its signature does not fit it")]
+    ForgedCard,
     /// A renewed identity is somebody else's.
     #[error("the new certificate is for {found}, and this node is {ours}: nothing was changed")]
     AnotherNode {

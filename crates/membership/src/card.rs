@@ -61,8 +61,8 @@ pub trait Judge {
     /// Judges a `SignedCard`, encoded: whose it is by its certificates, and the `Card` they signed, encoded.
     ///
     /// # Errors
-    /// Why it is not believed.
-    fn judge(&mut self, signed: &[u8]) -> Result<Judged, String>;
+    /// Why it is not believed, and whether whoever hands it on must have known.
+    fn judge(&mut self, signed: &[u8]) -> Result<Judged, Disbelief>;
 
     /// Keeps a card. Where many machines live in one process, one copy does for all of them.
     fn share(&mut self, card: Card) -> Arc<Card> {
@@ -71,6 +71,23 @@ pub trait Judge {
 
     /// SHA-256, for descriptors.
     fn sha256(&self, bytes: &[u8]) -> [u8; 32];
+}
+
+/// Why a card is not believed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Disbelief {
+    /// Its certificates are good, and its signature is not theirs: every node sees that, and hands no such card on.
+    #[error("{0}")]
+    Forged(String),
+    /// Anything else. Others may see it otherwise: they may trust another authority, or know of other things.
+    #[error("{0}")]
+    Doubtful(String),
+}
+
+impl From<String> for Disbelief {
+    fn from(why: String) -> Self {
+        Self::Doubtful(why)
+    }
 }
 
 /// A card whose signature and certificates are good.

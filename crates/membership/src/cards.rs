@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use foca::Member;
+use foca::{Member, State};
 
 use crate::{Card, NodeId, Pair, Pool, pool::MEMBERS_MAX};
 
@@ -31,10 +31,11 @@ pub(crate) struct Cards {
 pub(crate) struct Pending {
     pub(crate) pool: Pool,
     pub(crate) update: Member<Pair>,
-    /// Who said so, and was asked.
+    /// Who said so first, and was asked then.
     pub(crate) from: NodeId,
+    pub(crate) since: Instant,
+    /// When somebody was asked last.
     asked: Instant,
-    since: Instant,
 }
 
 impl Cards {
@@ -73,14 +74,7 @@ impl Cards {
     ) -> bool {
         let id = update.id().id;
         if let Some(pending) = self.pending.get_mut(&id) {
-            if *update.id() >= *pending.update.id() {
-                (pending.update, pending.pool) = (update, pool);
-            }
-            let is_due = now >= pending.asked + AGAIN;
-            if is_due {
-                (pending.asked, pending.from) = (now, from);
-            }
-            return is_due;
+            return pending.more(now, pool, update, from);
         }
         if self.pending.len() >= PENDING_MAX {
             return false;
@@ -94,16 +88,95 @@ impl Cards {
         self.pending.contains_key(&id)
     }
 
-    /// The card of `id` has come: what was said of it before.
-    pub(crate) fn found(&mut self, id: NodeId) -> Option<Pending> {
-        self.pending.remove(&id)
+    /// Whether the card `pair` stands on was asked of `from` only because it calls that node down: what it says then is no
+    /// news, and the card shows no more than that there is one.
+    pub(crate) fn is_proof(&self, from: NodeId, pair: Pair) -> bool {
+        let is_asked = |pending: &Pending| {
+            pending.update.state() == State::Down && pending.from == from && from != pair.id
+        };
+        self.pending.get(&pair.id).is_some_and(|p| is_asked(p) && pair >= *p.update.id())
     }
 
-    /// Who did not answer for whom.
-    pub(crate) fn unanswered(&mut self, now: Instant) -> Vec<NodeId> {
-        let over = |pending: &Pending| now >= pending.since + ANSWER;
-        let silent = self.pending.values().filter(|p| over(p)).map(|p| p.from).collect();
-        self.pending.retain(|_, pending| !over(pending));
-        silent
+    /// A card has come: what was said before of the node as it stands there, or on an older one.
+    pub(crate) fn found(&mut self, pair: Pair) -> Option<Pending> {
+        let pending = self.pending.get(&pair.id)?;
+        if *pending.update.id() > pair { None } else { self.pending.remove(&pair.id) }
+    }
+
+    /// `from` has answered with something: it may be what it was asked for.
+    pub(crate) fn excuse(&mut self, from: NodeId) {
+        self.pending.retain(|_, pending| pending.from != from);
+    }
+
+    /// What nobody had a card for.
+    pub(crate) fn unanswered(&mut self, now: Instant) -> Vec<Pending> {
+        self.pending
+            .extract_if(.., |_, pending| now >= pending.since + ANSWER)
+            .map(|(_, p)| p)
+            .collect()
+    }
+}
+
+impl Pending {
+    /// `from` speaks of the same node. Returns whether it is to be asked for the card.
+    fn more(&mut self, now: Instant, pool: Pool, update: Member<Pair>, from: NodeId) -> bool {
+        let order = update.id().cmp(self.update.id());
+        // Whoever speaks of a later card than others do answers for it.
+        let is_anew = order.is_gt() && from != self.from;
+        if is_anew {
+            (self.from, self.since) = (from, now);
+        }
+        if order.is_gt() || order.is_eq() && update.state() != State::Down {
+            (self.update, self.pool) = (update, pool);
+        }
+        let is_due = is_anew || now >= self.asked + AGAIN;
+        if is_due {
+            self.asked = now;
+        }
+        is_due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: Duration = Duration::from_secs(1);
+
+    fn pair(epoch: u64) -> Pair {
+        Pair { id: NodeId([1; 16]), epoch, bump: 0 }
+    }
+
+    #[test]
+    fn who_speaks_of_the_latest_card_answers_for_it_and_is_asked() {
+        let (honest, liar) = (NodeId([2; 16]), NodeId([3; 16]));
+        let now = base::clock::now();
+        let mut cards = Cards::default();
+        let mut miss =
+            |at, epoch, from| cards.miss(now + at, Pool::Region, Member::alive(pair(epoch)), from);
+        assert!(miss(Duration::ZERO, 2, honest) && !miss(S / 2, 2, honest));
+        assert!(miss(S, 9, liar), "it was not asked yet");
+        assert!(!miss(S, 2, honest) && !miss(S, 10, liar) && miss(2 * S, 2, honest));
+        assert!(cards.found(pair(2)).is_none(), "nobody has shown the later one");
+        assert!(cards.unanswered(now + 5 * S).is_empty());
+        let silent = cards.unanswered(now + 6 * S);
+        assert_eq!(silent.iter().map(|pending| pending.from).collect::<Vec<_>>(), [liar]);
+        assert!(!cards.is_missed(pair(2).id));
+    }
+
+    #[test]
+    fn a_card_shown_for_a_death_is_no_news_but_from_who_was_asked() {
+        let (from, other) = (NodeId([2; 16]), NodeId([3; 16]));
+        let now = base::clock::now();
+        let mut cards = Cards::default();
+        cards.miss(now, Pool::Region, Member::down(pair(2)), from);
+        assert!(cards.is_proof(from, pair(2)) && cards.is_proof(from, pair(3)));
+        assert!(!cards.is_proof(from, pair(1)) && !cards.is_proof(other, pair(2)));
+        cards.miss(now, Pool::Region, Member::alive(pair(2)), other);
+        assert!(!cards.is_proof(from, pair(2)), "somebody says that it lives");
+        cards.miss(now, Pool::Region, Member::down(pair(2)), from);
+        assert!(!cards.is_proof(from, pair(2)));
+        cards.excuse(from);
+        assert!(!cards.is_missed(pair(2).id));
     }
 }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use crate::{
-    Descriptor, EngineDescriptor, Frame, NodeId,
+    Descriptor, EngineDescriptor, Frame, NodeId, WireError,
     wire::{ASKED_MAX, DESCRIPTOR_BYTES_MAX, decode_descriptor, encode_descriptor},
 };
 
@@ -69,7 +69,9 @@ enum State {
     Here(Body),
     Wanted(Box<Wanted>),
     /// What hashes to this is no descriptor: its owner's fault, and of no use to ask for again.
-    Broken,
+    Broken {
+        is_absurd: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -89,10 +91,11 @@ struct Wanted {
 }
 
 /// A body that was wanted, and has come.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) struct Arrived {
     pub(crate) hash: Hash,
-    pub(crate) descriptor: Arc<Descriptor>,
+    /// An error: it is no descriptor that can be used.
+    pub(crate) body: Result<Arc<Descriptor>, WireError>,
     /// Whose cards have named it since it was wanted; they may name another by now.
     pub(crate) owners: Vec<NodeId>,
 }
@@ -103,12 +106,15 @@ impl Bodies {
         &mut self,
         descriptor: Descriptor,
         sha256: impl Fn(&[u8]) -> Hash,
-    ) -> Arrived {
+    ) -> (Arc<Descriptor>, Arrived) {
         let encoded = encode_descriptor(&descriptor);
         let hash = sha256(&encoded);
         let body = Body { descriptor: Arc::new(descriptor), encoded: encoded.into() };
         let descriptor = Arc::clone(&body.descriptor);
-        let entry = self.entries.entry(hash).or_insert(Entry { cards: 0, state: State::Broken });
+        let entry = self
+            .entries
+            .entry(hash)
+            .or_insert(Entry { cards: 0, state: State::Broken { is_absurd: false } });
         entry.cards += 1;
         let mut owners = Vec::new();
         if !matches!(entry.state, State::Here(_)) {
@@ -123,7 +129,8 @@ impl Bodies {
         if let Some(older) = std::mem::replace(&mut self.own_before, before) {
             self.release(&older);
         }
-        Arrived { hash, descriptor, owners }
+        let arrived = Arrived { hash, body: Ok(Arc::clone(&descriptor)), owners };
+        (descriptor, arrived)
     }
 
     /// One more card names `hash`; `sources` may have the body, its owner the first. Returns its body, if it is here already.
@@ -170,7 +177,7 @@ impl Bodies {
             match state {
                 State::Here(body) => self.bytes -= body.bytes(),
                 State::Wanted(_) => self.forget_asking(hash),
-                State::Broken => {}
+                State::Broken { .. } => {}
             }
         }
     }
@@ -222,7 +229,7 @@ impl Bodies {
         self.overdue.filter(|_| !self.in_flight.is_empty()).into_iter().chain(self.look).min()
     }
 
-    /// A body came. `None`: nobody wanted it, there is no room, or it is no descriptor.
+    /// A body came. `None`: nobody wanted it, or there is no room. An error: it is no descriptor that can be used.
     pub(crate) fn take(
         &mut self,
         now: Instant,
@@ -239,10 +246,14 @@ impl Bodies {
         self.forget_asking(&hash);
         let entry = self.entries.get_mut(&hash)?;
         let State::Wanted(wanted) = &mut entry.state else { return None };
-        let Ok(descriptor) = decode_descriptor(bytes) else {
-            entry.state = State::Broken;
-            self.look_at(now);
-            return None;
+        let descriptor = match decode_descriptor(bytes) {
+            Ok(descriptor) => descriptor,
+            Err(error) => {
+                let owners = std::mem::take(&mut wanted.owners);
+                entry.state = State::Broken { is_absurd: matches!(error, WireError::Slots(_)) };
+                self.look_at(now);
+                return Some(Arrived { hash, body: Err(error), owners });
+            }
         };
         let body = Body { descriptor: Arc::new(descriptor), encoded: bytes.into() };
         if self.bytes + body.bytes() > BYTES_MAX {
@@ -256,7 +267,14 @@ impl Bodies {
         let owners = std::mem::take(&mut wanted.owners);
         entry.state = State::Here(body);
         self.look_at(now);
-        Some(Arrived { hash, descriptor, owners })
+        Some(Arrived { hash, body: Ok(descriptor), owners })
+    }
+
+    /// Whether what hashes to this was seen, and speaks of an engine such as there is none.
+    pub(crate) fn is_absurd(&self, hash: &Hash) -> bool {
+        self.entries
+            .get(hash)
+            .is_some_and(|entry| matches!(entry.state, State::Broken { is_absurd: true }))
     }
 
     /// The body of `hash`, if it is here.
@@ -289,7 +307,7 @@ impl Bodies {
     fn body(&self, hash: &Hash) -> Option<&Body> {
         match &self.entries.get(hash)?.state {
             State::Here(body) => Some(body),
-            State::Wanted(_) | State::Broken => None,
+            State::Wanted(_) | State::Broken { .. } => None,
         }
     }
 
@@ -344,7 +362,7 @@ impl Body {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::encode;
+    use crate::{SLOTS_MAX, encode};
 
     /// No SHA-256, but as good as one here.
     fn hash(bytes: &[u8]) -> Hash {
@@ -376,16 +394,16 @@ mod tests {
     fn a_body_goes_from_its_owner_to_whoever_wants_it_and_on() {
         let now = base::clock::now();
         let (mut owner, mut other) = (Bodies::default(), Bodies::default());
-        let name = owner.own(descriptor(1, 2), hash).hash;
+        let name = owner.own(descriptor(1, 2), hash).1.hash;
         assert_eq!(other.want(now, name, &[node(1)]), None);
         assert_eq!(other.next_deadline(), Some(now));
         let asks = other.asks(now, |_| true);
         assert_eq!(asks, [(node(1), vec![name])]);
         assert!(other.asks(now, |_| true).is_empty(), "asked once");
         let [Frame::Descriptors(bodies)] = &owner.answer(&asks[0].1)[..] else { panic!("one") };
-        let Arrived { hash: came, descriptor: body, owners } =
-            other.take(now, &bodies[0], hash).unwrap();
+        let Arrived { hash: came, body, owners } = other.take(now, &bodies[0], hash).unwrap();
         assert_eq!(owners, [node(1)]);
+        let body = body.unwrap();
         assert_eq!((came, &*body), (name, &descriptor(1, 2)));
         assert!(other.take(now, &bodies[0], hash).is_none(), "it is here");
         assert_eq!(other.answer(&[name]), owner.answer(&[name]), "handed on as it came");
@@ -397,9 +415,9 @@ mod tests {
     fn a_body_is_kept_until_the_last_card_that_names_it_goes() {
         let now = base::clock::now();
         let mut bodies = Bodies::default();
-        let first = bodies.own(descriptor(1, 1), hash).hash;
+        let first = bodies.own(descriptor(1, 1), hash).1.hash;
         assert!(bodies.want(now, first, &[]).is_some());
-        let second = bodies.own(descriptor(2, 1), hash).hash;
+        let second = bodies.own(descriptor(2, 1), hash).1.hash;
         assert!(bodies.get(&first).is_some() && bodies.get(&second).is_some());
         bodies.release(&first);
         assert!(bodies.get(&first).is_some(), "this node's card names it yet");
@@ -447,7 +465,7 @@ mod tests {
             never[31] = i;
             bodies.want(now, never, &[node(1)]);
         }
-        let name = owner.own(descriptor(1, 1), hash).hash;
+        let name = owner.own(descriptor(1, 1), hash).1.hash;
         bodies.want(now, name, &[node(2)]);
         let mut most = 0;
         let came = (0..100).any(|step| {
@@ -481,10 +499,25 @@ mod tests {
         let garbage = [0xff; 100];
         bodies.want(now, hash(&garbage), &[node(1)]);
         bodies.asks(now, |_| true);
-        assert!(bodies.take(now, &garbage, hash).is_none());
+        assert!(matches!(bodies.take(now, &garbage, hash), Some(Arrived { body: Err(_), .. })));
+        assert!(!bodies.is_absurd(&hash(&garbage)));
         assert!(bodies.take(now, &vec![0; DESCRIPTOR_BYTES_MAX + 1], hash).is_none());
         let later = now + Duration::from_secs(100);
         assert!(bodies.asks(later, |_| true).is_empty() && bodies.next_deadline().is_none());
+    }
+
+    #[test]
+    fn more_slots_than_an_engine_can_have_are_told_from_garbage() {
+        let now = base::clock::now();
+        let mut bodies = Bodies::default();
+        for (slots, is_absurd) in [(SLOTS_MAX, false), (SLOTS_MAX + 1, true), (u32::MAX, true)] {
+            let mut body = descriptor(1, 2);
+            body.engines[1].slots = Some(slots);
+            let encoded = encode_descriptor(&body);
+            bodies.want(now, hash(&encoded), &[node(1)]);
+            let Arrived { hash: came, body: taken, .. } = bodies.take(now, &encoded, hash).unwrap();
+            assert_eq!((taken.is_err(), bodies.is_absurd(&came)), (is_absurd, is_absurd));
+        }
     }
 
     #[test]
@@ -525,7 +558,7 @@ mod tests {
             let encoded = encode_descriptor(&descriptor(i, 1_000));
             let name = hash(&encoded);
             bodies.want(now, name, &[node(1)]);
-            bodies.take(now, &encoded, hash).unwrap();
+            bodies.take(now, &encoded, hash).unwrap().body.unwrap();
             hashes.extend([name, name]);
         }
         let frames = bodies.answer(&hashes);

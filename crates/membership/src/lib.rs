@@ -22,7 +22,7 @@ mod timers;
 mod view;
 mod wire;
 
-pub use card::{Card, Facts, Judge, Judged};
+pub use card::{Card, Disbelief, Facts, Judge, Judged};
 pub use id::{NodeId, Pair};
 pub use mesh::{
     Candidate, Event, Input, Liveness, MemberStatus, Mesh, Output, Own, Peer, RegionOffer,
@@ -32,6 +32,6 @@ pub use view::{Figures, Presence, Seen, View};
 pub(crate) use wire::{ASKED_MAX, PROTOCOL_OLDEST, SWIM_BYTES_MAX, decode_card};
 pub use wire::{
     CARD_BYTES_MAX, DATAGRAM_BYTES_MAX, Descriptor, Digest, EngineDescriptor, Frame, Hello,
-    LoadFrame, PROTOCOL_VERSION, Pool, STREAM_BYTES_MAX, WireError, decode, encode, encode_card,
-    encode_descriptor, is_service,
+    LoadFrame, PROTOCOL_VERSION, Pool, SLOTS_MAX, STREAM_BYTES_MAX, WireError, decode, encode,
+    encode_card, encode_descriptor, is_service,
 };

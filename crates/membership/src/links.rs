@@ -23,6 +23,8 @@ pub(crate) const DIAL_TIMEOUT: Duration = Duration::from_secs(15);
 const QUEUE_MAX: usize = 4;
 /// Waits between dials: at once, then these, and then the last one.
 const BACKOFF_MS: [u64; 6] = [0, 500, 1000, 2000, 5000, 10_000];
+/// A link that has lasted so long works: one that is lost sooner is made again no sooner than after a dial that failed.
+const STEADY: Duration = Duration::from_secs(5);
 /// A link that was used so recently when it went did not go because nobody needed it.
 const IN_USE: Duration = Duration::from_secs(5);
 
@@ -40,6 +42,10 @@ pub(crate) struct Link {
     /// The version both speak.
     pub(crate) protocol: u32,
     pub(crate) rtt: Duration,
+    /// When it was made.
+    pub(crate) since: Instant,
+    /// How often it was dialled in vain before.
+    pub(crate) failures: u32,
     /// When something last came.
     pub(crate) heard: Instant,
     /// When something last came or went that somebody needed.
@@ -49,6 +55,8 @@ pub(crate) struct Link {
     pub(crate) dialled: (bool, bool),
     /// All cards were asked for, and whether none were known before; and given, of which pool.
     pub(crate) asked_all: Option<(Instant, bool)>,
+    /// Bytes that may come in answer beyond what else it may send.
+    pub(crate) expected: usize,
     pub(crate) gave_all: Option<(Instant, Pool)>,
     /// What was given to it lately: since when, and how many bytes.
     given: (Instant, usize),
@@ -69,11 +77,14 @@ impl Link {
             epoch,
             protocol: 1,
             rtt: Duration::ZERO,
+            since: now,
             heard: now,
             used: now,
             rate: Rate::new(now),
             dialled: (false, false),
             asked_all: None,
+            expected: 0,
+            failures: 0,
             gave_all: None,
             given: (now, 0),
             subscribed: false,
@@ -107,6 +118,12 @@ impl Link {
 
     pub(crate) fn is_legacy(&self) -> bool {
         self.protocol < 2
+    }
+
+    /// In vain how often, counted on, if it ends now.
+    pub(crate) fn failures_after(&self, now: Instant) -> u32 {
+        let is_steady = now >= self.since + STEADY;
+        if is_steady { 0 } else { self.failures.saturating_add(1) }
     }
 
     pub(crate) fn was_in_use(&self, now: Instant) -> bool {
@@ -149,12 +166,18 @@ impl Links {
         self.up.get(&id).is_some_and(|link| !link.is_legacy() || link.dialled.0)
     }
 
-    /// Node `id` is to be dialled at once, unless it is already. Returns whether that is new.
-    pub(crate) fn plan(&mut self, now: Instant, id: NodeId, lost: Option<Instant>) -> bool {
+    /// Node `id` is to be dialled when that is `due`, unless it is already. Returns whether that is new.
+    pub(crate) fn plan(
+        &mut self,
+        due: Instant,
+        id: NodeId,
+        lost: Option<Instant>,
+        failures: u32,
+    ) -> bool {
         if self.dials.contains_key(&id) {
             return false;
         }
-        let dial = Dial { failures: 0, due: Some(now), started: now, queue: Vec::new(), lost };
+        let dial = Dial { failures, due: Some(due), started: due, queue: Vec::new(), lost };
         self.dials.insert(id, dial);
         true
     }

@@ -19,6 +19,8 @@ mod doubts;
 mod gossip;
 mod hear;
 mod io;
+#[cfg(test)]
+mod liars;
 mod link;
 #[cfg(test)]
 mod missed;
@@ -57,7 +59,7 @@ use crate::{
     pool::Members,
     regions::Regions,
     report::Reporter,
-    strikes::Strikes,
+    strikes::{Offence, Strikes},
     subscribe::Subscriptions,
     timers::{Due, Timers},
     wire::DATAGRAM_BYTES_MAX,
@@ -142,7 +144,7 @@ impl<J: Judge> Mesh<J> {
     ) -> Result<Self, String> {
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut bodies = Bodies::default();
-        let Arrived { hash, descriptor, .. } =
+        let (descriptor, Arrived { hash, .. }) =
             bodies.own(descriptor, |bytes| judge.sha256(bytes));
         let card = card::make(&own, &mut judge, hash, 0)?;
         let mut timers = Timers::default();
@@ -196,6 +198,7 @@ impl<J: Judge> Mesh<J> {
                 self.link_up(now, &peer, &hello, transport, dialled);
             }
             Input::LinkDown { id, why } => self.link_down(now, id, &why),
+            Input::Broke { peer, why } => self.convict(now, &peer, Offence::Lie, &why),
             Input::DialFailed { target, .. } => self.dial_failed(now, &target),
             Input::Frame { from, bytes, rtt } => self.hear(now, from, &bytes, rtt),
             Input::Loads { loads, arrivals } => self.sampled(now, loads, arrivals),
@@ -291,8 +294,8 @@ impl<J: Judge> Mesh<J> {
         self.tend_seeds(now);
         self.tend_relays(now);
         self.compare(now);
-        for id in self.cards.unanswered(now) {
-            self.had_no_card(now, id);
+        for pending in self.cards.unanswered(now) {
+            self.had_no_card(now, &pending);
         }
         if self.rounds.is_multiple_of(60) {
             self.strikes.sweep(now);

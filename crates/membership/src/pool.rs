@@ -327,12 +327,12 @@ fn is_change(seen: &Seen, incarnation: u16, state: State) -> bool {
     }
 }
 
-/// How often a piece of news is passed on: four times the logarithm of the members, as SWIM has it, and never so seldom that a
-/// few lost packets hide it.
+/// How often a piece of news is passed on: four times the logarithm of the members, as SWIM has it, and never so seldom that
+/// somebody in a small pool is likely to miss it.
 fn transmissions(active: usize) -> NonZeroU8 {
     let digits = u8::try_from((active + 1).checked_ilog2().unwrap_or(0)).unwrap_or(u8::MAX);
     // 4 log10 n = 1.2 log2 n.
-    NonZeroU8::new((digits.saturating_mul(6) / 5).max(5)).unwrap_or(NonZeroU8::MIN)
+    NonZeroU8::new((digits.saturating_mul(6) / 5).max(8)).unwrap_or(NonZeroU8::MIN)
 }
 
 /// How long somebody who is suspected has to say that it lives.

@@ -22,9 +22,16 @@ const RECORDS_MAX: usize = 1024;
 const NEW_IDS_MAX: u32 = 2048;
 /// Cards one node may name and not have, in a minute.
 const UNANSWERED_MAX: u32 = 32;
-/// Who calls others down that were just heard may be mistaken about so many of them, and so often, in a minute.
+/// Who calls others down that were just heard may be mistaken about so many of them in a minute, and say so so often: one death is
+/// passed on up to sixteen times, and whoever shuns a node, and answers another, makes the one say so to the other.
 const FALSE_DOWN_NODES: usize = 3;
-const FALSE_DOWNS: u32 = 5;
+const FALSE_DOWNS: u32 = 32;
+/// Cards of this node that one node may call down in a minute.
+const CARDS_DOWN: u32 = 5;
+/// A relay gives itself more slots than its descriptor for so long at most, if that has changed: its card may come as late as that.
+const OVERCLAIM: Duration = Duration::from_secs(15);
+/// Who has not done so for as long has stopped.
+const OVERCLAIM_GAP: Duration = Duration::from_secs(5);
 /// Cards that are not believed count once in this: whoever trusts another authority brings many at once.
 const DISBELIEF: Duration = Duration::from_secs(5);
 
@@ -50,8 +57,11 @@ struct Record {
     new_ids: Count,
     unanswered: Count,
     false_downs: Count,
+    cards_down: Count,
     victims: Vec<NodeId>,
     disbelieved: Option<Instant>,
+    /// When it began to claim too much, and when it last did.
+    overclaims: Option<(Instant, Instant)>,
     /// The end of the quarantine, how long it was, and why.
     quarantine: Option<(Instant, Duration, String)>,
 }
@@ -133,6 +143,11 @@ impl Strikes {
         record.victims.len() >= FALSE_DOWN_NODES || times >= FALSE_DOWNS
     }
 
+    /// `peer` calls one more card of this node down. Returns whether that is too often.
+    pub(crate) fn card_down(&mut self, now: Instant, peer: &Peer) -> bool {
+        self.record(now, peer).is_some_and(|record| record.cards_down.more(now) >= CARDS_DOWN)
+    }
+
     /// `peer` brought a card that is not believed. Returns whether it counts.
     pub(crate) fn disbelieved(&mut self, now: Instant, peer: &Peer) -> bool {
         let Some(record) = self.record(now, peer) else { return false };
@@ -141,6 +156,15 @@ impl Strikes {
             record.disbelieved = Some(now);
         }
         counts
+    }
+
+    /// `peer` claims more than its descriptor says. Returns whether it has for so long that it cannot be a change of that.
+    pub(crate) fn overclaims(&mut self, now: Instant, peer: &Peer) -> bool {
+        let Some(record) = self.record(now, peer) else { return false };
+        let before = record.overclaims.filter(|(_, last)| now < *last + OVERCLAIM_GAP);
+        let since = before.map_or(now, |(since, _)| since);
+        record.overclaims = Some((since, now));
+        now >= since + OVERCLAIM
     }
 
     /// Forgets who has behaved for long.
@@ -161,8 +185,10 @@ impl Strikes {
             new_ids: Count::default(),
             unanswered: Count::default(),
             false_downs: Count::default(),
+            cards_down: Count::default(),
             victims: Vec::new(),
             disbelieved: None,
+            overclaims: None,
             quarantine: None,
         }))
     }
@@ -174,9 +200,11 @@ impl Record {
     }
 
     fn is_clean(&self, now: Instant) -> bool {
-        let counts = [self.strikes, self.new_ids, self.unanswered, self.false_downs];
+        let counts =
+            [self.strikes, self.new_ids, self.unanswered, self.false_downs, self.cards_down];
         let is_over = |count: &Count| count.since.is_none_or(|since| now >= since + WINDOW);
         counts.iter().all(is_over)
+            && self.overclaims.is_none_or(|(_, last)| now >= last + OVERCLAIM_GAP)
             && self.quarantine.as_ref().is_none_or(|(until, ..)| now >= *until + CLEAN_AFTER)
     }
 }
@@ -267,6 +295,15 @@ mod tests {
         assert_eq!(until, Some(later + 2 * QUARANTINE));
         strikes.sweep(later + Duration::from_secs(10_000));
         assert!(strikes.quarantined(later).is_empty());
+    }
+
+    #[test]
+    fn what_is_claimed_counts_when_it_is_claimed_for_long() {
+        let now = base::clock::now();
+        let mut strikes = Strikes::default();
+        let mut claim = |at: u64| strikes.overclaims(now + Duration::from_secs(at), &peer());
+        assert!(!claim(0) && !claim(4) && !claim(8) && !claim(12), "its card is on the way");
+        assert!(!claim(18) && !claim(22) && !claim(26) && !claim(30) && claim(33));
     }
 
     #[test]

@@ -45,8 +45,8 @@ pub(crate) const PARTS_MAX: u32 = 64;
 const ADDRESS_BYTES_MAX: usize = 262;
 /// Longest name of a release or a protocol.
 const WORD_BYTES_MAX: usize = 64;
-/// Nobody has more slots: what is claimed beyond is not believed.
-pub(crate) const SLOTS_MAX: u32 = 1 << 20;
+/// No engine has more slots, and what is claimed beyond is not believed.
+pub const SLOTS_MAX: u32 = 1 << 20;
 /// What a frame may claim about time: nobody is silent on purpose for longer.
 const NEXT_MAX: Duration = Duration::from_secs(10);
 
@@ -62,6 +62,9 @@ pub enum WireError {
     /// A frame of a kind this version does not know. Skipped, not an error of the link.
     #[error("a frame of an unknown kind")]
     Unknown,
+    /// An engine that has more slots than any can have.
+    #[error("an engine of {0} slots: none has more than {SLOTS_MAX}")]
+    Slots(u32),
     /// A field holds what it may not.
     #[error("{field}: {why}")]
     Invalid {
@@ -133,6 +136,23 @@ pub struct Digest {
     pub part: (u32, u32),
     /// One per model.
     pub offers: Vec<RegionOffer>,
+}
+
+impl Digest {
+    /// Whether its candidates have more than the region they are of.
+    pub(crate) fn contradicts_itself(&self) -> bool {
+        let is_more = |offer: &RegionOffer| {
+            let (mut free, mut slots) = (0_u64, 0_u64);
+            for candidate in &offer.candidates {
+                free += u64::from(candidate.free);
+                slots += u64::from(candidate.slots);
+            }
+            // What cannot be counted stands for more.
+            let is_above = |parts, all| all < u32::MAX && parts > u64::from(all);
+            is_above(free, offer.free) || is_above(slots, offer.slots)
+        };
+        self.offers.iter().any(is_more)
+    }
 }
 
 /// The first frame of either end.
@@ -247,9 +267,7 @@ pub fn encode(frame: &Frame) -> Vec<u8> {
         Frame::Swim(pool, packet) => {
             Body::Swim(wire::Swim { pool: pool_to_wire(*pool), packet: packet.clone() })
         }
-        Frame::CardsCompare(sums) => {
-            Body::CardsCompare(wire::CardsCompare { sums: sums.clone() })
-        }
+        Frame::CardsCompare(sums) => Body::CardsCompare(wire::CardsCompare { sums: sums.clone() }),
         Frame::CardsAsk(pool, nodes) => Body::CardsAsk(wire::CardsAsk {
             pool: pool_to_wire(*pool),
             nodes: nodes.iter().map(|node| node.0.to_vec()).collect(),
@@ -421,10 +439,11 @@ fn candidate_to_wire(candidate: &Candidate) -> wire::Candidate {
 }
 
 fn candidate_from_wire(candidate: wire::Candidate) -> Result<Candidate, WireError> {
+    within_slots(candidate.free, candidate.slots)?;
     Ok(Candidate {
         node: candidate.node.parse().map_err(|e| invalid("candidate", e))?,
         peers: address("candidate", candidate.peers)?,
-        free: candidate.free.min(candidate.slots).min(SLOTS_MAX),
+        free: candidate.free.min(SLOTS_MAX),
         slots: candidate.slots.min(SLOTS_MAX),
     })
 }
@@ -470,12 +489,13 @@ fn offer_from_wire(offer: wire::Offer) -> Result<RegionOffer, WireError> {
         "" => None,
         model => Some(model.parse().map_err(|e| invalid("model", e))?),
     };
+    within_slots(offer.free, offer.slots)?;
     let candidates = offer.candidates.into_iter().map(candidate_from_wire);
     let kv = offer.kv_free_permille.min(1000);
     Ok(RegionOffer {
         model,
         protocol: word("protocol", offer.protocol)?,
-        free: offer.free.min(offer.slots),
+        free: offer.free,
         slots: offer.slots,
         drain_rate: Load::rate(f64::from(offer.drain_rate)),
         wait: (
@@ -485,6 +505,10 @@ fn offer_from_wire(offer: wire::Offer) -> Result<RegionOffer, WireError> {
         kv_free: (kv > 0).then(|| f64::from(kv) / 1000.0),
         candidates: candidates.collect::<Result<_, WireError>>()?,
     })
+}
+
+fn within_slots(free: u32, slots: u32) -> Result<(), WireError> {
+    if free > slots { Err(invalid("free", "more than there are slots")) } else { Ok(()) }
 }
 
 fn node_id(field: &'static str, bytes: &[u8]) -> Result<NodeId, WireError> {
@@ -620,6 +644,9 @@ fn engine_from_wire(engine: &wire::Engine) -> Result<EngineDescriptor, WireError
     if engine.services.iter().any(|service| !is_service(service)) {
         return Err(invalid("services", "not a name of a gRPC service"));
     }
+    if let Some(slots) = engine.slots.filter(|slots| *slots > SLOTS_MAX) {
+        return Err(WireError::Slots(slots));
+    }
     let models = engine.models.iter().map(|model| model.parse().map_err(|e| invalid("models", e)));
     Ok(EngineDescriptor {
         name: engine.name.parse().map_err(|e| invalid("engine", e))?,
@@ -630,7 +657,7 @@ fn engine_from_wire(engine: &wire::Engine) -> Result<EngineDescriptor, WireError
             "" => None,
             id => Some(id.parse().map_err(|e| invalid("id", e))?),
         },
-        slots: engine.slots.map(|slots| slots.min(SLOTS_MAX)),
+        slots: engine.slots,
     })
 }
 

@@ -213,8 +213,8 @@ pub struct EngineConfig {
     /// model is sent and the engine's own error says what it lacks.
     #[serde(default)]
     pub models: Vec<ModelName>,
-    /// How many calls the engine runs at once, a whole number from 1; further ones go elsewhere or are refused. Default:
-    /// as many as come.
+    /// How many calls the engine runs at once, a whole number from 1 to 1048576; further ones go elsewhere or are refused.
+    /// Default: as many as come.
     #[serde(default)]
     pub slots: Option<NonZeroU32>,
     /// What several nodes that front the same engine all call it; they share its slots: 1 to 63 characters of a-z, 0-9 and `-`,

@@ -26,6 +26,9 @@ pub enum TransportError {
     /// The connection ended under the call.
     #[error("the connection ended: {0}")]
     Closed(String),
+    /// Over a link came what is no frame, or one that is longer than may be: no other end that keeps the rules sends it.
+    #[error("the connection ended: {0}")]
+    BadFrame(&'static str),
     /// Nothing came over the connection for so long, with calls in flight, that it was given up.
     #[error("nothing came over the connection for {0:?}; it was given up")]
     Silent(std::time::Duration),
@@ -91,6 +94,7 @@ impl TransportError {
             Self::ResetH3(code) => *code == H3Code::REQUEST_REJECTED,
             Self::ResetH2(reason) => *reason == h2::Reason::REFUSED_STREAM,
             Self::Closed(_)
+            | Self::BadFrame(_)
             | Self::Silent(_)
             | Self::Malformed(_)
             | Self::HeadersTooLong { .. }
@@ -128,7 +132,7 @@ impl TransportError {
                 h2::Reason::INADEQUATE_SECURITY => Code::PermissionDenied,
                 _ => Code::Internal,
             },
-            Self::Malformed(_) => Code::Internal,
+            Self::BadFrame(_) | Self::Malformed(_) => Code::Internal,
             Self::Cancelled(_) => Code::Cancelled,
         }
     }

@@ -340,7 +340,8 @@ impl Link {
     /// The next frame, whichever way it comes. May be given up at any time: nothing is lost.
     ///
     /// # Errors
-    /// [`TransportError::Closed`] when the link is gone, or the other end begins a frame and does not end it.
+    /// [`TransportError::Closed`] when the link is gone, or the other end begins a frame and does not end it;
+    /// [`TransportError::BadFrame`] when what it sends is none, which over TCP whoever sends may hear as well.
     pub async fn receive(&self) -> Result<Bytes, TransportError> {
         match &self.0 {
             Way::Quic(link) => link.receive().await,

@@ -12,8 +12,11 @@ use rand::seq::IndexedRandom as _;
 
 use super::{Event, Mesh, Own, Peer, Way, gossip::LEAP_MAX};
 use crate::{
-    ASKED_MAX, Card, Facts, Frame, Judge, NodeId, PROTOCOL_VERSION, Pair, Pool, cards::OTHERS_MAX,
-    decode_card, encode, encode_card, strikes::Offence, wire::CARD_BYTES_MAX,
+    ASKED_MAX, Card, Disbelief, Facts, Frame, Judge, NodeId, PROTOCOL_VERSION, Pair, Pool,
+    cards::{OTHERS_MAX, Pending},
+    decode_card, encode, encode_card,
+    strikes::Offence,
+    wire::CARD_BYTES_MAX,
 };
 
 /// This node makes at most one card in this: what has just started learns what it serves in several steps.
@@ -30,6 +33,8 @@ const FRAME_BYTES: usize = 60 << 10;
 pub(super) const ALL_GAP: Duration = Duration::from_secs(10);
 /// All were asked for and nothing came: somebody else is asked.
 const ALL_ANSWER: Duration = Duration::from_secs(3);
+/// All cards of a region are not more.
+const ALL_BYTES_MAX: usize = 24 << 20;
 /// What comes so long after all cards were asked for is the answer.
 pub(super) const ALL_COMES: Duration = Duration::from_secs(30);
 
@@ -83,7 +88,7 @@ pub(super) enum Taken {
     /// It is not.
     Old(Card),
     /// It is of this node's name.
-    Own,
+    Own(Pair),
 }
 
 /// A card of this node, signed.
@@ -174,14 +179,17 @@ impl<J: Judge> Mesh<J> {
         now: Instant,
         from: Option<&Peer>,
         signed: &[u8],
-    ) -> Result<Taken, String> {
+    ) -> Result<Taken, Disbelief> {
         let judged = self.judge.judge(signed)?;
         let facts = decode_card(&judged.card).map_err(|error| error.to_string())?;
         let (id, node, region) = (judged.id, judged.node, judged.region);
         let card = Card { id, node, region, facts, signed: signed.into() };
         if card.id == self.own.id {
             self.own_name(now, &card);
-            return Ok(Taken::Own);
+            return Ok(Taken::Own(card.pair()));
+        }
+        if from.is_some_and(|peer| self.cards.is_proof(peer.id, card.pair())) {
+            return Ok(Taken::Old(card));
         }
         match self.cards.pair(card.id) {
             Some(known) if known >= card.pair() => return Ok(Taken::Old(card)),
@@ -290,11 +298,11 @@ impl<J: Judge> Mesh<J> {
                     relays.push(card.id);
                 }
                 Ok(Taken::Old(card)) => {
-                    self.cards.found(card.id);
+                    self.cards.found(card.pair());
                     relays.push(card.id);
                 }
-                Ok(Taken::Own) => {
-                    self.cards.found(self.own.id);
+                Ok(Taken::Own(pair)) => {
+                    self.cards.found(pair);
                 }
                 Err(why) => self.disbelieve(now, &peer, &why),
             }
@@ -305,22 +313,30 @@ impl<J: Judge> Mesh<J> {
         self.has_all |= answer.is_some();
     }
 
-    fn disbelieve(&mut self, now: Instant, peer: &Peer, why: &str) {
-        if self.strikes.disbelieved(now, peer) {
-            self.strike(
-                now,
-                peer.id,
-                Offence::Strike,
-                &format!("a card that is not believed: {why}"),
-            );
-        }
+    /// `peer` brought a card that is not believed.
+    pub(super) fn disbelieve(&mut self, now: Instant, peer: &Peer, why: &Disbelief) {
+        let offence = match why {
+            Disbelief::Forged(_) => Offence::Lie,
+            Disbelief::Doubtful(_) => {
+                // It may be the one that was asked for.
+                self.cards.excuse(peer.id);
+                if !self.strikes.disbelieved(now, peer) {
+                    return;
+                }
+                Offence::Strike
+            }
+        };
+        self.convict(now, peer, offence, &format!("a card that is not believed: {why}"));
     }
 
     /// A card that is new: what was said of its node before, or else that it lives, goes to its pools.
     pub(super) fn apply_card(&mut self, now: Instant, card: &Card, spread: bool) {
-        let pending = self.cards.found(card.id);
+        let pending = self.cards.found(card.pair());
         for pool in [Pool::Region, Pool::Relays] {
-            let said = pending.as_ref().filter(|pending| pending.pool == pool);
+            // Who is said to be dead is not of a pool for that.
+            let said = pending
+                .as_ref()
+                .filter(|pending| pending.pool == pool && pending.update.state() != State::Down);
             let Some(members) = self.members(pool) else { continue };
             let is_known = members.seen(card.id).is_some();
             let is_of_pool = match pool {
@@ -364,6 +380,7 @@ impl<J: Judge> Mesh<J> {
         }
         let Some(link) = self.links.up.get_mut(&from) else { return };
         link.asked_all = Some((now, !self.has_all));
+        link.expected = ALL_BYTES_MAX;
         self.asked_all = Some(now);
         self.say(now, from, &Frame::CardsAsk(Pool::Region, vec![]), Way::Stream);
     }
@@ -446,12 +463,22 @@ impl<J: Judge> Mesh<J> {
         regions.into_values().flatten().map(|(_, card)| Arc::clone(card)).collect()
     }
 
-    /// `id` spoke of a node and did not have its card when asked.
-    pub(super) fn had_no_card(&mut self, now: Instant, id: NodeId) {
-        let Some(link) = self.links.get(id) else { return };
-        let peer = link.peer.clone();
+    /// Somebody spoke of a node and did not have its card when asked.
+    pub(super) fn had_no_card(&mut self, now: Instant, pending: &Pending) {
+        let Pending { from, since, .. } = *pending;
+        // Over a link that came later it was not asked.
+        let Some(link) = self.links.get(from).filter(|link| link.since <= since) else { return };
+        let (peer, id) = (link.peer.clone(), pending.update.id().id);
+        if id == self.own.id {
+            let why = "speaks of a later card of this node, which it does not have";
+            self.strike(now, from, Offence::Lie, why);
+        } else if self.cards.get(id).is_some() {
+            let why = "speaks of later cards of other nodes, which it does not have";
+            self.strike(now, from, Offence::Strike, why);
+        }
         if self.strikes.unanswered(now, &peer) {
-            self.strike(now, id, Offence::Lie, "speaks of many nodes whose cards it does not have");
+            let why = "speaks of many nodes whose cards it does not have";
+            self.strike(now, from, Offence::Lie, why);
         }
     }
 

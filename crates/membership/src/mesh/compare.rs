@@ -13,6 +13,8 @@ use crate::{Frame, Judge, NodeId, Pair, Pool, wire::PARTS_OF_REGION_MAX};
 /// Rounds from one comparison to the next, and of a node that has just started.
 const ROUNDS: u64 = 30;
 const ROUNDS_YOUNG: u64 = 5;
+/// Few differ.
+const EXPECTED_BYTES: usize = 2 << 20;
 /// Members of a part, about: so many cards come for one that is missing.
 const MEMBERS_OF_PART: usize = 8;
 
@@ -32,6 +34,7 @@ impl<J: Judge> Mesh<J> {
         let sums = self.sums(parts.min(PARTS_OF_REGION_MAX));
         if let Some(link) = self.links.up.get_mut(&id) {
             link.asked_all = Some((now, !self.has_all));
+            link.expected = link.expected.max(EXPECTED_BYTES);
         }
         self.say(now, id, &Frame::CardsCompare(sums), Way::Stream);
     }

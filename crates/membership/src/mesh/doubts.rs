@@ -142,7 +142,9 @@ impl<J: Judge> Mesh<J> {
         self.doubts.blamed.insert(id, now);
         let update = Member::new(seen.pair(id), seen.incarnation, State::Suspect);
         self.call(now, pool, update, true);
-        let due = (lost + suspect_for(pool)).max(now + REFUTE_MIN);
+        // The time since a link was lost counts, unless that was another time.
+        let due = lost + suspect_for(pool);
+        let due = if due > now { due.max(now + REFUTE_MIN) } else { now + suspect_for(pool) };
         self.suspect(now, pool, seen.pair(id), seen.incarnation, due);
     }
 
@@ -163,7 +165,10 @@ impl<J: Judge> Mesh<J> {
     ) {
         let before = self.doubts.suspicions.get(&(pool, pair.id));
         let is_same = before.is_some_and(|s| s.pair == pair && s.incarnation == incarnation);
-        if is_same || self.doubts.suspicions.len() >= DOUBTS_MAX {
+        let seen = self.members(pool).and_then(|members| members.seen(pair.id));
+        // A probe of an older card that came to nothing.
+        let is_past = seen.is_some_and(|seen| seen.pair(pair.id) > pair);
+        if is_same || is_past || self.doubts.suspicions.len() >= DOUBTS_MAX {
             return;
         }
         let suspicion = Suspicion { pair, incarnation, since: now, due };

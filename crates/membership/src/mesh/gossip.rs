@@ -180,7 +180,8 @@ impl<J: Judge> Mesh<J> {
                 }
                 // It lives on under a newer card, or so its owner says: its death under the old one is no news.
                 Some(known) if known > pair => {}
-                _ if update.state() == State::Down => {}
+                None if update.state() == State::Down => {}
+                // Also who calls a node down that stands on a later card has to have that.
                 _ => {
                     if self.cards.miss(now, pool, update, from) {
                         unknown.push(pair.id);
@@ -230,7 +231,7 @@ impl<J: Judge> Mesh<J> {
     fn called_down(&mut self, now: Instant, from: NodeId) {
         let Some(link) = self.links.get(from) else { return };
         let peer = link.peer.clone();
-        if self.want_card(now) && self.strikes.false_down(now, &peer, self.own.id) {
+        if self.want_card(now) && self.strikes.card_down(now, &peer) {
             self.strike(now, from, Offence::Strike, "calls this node down again and again");
         }
     }
@@ -346,7 +347,9 @@ impl<J: Judge> Mesh<J> {
         if suspected(before) != suspected(after) {
             self.event(Event::Suspected { id, is: suspected(after) });
         }
-        if !is_active {
+        let is_other = before.zip(after).is_some_and(|(a, b)| a.pair(id) != b.pair(id));
+        // What spoke against a node on an older card says nothing of the newer one.
+        if !is_active || is_other {
             self.doubts.decided(pool, id);
         }
         if was_active && !is_active {

@@ -14,8 +14,10 @@ impl<J: Judge> Mesh<J> {
         let is_relay =
             self.relaying.is_of_ours(from) || self.relaying.is_relay() || self.is_fellow(from);
         let Some(link) = self.links.up.get_mut(&from) else { return };
-        let is_answer = link.asked_all.is_some_and(|(at, _)| now < at + ALL_COMES);
+        let is_answer = link.asked_all.is_some_and(|(at, _)| now < at + ALL_COMES)
+            && link.expected >= bytes.len();
         let weight = if is_answer { 0 } else { bytes.len() };
+        link.expected -= if is_answer { bytes.len() } else { 0 };
         (link.heard, link.rtt) = (now, rtt);
         match link.rate.take(now, weight, is_relay || is_answer) {
             Passage::Taken => {}
@@ -60,6 +62,7 @@ impl<J: Judge> Mesh<J> {
 
     pub(super) fn convict(&mut self, now: Instant, peer: &Peer, offence: Offence, why: &str) {
         let Some(until) = self.strikes.commit(now, peer, offence, why) else { return };
+        self.relaying.is_out(peer.id);
         self.drop_link(peer.id);
         drop(self.links.done(peer.id));
         self.close(peer.id, format!("not listened to for a while: {why}"));

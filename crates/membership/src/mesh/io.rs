@@ -76,6 +76,13 @@ pub enum Input {
         /// Why, for people.
         why: String,
     },
+    /// What this node sent over a link is nothing that a node sends, however it errs. The link may be gone by now.
+    Broke {
+        /// Who, by its certificate.
+        peer: Peer,
+        /// What it sent, for people.
+        why: String,
+    },
     /// A link that was asked for came to nothing.
     DialFailed {
         /// What [`Output::Dial`] asked for.

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Event, Mesh, Output, Peer, Target, Transport, Way, card::Taken};
+use super::{Event, Mesh, Output, Peer, Target, Transport, Way, card::Taken, planes::ABSURD};
 use crate::{
     Card, Frame, Hello, Judge, NodeId, Pool,
-    links::{Begin, IDLE, LINKS_MAX, Link},
+    links::{Begin, IDLE, LINKS_MAX, Link, backoff},
     pool::Members,
     strikes::Offence,
 };
@@ -48,7 +48,10 @@ impl<J: Judge> Mesh<J> {
         self.found_seed(peer);
         // A node of version 1 that dialled is dialled all the same: over its own link it says nothing.
         let dial = if is_legacy && !dialled { None } else { self.links.done(id) };
-        let waiting = dial.map(|dial| dial.queue).unwrap_or_default();
+        let (waiting, failures) = dial.map(|dial| (dial.queue, dial.failures)).unwrap_or_default();
+        if let Some(link) = self.links.up.get_mut(&id) {
+            link.failures = link.failures.max(failures);
+        }
         if is_legacy {
             self.greet_legacy(now, peer, hello.epoch, dialled);
         } else {
@@ -79,12 +82,12 @@ impl<J: Judge> Mesh<J> {
         let card = match self.take_card(now, Some(peer), signed) {
             Ok(Taken::New(card)) => Card::clone(&card),
             Ok(Taken::Old(card)) => card,
-            Ok(Taken::Own) if peer.id == self.own.id => {
+            Ok(Taken::Own(_)) if peer.id == self.own.id => {
                 return Err("this is the same node".to_owned());
             }
-            Ok(Taken::Own) => return self.lie(now, peer, "says hello with another's card"),
+            Ok(Taken::Own(_)) => return self.lie(now, peer, "says hello with another's card"),
             Err(why) => {
-                self.convict(now, peer, Offence::Strike, "a card that is not believed");
+                self.disbelieve(now, peer, &why);
                 return Err(format!("the card is not believed: {why}"));
             }
         };
@@ -100,6 +103,9 @@ impl<J: Judge> Mesh<J> {
                 self.outputs.push_back(Output::Send { to: peer.id, bytes, way: Way::Stream });
                 self.doomed.insert(peer.id, now + 2 * super::ROUND);
                 Err(String::new())
+            }
+            Some(newest) if self.bodies.is_absurd(&newest.facts.descriptor) => {
+                self.lie(now, peer, ABSURD)
             }
             Some(newest) => {
                 self.apply_card(now, &newest, true);
@@ -153,7 +159,7 @@ impl<J: Judge> Mesh<J> {
         // A link nobody needs is closed by whichever end has too many: dialled again, it would be closed again.
         if is_wanted && !is_down {
             let lost = (!link.is_legacy() && link.was_in_use(now)).then_some(link.heard);
-            self.plan_dial(now, id, lost);
+            self.plan_dial_after(now, id, lost, link.failures_after(now));
         }
     }
 
@@ -220,11 +226,22 @@ impl<J: Judge> Mesh<J> {
 
     /// `id` is to be linked, unless it is.
     pub(super) fn plan_dial(&mut self, now: Instant, id: NodeId, lost: Option<Instant>) {
+        self.plan_dial_after(now, id, lost, 0);
+    }
+
+    /// `id` is to be linked, unless it is, after so many dials in vain.
+    fn plan_dial_after(&mut self, now: Instant, id: NodeId, lost: Option<Instant>, failures: u32) {
         let is_known = self.cards.get(id).is_some() || self.seeds.is_listed(id);
         if self.links.is_heard(id) || !is_known || self.strikes.is_quarantined(now, id) {
             return;
         }
-        if self.links.plan(now, id, lost) {
+        let due = now + backoff(failures, &mut self.rng);
+        if !self.links.plan(due, id, lost, failures) {
+            return;
+        }
+        if due > now {
+            self.timers.set(due, crate::timers::Due::Dial(id));
+        } else {
             self.dial(now, id);
         }
     }

@@ -24,7 +24,10 @@ fn cards_sent(mesh: &mut Mesh<Toy>) -> Vec<Vec<u8>> {
         Output::Send { bytes, .. } => decode(&bytes).ok(),
         _ => None,
     });
-    frames.filter_map(|f| if let Frame::Cards(_, cards) = f { Some(cards) } else { None }).flatten().collect()
+    frames
+        .filter_map(|f| if let Frame::Cards(_, cards) = f { Some(cards) } else { None })
+        .flatten()
+        .collect()
 }
 
 #[test]
@@ -65,7 +68,8 @@ fn a_node_that_was_missed_is_known_soon() {
     let forgotten = world.now;
     world.run(7 * S);
     let is_member = |event: &Event| matches!(event, Event::Member(card) if card.id == id);
-    let known = world.nodes[0].events.iter().filter(|(at, event)| *at > forgotten && is_member(event));
+    let known =
+        world.nodes[0].events.iter().filter(|(at, event)| *at > forgotten && is_member(event));
     assert_eq!(known.count(), 1);
 }
 

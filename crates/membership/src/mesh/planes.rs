@@ -8,9 +8,9 @@ use std::{
 
 use base::{Load, RegionName};
 
-use super::{Event, Mesh, Peer, Way};
+use super::{Event, Mesh, Peer, Way, link::peer_of};
 use crate::{
-    Descriptor, Digest, Frame, Judge, LoadFrame, NodeId, Pool, descriptors::Arrived,
+    Descriptor, Digest, Frame, Judge, LoadFrame, NodeId, Pool, WireError, descriptors::Arrived,
     digest::Sample, encode, links::Link, pool::Members, strikes::Offence, subscribe::Known,
     view::within,
 };
@@ -20,6 +20,8 @@ const SUBSCRIBERS_MAX: usize = 128;
 const REFUSED_FOR: Duration = Duration::from_secs(30);
 /// So many slots are never a mistake, unless the descriptor says about as many.
 const ABSURD_MIN: u32 = 1024;
+/// What is held against the owner of a descriptor.
+pub(super) const ABSURD: &str = "an engine of more slots than any can have";
 /// In a region of so many everybody listens to everybody, and needs no digest of it.
 const DIGEST_ABOVE: usize = 64;
 
@@ -63,8 +65,8 @@ impl<J: Judge> Mesh<J> {
 
     pub(super) fn describe(&mut self, now: Instant, descriptor: Descriptor) {
         let judge = &self.judge;
-        let arrived = self.bodies.own(descriptor, |bytes| judge.sha256(bytes));
-        self.descriptor = Arc::clone(&arrived.descriptor);
+        let (descriptor, arrived) = self.bodies.own(descriptor, |bytes| judge.sha256(bytes));
+        self.descriptor = descriptor;
         self.own_figures = None;
         self.renewal.descriptor = arrived.hash;
         self.want_card(now);
@@ -121,8 +123,16 @@ impl<J: Judge> Mesh<J> {
     fn arrived(&mut self, now: Instant, arrived: &Arrived) {
         for id in &arrived.owners {
             let card = self.cards.get(*id).filter(|c| c.facts.descriptor == arrived.hash);
-            if let Some(epoch) = card.map(|card| card.facts.epoch) {
-                self.described(now, *id, epoch, Arc::clone(&arrived.descriptor));
+            let Some(card) = card.cloned() else { continue };
+            match &arrived.body {
+                Ok(descriptor) => {
+                    self.described(now, *id, card.facts.epoch, Arc::clone(descriptor));
+                }
+                Err(WireError::Slots(_)) => {
+                    self.convict(now, &peer_of(&card), Offence::Lie, ABSURD);
+                }
+                // It may be of a later version.
+                Err(_) => {}
             }
         }
     }
@@ -287,8 +297,7 @@ impl<J: Judge> Mesh<J> {
         let Some(descriptor) = &link.served else { return false };
         let mut is_absurd = false;
         for (load, engine) in frame.engines.iter_mut().zip(&descriptor.engines) {
-            let most = engine.slots.map_or(u32::MAX, |slots| slots.saturating_mul(4));
-            is_absurd |= load.slots.is_some_and(|slots| slots > most.max(ABSURD_MIN));
+            is_absurd |= load.slots.is_some_and(|slots| slots > absurd_above(engine.slots));
             *load = within(*load, engine.slots);
         }
         is_absurd
@@ -367,6 +376,7 @@ impl<J: Judge> Mesh<J> {
 
     pub(super) fn hear_digest(&mut self, now: Instant, from: NodeId, mut digest: Digest) {
         let Some(link) = self.links.get(from) else { return };
+        let peer = link.peer.clone();
         let is_theirs = link.peer.region == digest.region;
         let is_of_region = link.peer.region == self.own.region;
         let (epoch, one_way) = (link.epoch, link.rtt / 2);
@@ -376,6 +386,17 @@ impl<J: Judge> Mesh<J> {
             }
             None if digest.epoch > epoch => {
                 self.strike(now, from, Offence::Lie, "a digest of another process");
+            }
+            Some(_) if !is_of_region || digest.region == self.own.region => {
+                // What is handed on comes from another region, and stays in one.
+                self.strike(now, from, Offence::Strike, "hands on a digest where none is to go");
+            }
+            None if digest.contradicts_itself() => {
+                self.strike(now, from, Offence::Strike, "a digest whose parts are more than all");
+            }
+            None if self.overclaims(&peer, &digest) && self.strikes.overclaims(now, &peer) => {
+                let why = "a digest that gives itself more slots than its descriptor does";
+                self.strike(now, from, Offence::Lie, why);
             }
             None if is_of_region => {
                 if self.relaying.is_of_ours(from) {
@@ -390,7 +411,7 @@ impl<J: Judge> Mesh<J> {
                 }
             }
             Some(relay) => {
-                if !is_of_region || !self.relaying.is_of_ours(from) {
+                if !self.relaying.is_of_ours(from) {
                     return;
                 }
                 match self.cards.get(relay) {
@@ -415,6 +436,19 @@ impl<J: Judge> Mesh<J> {
         }
     }
 
+    /// Whether the relay `peer` says of itself that it has many more slots than its descriptor says, as that is known here.
+    fn overclaims(&self, peer: &Peer, digest: &Digest) -> bool {
+        let card = self.cards.get(peer.id);
+        let Some(body) = card.and_then(|card| self.bodies.get(&card.facts.descriptor)) else {
+            return false;
+        };
+        let mut slots = body.engines.iter().map(|engine| engine.slots);
+        let most = slots.try_fold(0_u32, |all, slots| Some(all.saturating_add(slots?)));
+        let candidates = digest.offers.iter().flat_map(|offer| &offer.candidates);
+        let mut its_own = candidates.filter(|candidate| candidate.node == peer.node);
+        its_own.any(|candidate| candidate.slots > absurd_above(most))
+    }
+
     /// A partner's digest goes to everybody of this region that is linked, once, and as it came.
     fn hand_on(&mut self, now: Instant, from: NodeId, digest: &Digest, one_way: Duration) {
         let age = digest.age + one_way;
@@ -425,4 +459,9 @@ impl<J: Judge> Mesh<J> {
             self.send(now, to, bytes.clone(), Way::Datagram);
         }
     }
+}
+
+/// Above how many slots it is no mistake, where the descriptor says so many; `None`: it does not say.
+fn absurd_above(slots: Option<u32>) -> u32 {
+    slots.map_or(u32::MAX, |slots| slots.saturating_mul(4).max(ABSURD_MIN))
 }

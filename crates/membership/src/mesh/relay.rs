@@ -21,6 +21,8 @@ const BECOME: Duration = Duration::from_secs(2);
 const CEASE: Duration = Duration::from_secs(10);
 /// Relays asked to take this one into their pool at once.
 const ANNOUNCE_MAX: usize = 8;
+/// Relays are elected anew at the latest after so many rounds.
+const ELECT_ROUNDS: u64 = 30;
 /// A relay asks somebody for relays of other regions in so many rounds.
 const ASK_ROUNDS: u64 = 30;
 
@@ -87,6 +89,11 @@ impl Relaying {
         self.ours.iter().copied().chain(self.partners())
     }
 
+    /// `id` is not listened to any more.
+    pub(super) fn is_out(&mut self, id: NodeId) {
+        self.is_stale |= self.ours.contains(&id);
+    }
+
     pub(super) fn links_changed(&mut self) {
         self.are_partners_stale = true;
     }
@@ -126,8 +133,10 @@ impl<J: Judge> Mesh<J> {
         if self.is_leaving || self.is_superseded {
             return;
         }
-        if std::mem::take(&mut self.relaying.is_stale) {
-            self.elect_relays();
+        // A quarantine ends without a word.
+        let is_time = self.rounds.is_multiple_of(ELECT_ROUNDS);
+        if std::mem::take(&mut self.relaying.is_stale) || is_time {
+            self.elect_relays(now);
         }
         let should = self.relaying.ours.contains(&self.own.id);
         if should == self.relaying.is_relay {
@@ -150,9 +159,11 @@ impl<J: Judge> Mesh<J> {
         }
     }
 
-    fn elect_relays(&mut self) {
+    /// Who is not listened to does not speak for the region.
+    fn elect_relays(&mut self, now: Instant) {
         let key = self.own.region.as_str().as_bytes();
         let alive = self.region.all().filter(|(_, seen)| seen.is_active()).map(|(id, _)| id);
+        let alive = alive.filter(|id| !self.strikes.is_quarantined(now, *id));
         let zone = |id: NodeId| {
             if id == self.own.id {
                 return self.own.zone.as_ref();

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{Facts, Pair, encode_card, swim::Packet};
 
-fn mesh_of(n: usize) -> World {
+pub(super) fn mesh_of(n: usize) -> World {
     let mut world = World::new(1);
     for i in 0..n {
         world.add(&format!("eu/n{i}"));
@@ -30,12 +30,12 @@ fn check(world: &World) {
     }
 }
 
-fn pair(world: &World, at: usize) -> Pair {
+pub(super) fn pair(world: &World, at: usize) -> Pair {
     world.mesh(at).card.pair()
 }
 
 /// What node `from` would say to node `to`.
-fn gossip(world: &World, from: usize, to: usize, updates: Vec<Member<Pair>>) -> Frame {
+pub(super) fn gossip(world: &World, from: usize, to: usize, updates: Vec<Member<Pair>>) -> Frame {
     let header = Header {
         src: pair(world, from),
         src_incarnation: 0,
@@ -54,7 +54,7 @@ fn false_downs(world: &World, but: &[usize]) -> usize {
     world.nodes.iter().flat_map(|node| &node.events).filter(|(_, event)| down(event)).count()
 }
 
-fn quarantined(world: &World, at: usize) -> Vec<(NodeId, String)> {
+pub(super) fn quarantined(world: &World, at: usize) -> Vec<(NodeId, String)> {
     let status = world.mesh(at).status(world.now);
     status.quarantined.into_iter().map(|(peer, _, why)| (peer.id, why)).collect()
 }
@@ -229,6 +229,20 @@ fn an_incarnation_that_was_raised_by_a_liar_is_refuted() {
     assert_eq!(pair(&world, 2).bump, 1);
     assert_eq!((quarantined(&world, 0), quarantined(&world, 2)), (vec![], vec![]));
     check(&world);
+}
+
+#[test]
+fn a_node_that_is_not_listened_to_does_not_knock_all_the_time() {
+    let mut world = mesh_of(3);
+    world.run(10 * S);
+    let lie = gossip(&world, 2, 0, vec![]);
+    world.forge(1, 0, &lie);
+    assert_eq!(quarantined(&world, 0).len(), 1);
+    let dials = world.dials;
+    world.run(30 * S);
+    assert!(world.dials - dials < 20, "{} dials in 30 s", world.dials - dials);
+    world.run(60 * S);
+    assert!(world.converged(&all(3)), "a minute later it is one of them again");
 }
 
 #[test]

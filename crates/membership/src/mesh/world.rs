@@ -14,7 +14,7 @@ use proto::isobar::mesh::v1 as wire;
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use super::*;
-use crate::{EngineDescriptor, Judged};
+use crate::{Disbelief, EngineDescriptor, Judged};
 
 pub(super) const MS: Duration = Duration::from_millis(1);
 pub(super) const S: Duration = Duration::from_secs(1);
@@ -59,16 +59,17 @@ impl Judge for Toy {
         Ok(sign(&self.name, card))
     }
 
-    fn judge(&mut self, signed: &[u8]) -> Result<Judged, String> {
+    fn judge(&mut self, signed: &[u8]) -> Result<Judged, Disbelief> {
+        let no = |why: &str| Disbelief::Doubtful(why.to_owned());
         let signed = wire::SignedCard::decode(signed).map_err(|e| e.to_string())?;
-        let name = signed.certificates.first().ok_or("no certificate")?;
+        let name = signed.certificates.first().ok_or_else(|| no("no certificate"))?;
         let name = std::str::from_utf8(name).map_err(|e| e.to_string())?;
+        let (region, node) = name.split_once('/').ok_or_else(|| no("no region"))?;
+        let node = node.parse().map_err(|_| no("no name"))?;
+        let region = region.parse().map_err(|_| no("no region"))?;
         if signed.signature != digest(&[b"secret", name.as_bytes(), &signed.card]) {
-            return Err("forged".to_owned());
+            return Err(Disbelief::Forged("forged".to_owned()));
         }
-        let (region, node) = name.split_once('/').ok_or("no region")?;
-        let node = node.parse().map_err(|_| "no name")?;
-        let region = region.parse().map_err(|_| "no region")?;
         Ok(Judged { id: id_of(name), node, region, card: signed.card })
     }
 
@@ -117,6 +118,7 @@ pub(super) struct World {
     pub(super) links: BTreeSet<(usize, usize)>,
     paused: BTreeSet<usize>,
     pub(super) sent: u64,
+    pub(super) dials: u64,
     heap: BinaryHeap<Reverse<(Instant, u64, usize)>>,
     pending: BTreeMap<usize, What>,
     count: u64,
@@ -146,6 +148,7 @@ impl World {
             links: BTreeSet::new(),
             paused: BTreeSet::new(),
             sent: 0,
+            dials: 0,
             heap: BinaryHeap::new(),
             pending: BTreeMap::new(),
             count: 0,
@@ -278,6 +281,7 @@ impl World {
     }
 
     fn dial(&mut self, from: usize, target: Target) {
+        self.dials += 1;
         let address = target.address();
         let to = address.strip_prefix('n').and_then(|a| a.strip_suffix(":1")?.parse().ok());
         self.at(3 * LATENCY, What::Dialled { from, to, target });

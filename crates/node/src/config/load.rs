@@ -13,7 +13,7 @@ use std::{
 };
 
 use inference::Protocol;
-use membership::{Descriptor, EngineDescriptor, Frame, STREAM_BYTES_MAX};
+use membership::{Descriptor, EngineDescriptor, Frame, SLOTS_MAX, STREAM_BYTES_MAX};
 use serde_json::Value as Schema;
 use toml::{
     Table, Value,
@@ -482,6 +482,10 @@ impl Loader {
             self.conflict("engine", problem);
         }
         for (index, engine) in config.engines.iter().enumerate() {
+            if let Some(slots) = engine.slots.filter(|slots| slots.get() > SLOTS_MAX) {
+                let key = format!("engine[{index}].slots");
+                self.conflict(&key, format!("{slots} is more than {SLOTS_MAX}"));
+            }
             for (key, wait) in
                 [("interval", engine.health.interval), ("timeout", engine.health.timeout)]
             {

@@ -317,6 +317,13 @@ fn two_engines_of_one_node_are_not_the_same_engine() {
 }
 
 #[test]
+fn an_engine_has_no_more_slots_than_other_nodes_believe() {
+    assert!(load(&format!("[node]\nname = \"a\"\n{ENGINE}slots = 1048576")).is_ok());
+    let error = error(&format!("{ENGINE}slots = 1048577"));
+    assert!(error.contains("engine[0].slots: 1048577 is more than 1048576"), "{error}");
+}
+
+#[test]
 fn a_fault_in_a_part_names_that_file() {
     let dir = Dir::new(&format!("[node]\nname = \"a\"\n{ENGINE}"));
     dir.part("x.toml", "\n\n[[engine]]\nname = \"f\"\nurl = \"http://f:1\"\nslots = -1");

@@ -321,6 +321,7 @@ impl Driver {
                     self.handle(Input::Frame { from, bytes, rtt });
                 }
             }
+            News::Broke { peer, why } => self.handle(Input::Broke { peer, why }),
             News::Ended { number, id, why } => self.ended(number, id, why),
             News::Old { number, id, to_quic } => self.renew(number, id, to_quic),
             News::Twin { epoch, answer } => {

@@ -2,8 +2,8 @@
 
 use aws_lc_rs::digest::{SHA256, digest};
 use base::clock;
-use identity::{Identity, SpiffeId};
-use membership::{Judge, Judged, NodeId, Peer};
+use identity::{Identity, IdentityError, SpiffeId};
+use membership::{Disbelief, Judge, Judged, NodeId, Peer};
 
 /// Judges by the identity of the moment.
 #[derive(Debug)]
@@ -14,9 +14,12 @@ impl Judge for NodeJudge {
         self.0.sign_card(card).map_err(|error| error.to_string())
     }
 
-    fn judge(&mut self, signed: &[u8]) -> Result<Judged, String> {
+    fn judge(&mut self, signed: &[u8]) -> Result<Judged, Disbelief> {
         let judged = self.0.judge_card(signed, clock::wall());
-        let (owner, card) = judged.map_err(|error| error.to_string())?;
+        let (owner, card) = judged.map_err(|error| match error {
+            IdentityError::ForgedCard => Disbelief::Forged(error.to_string()),
+            _ => Disbelief::Doubtful(error.to_string()),
+        })?;
         let Peer { id, node, region } = peer(&owner);
         Ok(Judged { id, node, region, card })
     }

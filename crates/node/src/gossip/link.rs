@@ -63,6 +63,8 @@ pub(super) enum News {
     DialFailed { dial: Dial, why: String, is_self: bool },
     /// A frame came from this process.
     Frame { epoch: u64, from: NodeId, bytes: Bytes, rtt: Duration },
+    /// What came from this node was no frame that a node sends; its link ends, or came to nothing.
+    Broke { peer: Peer, why: String },
     /// Link `number` is gone.
     Ended { number: u64, id: NodeId, why: String },
     /// The lease of link `number` is half over, and this end dialled it; or `to_quic`, it goes over TCP and QUIC may work by now.
@@ -206,7 +208,10 @@ impl Common {
             return Err(format!("{node} is no node of {mesh}"));
         }
         let frame = tokio::time::timeout(HELLO_WITHIN, link.receive_whole()).await;
-        let frame = frame.map_err(|_| "no hello in time".to_owned())?.map_err(|e| e.to_string())?;
+        let frame = match frame.map_err(|_| "no hello in time".to_owned())? {
+            Ok(frame) => frame,
+            Err(error) => return Err(self.told(judge::peer(&node), error).await),
+        };
         let hello = match decode(&frame) {
             Ok(Frame::Hello(hello)) => hello,
             Ok(_) => return Err("the first frame is no hello".to_owned()),
@@ -221,6 +226,17 @@ impl Common {
         }
     }
 
+    /// Tells of what came from `peer`, if that was no frame. Returns why the link ends.
+    async fn told(&self, peer: Peer, error: TransportError) -> String {
+        let why = error.to_string();
+        if let TransportError::BadFrame(why) = error
+            && !self.is_own(&peer)
+        {
+            drop(self.news.send(News::Broke { peer, why: why.to_owned() }).await);
+        }
+        why
+    }
+
     /// Asks whether a link is wanted, and serves it until its end. `Err`: it is not; why.
     pub(super) async fn serve(
         self,
@@ -231,7 +247,7 @@ impl Common {
         let is_dialled = dialled.is_some();
         let (answer, answered) = oneshot::channel();
         let transport = transport(link);
-        let (id, theirs) = (peer.id, hello.clone());
+        let (id, who, theirs) = (peer.id, peer.clone(), hello.clone());
         let up = Up { peer, hello, transport, dialled, answer };
         if self.news.send(News::Up(Box::new(up))).await.is_err() {
             return Err("the node stops".to_owned());
@@ -255,7 +271,10 @@ impl Common {
             theirs,
             is_dialled,
         };
-        let why = working.until_its_end(outlet, hello).await;
+        let why = match working.until_its_end(outlet, hello).await {
+            Ok(why) => why,
+            Err(error) => self.told(who, error).await,
+        };
         link.close(&why);
         drop(self.news.send(News::Ended { number, id, why }).await);
         Ok(())
@@ -327,12 +346,10 @@ struct Working<'a> {
 }
 
 impl Working<'_> {
-    /// Carries frames until the link ends; says why.
-    async fn until_its_end(&self, outlet: Outlet, hello: Hello) -> String {
-        if !self.is_dialled
-            && let Err(error) = self.link.send_whole(self.common.first(hello)).await
-        {
-            return error.to_string();
+    /// Carries frames until the link ends; says why. An error is the link's.
+    async fn until_its_end(&self, outlet: Outlet, hello: Hello) -> Result<String, TransportError> {
+        if !self.is_dialled {
+            self.link.send_whole(self.common.first(hello)).await?;
         }
         let Outlet { datagrams, streams, waiting_bytes, ending } = outlet;
         let reading = self.hear();
@@ -352,11 +369,11 @@ impl Working<'_> {
         };
         let ending = tokio::select! {
             why = &mut reading => return why,
-            Err(error) = &mut writing => return error.to_string(),
-            Err(error) = handing_on => return error.to_string(),
-            () = self.lease.over() => return "a certificate has ended".to_owned(),
-            () = self.lease.withdrawn() => return "its certificate was revoked".to_owned(),
-            () = self.ask_for_another() => return "the node stops".to_owned(),
+            Err(error) = &mut writing => return Err(error),
+            Err(error) = handing_on => return Err(error),
+            () = self.lease.over() => return Ok("a certificate has ended".to_owned()),
+            () = self.lease.withdrawn() => return Ok("its certificate was revoked".to_owned()),
+            () = self.ask_for_another() => return Ok("the node stops".to_owned()),
             ending = asked => ending,
         };
         let leaving = async {
@@ -365,34 +382,31 @@ impl Working<'_> {
             tokio::time::sleep(ending.linger).await;
         };
         tokio::select! {
-            _ = &mut reading => {}
-            _ = &mut writing => {}
+            heard = &mut reading => drop(heard?),
+            Err(error) = &mut writing => return Err(error),
             () = leaving => {}
             () = self.lease.withdrawn() => {}
         }
-        ending.why
+        Ok(ending.why)
     }
 
-    /// Hands on what comes; ends when the link does, or says what must not be said.
-    async fn hear(&self) -> String {
+    /// Hands on what comes, until what comes must not be said: why not. An error is the link's.
+    async fn hear(&self) -> Result<String, TransportError> {
         let mut disbelieved = 0;
         loop {
-            let bytes = match self.link.receive().await {
-                Ok(bytes) => bytes,
-                Err(error) => return error.to_string(),
-            };
+            let bytes = self.link.receive().await?;
             if bytes.first() == Some(&REVOCATIONS)
                 && let Ok(Frame::Revocations(signed)) = decode(&bytes)
             {
                 match self.common.take(&signed, &mut disbelieved) {
                     Ok(()) => continue,
-                    Err(why) => return why,
+                    Err(why) => return Ok(why),
                 }
             }
             let (epoch, from, rtt) = (self.theirs.epoch, self.id, self.link.rtt());
             let frame = News::Frame { epoch, from, bytes, rtt };
             if self.common.news.send(frame).await.is_err() {
-                return "the node stops".to_owned();
+                return Ok("the node stops".to_owned());
             }
         }
     }

@@ -367,6 +367,20 @@ async fn dial(
     (links, link)
 }
 
+/// Dials `to` as `identity` over one transport.
+async fn dial_over(
+    identity: &Identity,
+    to: SocketAddr,
+    name: &str,
+    over: LinkTransport,
+) -> (Links, Link) {
+    let expect = ExpectedPeer { region: "eu".parse().unwrap(), name: name.parse().unwrap() };
+    let tls = identity.peer_client_config(&[], expect).unwrap();
+    let links = links(identity);
+    let link = links.dial_over(&to.to_string().parse().unwrap(), tls, over).await.unwrap();
+    (links, link)
+}
+
 #[tokio::test]
 async fn a_node_of_version_1_that_dials_is_told_what_it_asked_for() {
     let world = World::new();
@@ -481,14 +495,40 @@ async fn a_revoked_node_is_out_at_once() {
 async fn where_udp_does_not_come_through_nodes_are_linked_over_tcp() {
     let world = World::new();
     let a = world.start("a", 1, &[]);
-    let (b, links) = (world.identity("b"), links(&world.identity("b")));
-    let expect = ExpectedPeer { region: "eu".parse().unwrap(), name: "a".parse().unwrap() };
-    let tls = b.peer_client_config(&[], expect).unwrap();
-    let to = a.address.to_string().parse().unwrap();
-    let link = links.dial_over(&to, tls, LinkTransport::Tcp).await.unwrap();
+    let (_links, link) = dial_over(&world.identity("b"), a.address, "a", LinkTransport::Tcp).await;
     say(&link, Frame::Hello(hello("b", 7))).await;
     assert!(matches!(hear(&link).await, Ok(Frame::Hello(_))));
     let member = a.until("b", |member| member.link.is_some()).await;
     assert_eq!(member.link.unwrap().0, Transport::Tcp);
     let _: NodeId = member.peer.id;
+}
+
+#[tokio::test]
+async fn who_sends_a_frame_that_is_too_long_is_named_whichever_way_it_goes_and_whenever() {
+    for over in [LinkTransport::Quic, LinkTransport::Tcp] {
+        for greets in [true, false] {
+            let world = World::new();
+            let a = world.start("a", 1, &[]);
+            let (_links, link) = dial_over(&world.identity("b"), a.address, "a", over).await;
+            if greets {
+                say(&link, Frame::Hello(hello("b", 7))).await;
+                a.until("b", |member| member.link.is_some()).await;
+            }
+            let whole = link.send_whole(vec![0; 1 << 20].into());
+            let (_, why) = tokio::join!(whole, tokio::time::timeout(LONG, link.closed()));
+            assert!(why.unwrap().contains("longer than"));
+            let named = async {
+                loop {
+                    let status = a.mesh.status().await.expect("it does not answer");
+                    if let Some((peer, _, why)) = status.quarantined.first() {
+                        return (peer.clone(), why.clone());
+                    }
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            };
+            let (peer, why) = tokio::time::timeout(LONG, named).await.expect("nobody is named");
+            assert_eq!(peer, World::peer("b"), "{over}");
+            assert!(why.contains("longer than"), "{why}");
+        }
+    }
 }

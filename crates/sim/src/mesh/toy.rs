@@ -8,7 +8,7 @@ use std::{
 };
 
 use base::{NodeName, RegionName};
-use membership::{Card, Judge, Judged, NodeId};
+use membership::{Card, Disbelief, Judge, Judged, NodeId};
 use parking_lot::Mutex;
 use prost::Message as _;
 use proto::isobar::mesh::v1::SignedCard;
@@ -66,14 +66,14 @@ impl Judge for Toy {
             .encode_to_vec())
     }
 
-    fn judge(&mut self, signed: &[u8]) -> Result<Judged, String> {
+    fn judge(&mut self, signed: &[u8]) -> Result<Judged, Disbelief> {
         let signed = SignedCard::decode(signed).map_err(|error| error.to_string())?;
         let [certificate] = &*signed.certificates else {
-            return Err("not one certificate".to_owned());
+            return Err("not one certificate".to_owned().into());
         };
-        let (id, node, region) = read(certificate).ok_or("not a certificate")?;
+        let (id, node, region) = read(certificate).ok_or_else(|| "not a certificate".to_owned())?;
         if signed.signature != self.mark(certificate, &signed.card) {
-            return Err("the signature is not the owner's".to_owned());
+            return Err(Disbelief::Forged("the signature is not the owner's".to_owned()));
         }
         Ok(Judged { id, node, region, card: signed.card })
     }

@@ -186,7 +186,9 @@ impl World {
         self.push(self.plan.warm, What::Warm);
         self.push(self.plan.warm, What::Probe);
         self.push(self.plan.joined, What::Check);
-        while let Some(first) = self.heap.peek().map(|next| next.at).filter(|at| *at <= self.plan.end) {
+        while let Some(first) =
+            self.heap.peek().map(|next| next.at).filter(|at| *at <= self.plan.end)
+        {
             self.run_until((first + SHORTEST_WAY).min(self.plan.end + 1));
         }
         self.now = self.plan.end;

@@ -102,7 +102,7 @@ impl Driver {
                 Some(Ok(data)) => {
                     self.came.push(&data);
                     if let Err(why) = self.deliver() {
-                        return Poll::Ready(End::fault(why));
+                        return Poll::Ready(End::bad_frame(why));
                     }
                 }
                 Some(Err(error)) => {
@@ -114,7 +114,7 @@ impl Driver {
         Poll::Pending
     }
 
-    fn deliver(&mut self) -> Result<(), String> {
+    fn deliver(&mut self) -> Result<(), &'static str> {
         while let Some(frame) = self.came.next()? {
             self.pipe.deliver(frame);
             self.begun = None;
@@ -226,7 +226,7 @@ fn farewell(trailers: Result<Option<HeaderMap>, h2::Error>) -> End {
         "" => "closed by peer".to_owned(),
         said => format!("closed by peer: {said}"),
     };
-    End { why, parting: Parting::Agree, is_done: reason.is_none() }
+    End::parted(why, reason.is_none())
 }
 
 fn trailers(reason: &str) -> HeaderMap {

@@ -37,6 +37,8 @@ pub(super) struct End {
     pub(super) parting: Parting,
     /// Whether the other end said that it is done, rather than that it closes the link.
     pub(super) is_done: bool,
+    /// What came that is no frame.
+    bad: Option<&'static str>,
 }
 
 /// What the other end is told.
@@ -52,13 +54,30 @@ pub(super) enum Parting {
 
 impl End {
     pub(super) fn new(why: impl Into<String>, parting: Parting) -> Self {
-        Self { why: why.into(), parting, is_done: false }
+        Self { why: why.into(), parting, is_done: false, bad: None }
+    }
+
+    /// The other end said good-bye, or that it is done.
+    pub(super) fn parted(why: String, is_done: bool) -> Self {
+        Self { is_done, ..Self::new(why, Parting::Agree) }
     }
 
     /// Something is wrong with the other end, and it is told what.
     pub(super) fn fault(why: impl Into<String>) -> Self {
         let why = why.into();
         Self::new(why.clone(), Parting::Say(why))
+    }
+
+    /// What came from the other end is no frame.
+    pub(super) fn bad_frame(why: &'static str) -> Self {
+        Self { bad: Some(why), ..Self::fault(why) }
+    }
+
+    fn error(&self) -> TransportError {
+        match self.bad {
+            Some(why) => TransportError::BadFrame(why),
+            None => TransportError::Closed(self.why.clone()),
+        }
     }
 }
 
@@ -147,7 +166,7 @@ impl Pipe {
 
     fn try_push(&self, frame: &[u8]) -> Result<bool, TransportError> {
         if let Some(end) = self.end.get() {
-            return Err(TransportError::Closed(end.why.clone()));
+            return Err(end.error());
         }
         let mut outbox = self.outbox.lock();
         if outbox.bytes.len() > WAITING_BYTES_MAX {
@@ -179,7 +198,7 @@ impl Pipe {
                 return Ok(frame);
             }
             if let Some(end) = end {
-                return Err(TransportError::Closed(end.why.clone()));
+                return Err(end.error());
             }
             tokio::select! {
                 () = arrived => {}
@@ -271,14 +290,14 @@ impl Assembler {
     ///
     /// # Errors
     /// What is wrong with what came, in words.
-    pub(super) fn next(&mut self) -> Result<Option<Bytes>, String> {
+    pub(super) fn next(&mut self) -> Result<Option<Bytes>, &'static str> {
         let Some(mut prefix) = self.bytes.get(..PREFIX_BYTES) else { return Ok(None) };
         if prefix.get_u8() != 0 {
-            return Err("a frame does not begin as one".to_owned());
+            return Err("a frame does not begin as one");
         }
         let length = prefix.get_u32() as usize;
         if length > FRAME_BYTES_MAX {
-            return Err(super::TOO_LONG.to_owned());
+            return Err(super::TOO_LONG);
         }
         if self.bytes.len() < PREFIX_BYTES + length {
             return Ok(None);

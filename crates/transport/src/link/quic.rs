@@ -148,7 +148,7 @@ impl QuicLink {
         let read = tokio::time::timeout_at(frame.until.into(), frame.read()).await;
         *coming = None;
         match read {
-            Ok(read) => read.map_err(closed),
+            Ok(read) => read,
             Err(_) => Err(closed(UNENDED)),
         }
     }
@@ -188,15 +188,15 @@ impl QuicLink {
 
 impl Coming {
     /// May be given up and taken up again.
-    async fn read(&mut self) -> Result<Bytes, String> {
+    async fn read(&mut self) -> Result<Bytes, TransportError> {
         loop {
             match self.stream.read_chunk(FRAME_BYTES_MAX, true).await {
                 Ok(Some(chunk)) if self.bytes.len() + chunk.bytes.len() > FRAME_BYTES_MAX => {
-                    return Err(TOO_LONG.to_owned());
+                    return Err(TransportError::BadFrame(TOO_LONG));
                 }
                 Ok(Some(chunk)) => self.bytes.extend_from_slice(&chunk.bytes),
                 Ok(None) => return Ok(std::mem::take(&mut self.bytes).freeze()),
-                Err(error) => return Err(error.to_string()),
+                Err(error) => return Err(closed(error)),
             }
         }
     }

@@ -65,7 +65,7 @@ async fn a_frame_that_is_too_long_closes_the_link() {
         let sending = a.send_whole(frame(1, FRAME_BYTES_MAX + 1));
         let receiving = async {
             let error = b.receive().await.unwrap_err();
-            assert!(error.to_string().contains("longer than"), "{transport} {error}");
+            assert!(matches!(error, TransportError::BadFrame(TOO_LONG)), "{transport} {error}");
             b.close("too long");
             // Over TCP it is closed already.
             soon(b.closed()).await;
@@ -112,6 +112,9 @@ async fn garbage_after_tls_and_instead_of_it_ends_a_connection() {
     };
     let (link, _held) = soon(async { tokio::join!(accepting, asking) }).await;
     assert!(soon(link.closed()).await.contains("does not begin as one"));
+    for error in [link.receive().await.map(drop), link.send_whole(frame(1, 1)).await] {
+        assert!(matches!(error, Err(TransportError::BadFrame(_))), "{error:?}");
+    }
 }
 
 #[tokio::test]
