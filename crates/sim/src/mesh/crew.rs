@@ -78,7 +78,7 @@ impl World {
             return;
         }
         let order: Vec<_> = tasks.iter().map(|task| (task.at, task.host)).collect();
-        let is_much = tasks.len() >= FEW;
+        let is_much = tasks.len() >= FEW && rayon::current_num_threads() > 1;
         let mut jobs = self.share_out(tasks);
         if is_much {
             jobs.par_iter_mut().with_min_len(FEW / 2).for_each(Job::work);

@@ -67,7 +67,7 @@ impl World {
             let dial = Box::new(Dial { target, ..dial });
             return self.push(self.now + 100 * MS, What::Failed { dial, why });
         }
-        self.give(host, Input::DialFailed { target, why: why.to_owned() });
+        self.give_soon(host, Input::DialFailed { target, why: why.to_owned() });
     }
 
     pub(super) fn dialled(&mut self, dial: Box<Dial>) {
@@ -134,8 +134,8 @@ impl World {
         let (hello, other_hello) = (Box::new(hello), Box::new(other_hello));
         let dialled =
             Input::LinkUp { peer: other_peer, hello: other_hello, transport, dialled: true };
-        self.give(host, dialled);
-        self.give(to, Input::LinkUp { peer, hello, transport, dialled: false });
+        self.give_soon(host, dialled);
+        self.give_soon(to, Input::LinkUp { peer, hello, transport, dialled: false });
     }
 
     /// Ends a link that a newer one takes the place of.
@@ -218,7 +218,7 @@ impl World {
         if process.links.get(&node) == Some(&link) {
             process.links.remove(&node);
             process.subscribed.remove(&node);
-            self.give(end.host, Input::LinkDown { id, why: why.to_owned() });
+            self.give_soon(end.host, Input::LinkDown { id, why: why.to_owned() });
         }
     }
 

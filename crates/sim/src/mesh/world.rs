@@ -92,6 +92,24 @@ pub(super) enum What {
     },
 }
 
+impl What {
+    /// Whether it is done when all machines have heard what they were to hear before, and alone.
+    fn is_alone(&self) -> bool {
+        !matches!(
+            self,
+            Self::Frame { .. }
+                | Self::Tick { .. }
+                | Self::Sample { .. }
+                | Self::Step { .. }
+                | Self::Jump { .. }
+                | Self::Dialled(_)
+                | Self::Failed { .. }
+                | Self::Idle { .. }
+                | Self::Closed { .. }
+        )
+    }
+}
+
 #[derive(Debug)]
 struct Timed {
     at: Nanos,
@@ -202,18 +220,11 @@ impl World {
         {
             self.now = at;
             self.measures.events += 1;
-            match what {
-                What::Frame { link, side, bytes } => self.arrive(link, side, bytes),
-                What::Tick { host, life } => self.tick(host, life),
-                What::Sample { host, life } => self.sample(host, life),
-                What::Step { host, life } => self.step(host, life),
-                What::Jump { host, life } => self.jump(host, life),
-                alone => {
-                    self.work();
-                    self.now = at;
-                    self.happen(alone);
-                }
+            if what.is_alone() {
+                self.work();
+                self.now = at;
             }
+            self.happen(what);
         }
         self.work();
     }
@@ -277,11 +288,11 @@ impl World {
 
     fn happen(&mut self, what: What) {
         match what {
-            What::Frame { .. }
-            | What::Tick { .. }
-            | What::Sample { .. }
-            | What::Step { .. }
-            | What::Jump { .. } => {}
+            What::Frame { link, side, bytes } => self.arrive(link, side, bytes),
+            What::Tick { host, life } => self.tick(host, life),
+            What::Sample { host, life } => self.sample(host, life),
+            What::Step { host, life } => self.step(host, life),
+            What::Jump { host, life } => self.jump(host, life),
             What::Dialled(dial) => self.dialled(dial),
             What::Failed { dial, why } => self.dial_failed(*dial, why),
             What::Idle { link, side } => self.idle(link, side),
