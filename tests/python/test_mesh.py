@@ -227,8 +227,8 @@ def test_nodes_find_each_other_from_one_seed(made):
     since = time.monotonic()
     wait_for("calls at both regions", lambda: {"b", "c", "d", "f"} <= made.served("a", since), 20)
     # A model that one region has is served to the clients of the other, whoever they ask.
-    far = made.traffic["a"].calls(since, "far")
-    assert far and {call.served_by for call in far} == {"f.us/far"}
+    wait_for("calls for it", lambda: made.traffic["a"].calls(since, "far"), 20)
+    assert {call.served_by for call in made.traffic["a"].calls(since, "far")} == {"f.us/far"}
     wait_for("calls from us to eu", lambda: made.served("e", since) & set("bcd"), 20)
     time.sleep(1)
     made.check_calls(since)

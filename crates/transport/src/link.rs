@@ -32,8 +32,9 @@ use crate::{QuicKeys, TransportError, quic as endpoints};
 pub const LINK_ALPN: &[u8] = b"isobar/1";
 /// Longest frame that is read.
 const FRAME_BYTES_MAX: usize = 64 << 10;
-/// A link on which nothing comes for so long is gone; something is asked for much more often.
-const IDLE: Duration = Duration::from_millis(1200);
+/// A link on which nothing comes for so long is gone; something is asked for when half of it is over. QUIC counts from when it
+/// asked, so that whoever dies is noticed after both together at the latest.
+const IDLE: Duration = Duration::from_millis(1000);
 const KEEP_ALIVE: Duration = Duration::from_millis(500);
 /// A dial, a handshake, or a frame that has begun, must be done within this.
 const DONE_WITHIN: Duration = Duration::from_secs(5);

@@ -1,11 +1,11 @@
 //! What links are there, and what would QUIC make of them?
 //!
-//! A link has two ends, and each end has its own opinion: one that hears nothing for 1.2 s gives up, whatever the other thinks.
+//! A link has two ends, and each end has its own opinion: one that hears nothing for a second gives up, whatever the other thinks.
 
 use super::network::{MS, Nanos};
 
 /// An end that hears nothing for so long gives up.
-pub(super) const IDLE: Nanos = 1_200 * MS;
+pub(super) const IDLE: Nanos = 1_000 * MS;
 /// A silent link is kept alive this often.
 pub(super) const KEEP_ALIVE: Nanos = 500 * MS;
 /// What that costs each end, sent and received.

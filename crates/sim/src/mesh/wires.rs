@@ -171,8 +171,9 @@ impl World {
 
     /// From now on this end hears nothing: it will notice.
     pub(super) fn expect_silence(&mut self, link: LinkRef, side: usize) {
-        let before = self.network.up_to(KEEP_ALIVE);
-        self.push(self.now + IDLE - before, What::Idle { link, side });
+        // It was last heard up to one interval ago, and time runs from when something was asked for after that.
+        let before = self.network.up_to(2 * KEEP_ALIVE);
+        self.push(self.now + IDLE + KEEP_ALIVE - before, What::Idle { link, side });
     }
 
     pub(super) fn idle(&mut self, link: LinkRef, side: usize) {
@@ -187,7 +188,7 @@ impl World {
         let hears =
             other.is_up && !is_paused(other.host) && !self.network.is_blocked(other.host, end.host);
         if !hears {
-            self.lose(link, side, "nothing was heard for 1.2 s");
+            self.lose(link, side, "nothing was heard for a second");
         }
     }
 

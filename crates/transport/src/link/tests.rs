@@ -446,7 +446,8 @@ async fn a_link_whose_other_end_is_silent_is_gone_soon() {
         }
         // A loaded machine may be late, never early.
         let took = clock::now() - began;
-        assert!(took >= IDLE - KEEP_ALIVE * 2, "{transport} {took:?}");
+        let soonest = IDLE - KEEP_ALIVE - Duration::from_millis(50);
+        assert!(took >= soonest, "{transport} {took:?}");
     }
 }
 
