@@ -99,6 +99,8 @@ def test_a_watch_tells_that_the_only_engine_is_gone_and_back_and_ends_with_the_n
     with channel(far.a) as open_channel:
         check = open_channel.unary_unary(f"{HEALTH}Check")
         wait_for("the engine", lambda: check(name("llama"), timeout=LONG) == SERVING)
+        # Until they are known the peer may have anything.
+        wait_for("the services of the peer", lambda: KINDS in listed(far.a))
         stream = open_channel.unary_stream(f"{HEALTH}Watch")
         watch, unknown = (stream(name(service), timeout=LONG) for service in ("llama", "mixtral"))
         assert next(unknown) == SERVICE_UNKNOWN
