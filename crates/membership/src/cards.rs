@@ -33,6 +33,8 @@ pub(crate) struct Pending {
     pub(crate) update: Member<Pair>,
     /// Who said so first, and was asked then.
     pub(crate) from: NodeId,
+    /// What was said when it was asked: it may have answered that, and was not asked again.
+    pub(crate) asked_for: Pair,
     pub(crate) since: Instant,
     /// When somebody was asked last.
     asked: Instant,
@@ -79,7 +81,8 @@ impl Cards {
         if self.pending.len() >= PENDING_MAX {
             return false;
         }
-        self.pending.insert(id, Pending { pool, update, from, asked: now, since: now });
+        let asked_for = *update.id();
+        self.pending.insert(id, Pending { pool, update, from, asked_for, asked: now, since: now });
         true
     }
 
@@ -131,7 +134,7 @@ impl Pending {
         }
         let is_due = is_anew || now >= self.asked + AGAIN;
         if is_due {
-            self.asked = now;
+            (self.asked, self.asked_for) = (now, *self.update.id());
         }
         is_due
     }

@@ -148,7 +148,7 @@ impl Bodies {
             self.queue.push_back(hash);
         }
         if let Some(Entry { state: State::Wanted(wanted), .. }) = self.entries.get_mut(&hash) {
-            wanted.owners.extend(sources.first());
+            wanted.owners.extend(sources.first().filter(|owner| !wanted.owners.contains(owner)));
         }
         for source in sources {
             self.offered(now, &hash, *source);

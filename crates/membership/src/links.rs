@@ -58,6 +58,8 @@ pub(crate) struct Link {
     /// Bytes that may come in answer beyond what else it may send.
     pub(crate) expected: usize,
     pub(crate) gave_all: Option<(Instant, Pool)>,
+    /// When it last said what it knows.
+    pub(crate) compared: Option<Instant>,
     /// What was given to it lately: since when, and how many bytes.
     given: (Instant, usize),
     /// It was asked for its load, and when a frame last came.
@@ -86,6 +88,7 @@ impl Link {
             expected: 0,
             failures: 0,
             gave_all: None,
+            compared: None,
             given: (now, 0),
             subscribed: false,
             load: None,
@@ -98,6 +101,8 @@ impl Link {
     pub(crate) fn inherit(&mut self, before: &Self) {
         (self.rtt, self.rate, self.load) = (before.rtt, before.rate, before.load);
         (self.gave_all, self.given) = (before.gave_all, before.given);
+        (self.asked_all, self.expected) = (before.asked_all, before.expected);
+        self.compared = before.compared;
         self.reachable = before.reachable;
         if before.is_legacy() && self.is_legacy() {
             self.dialled = before.dialled;

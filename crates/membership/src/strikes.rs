@@ -14,6 +14,8 @@ const STRIKES_MAX: u32 = 5;
 const WINDOW: Duration = Duration::from_secs(60);
 const QUARANTINE: Duration = Duration::from_secs(60);
 const QUARANTINE_MAX: Duration = Duration::from_secs(3600);
+/// A quarantine was over just now for so long.
+const JUST_OVER: Duration = Duration::from_secs(3);
 /// A node that behaved for so long has a clean record.
 const CLEAN_AFTER: Duration = Duration::from_secs(2 * 3600);
 /// Nodes remembered.
@@ -109,6 +111,12 @@ impl Strikes {
 
     pub(crate) fn is_quarantined(&self, now: Instant, id: NodeId) -> bool {
         self.records.get(&id).is_some_and(|record| record.is_quarantined(now))
+    }
+
+    /// Whether anybody is in quarantine, or was until just now.
+    pub(crate) fn is_anybody(&self, now: Instant) -> bool {
+        let lately = |(until, ..): &(Instant, Duration, String)| now < *until + JUST_OVER;
+        self.records.values().any(|record| record.quarantine.as_ref().is_some_and(lately))
     }
 
     /// Who is in quarantine, how long yet, and why.

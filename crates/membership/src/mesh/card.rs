@@ -33,8 +33,9 @@ const FRAME_BYTES: usize = 60 << 10;
 pub(super) const ALL_GAP: Duration = Duration::from_secs(10);
 /// All were asked for and nothing came: somebody else is asked.
 const ALL_ANSWER: Duration = Duration::from_secs(3);
-/// All cards of a region are not more.
-const ALL_BYTES_MAX: usize = 24 << 20;
+/// What may come in answer when all cards are asked for, and what is given at most: the rest is found out by comparing.
+const GIVEN_BYTES_MAX: usize = 6 << 20;
+const ALL_BYTES_MAX: usize = 8 << 20;
 /// What comes so long after all cards were asked for is the answer.
 pub(super) const ALL_COMES: Duration = Duration::from_secs(30);
 
@@ -304,6 +305,8 @@ impl<J: Judge> Mesh<J> {
                 Ok(Taken::Own(pair)) => {
                     self.cards.found(pair);
                 }
+                // Whoever is asked for all it knows cannot leave out what this node alone does not believe.
+                Err(Disbelief::Doubtful(_)) if answer.is_some() => self.cards.excuse(peer.id),
                 Err(why) => self.disbelieve(now, &peer, &why),
             }
         }
@@ -412,7 +415,14 @@ impl<J: Judge> Mesh<J> {
     pub(super) fn give_cards(&mut self, now: Instant, to: NodeId, pool: Pool, cards: &[Arc<Card>]) {
         let mut batch = Vec::new();
         let mut bytes = 0;
-        let all = cards.iter().map(|card| card.signed.len()).sum();
+        let mut all = 0;
+        let cards: Vec<_> = cards
+            .iter()
+            .take_while(|card| {
+                all += card.signed.len();
+                all <= GIVEN_BYTES_MAX
+            })
+            .collect();
         if !self.links.up.get_mut(&to).is_some_and(|link| link.may_give(now, all)) {
             return;
         }
@@ -469,6 +479,9 @@ impl<J: Judge> Mesh<J> {
         // Over a link that came later it was not asked.
         let Some(link) = self.links.get(from).filter(|link| link.since <= since) else { return };
         let (peer, id) = (link.peer.clone(), pending.update.id().id);
+        if id != self.own.id && self.cards.pair(id) >= Some(pending.asked_for) {
+            return;
+        }
         if id == self.own.id {
             let why = "speaks of a later card of this node, which it does not have";
             self.strike(now, from, Offence::Lie, why);

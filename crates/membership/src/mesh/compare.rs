@@ -3,7 +3,7 @@
 //! A node says what it has of its region as sums, one of each part of the space of ids, and gets the cards of the parts in which
 //! the other has something else. Gossip misses somebody now and then; in a large region nothing else would ever tell.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rand::seq::IndexedRandom as _;
 
@@ -13,8 +13,10 @@ use crate::{Frame, Judge, NodeId, Pair, Pool, wire::PARTS_OF_REGION_MAX};
 /// Rounds from one comparison to the next, and of a node that has just started.
 const ROUNDS: u64 = 30;
 const ROUNDS_YOUNG: u64 = 5;
-/// Few differ.
-const EXPECTED_BYTES: usize = 2 << 20;
+/// What may come in answer: all cards, after a partition.
+const EXPECTED_BYTES: usize = 8 << 20;
+/// One node is told no more often.
+const GAP: Duration = Duration::from_secs(2);
 /// Members of a part, about: so many cards come for one that is missing.
 const MEMBERS_OF_PART: usize = 8;
 
@@ -43,9 +45,11 @@ impl<J: Judge> Mesh<J> {
     pub(super) fn hear_cards_compare(&mut self, now: Instant, from: NodeId, theirs: &[u64]) {
         let Some(link) = self.links.up.get_mut(&from) else { return };
         let is_stranger = link.peer.region != self.own.region;
-        if is_stranger || link.gave_all.is_some_and(|(at, _)| now < at + ALL_GAP) {
+        let is_soon = link.compared.is_some_and(|at| now < at + GAP);
+        if is_stranger || is_soon || link.gave_all.is_some_and(|(at, _)| now < at + ALL_GAP) {
             return;
         }
+        link.compared = Some(now);
         let ours = self.sums(theirs.len());
         let differs = |id: NodeId| {
             let part = part_of(id, theirs.len());
@@ -89,4 +93,16 @@ fn fingerprint(pair: Pair) -> u64 {
     let id = u128::from_be_bytes(pair.id.0);
     let words = [(id >> 64) as u64, id as u64, pair.epoch, pair.bump.into()];
     words.into_iter().fold(0, |sum, word| crate::subscribe::mix(sum ^ word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fingerprint_is_made_as_documented() {
+        let pair = Pair { id: NodeId([1; 16]), epoch: 7, bump: 1 };
+        assert_eq!(fingerprint(pair), 0x80ea_4d58_c692_3761);
+        assert_eq!([part_of(pair.id, 1), part_of(pair.id, 64)], [0, 1]);
+    }
 }

@@ -1,7 +1,7 @@
 //! Who may be dead: own evidence, suspicions that stand for a while, and deaths only one node speaks of.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     time::{Duration, Instant},
 };
 
@@ -36,9 +36,9 @@ const DOUBTS_MAX: usize = 4096;
 pub(super) struct Doubts {
     suspicions: BTreeMap<(Pool, NodeId), Suspicion>,
     /// Who is suspected, by anybody: looked after until that is over.
-    open: BTreeSet<(Pool, NodeId)>,
+    open: BTreeMap<(Pool, NodeId), Open>,
     /// Who was called down by one node only, which, and when.
-    held: BTreeMap<NodeId, (NodeId, Instant)>,
+    held: BTreeMap<(Pool, NodeId), (NodeId, Instant)>,
     /// Who could not be reached, and when.
     unreached: BTreeMap<NodeId, Instant>,
     /// When this node last began a suspicion because it could not reach somebody.
@@ -53,12 +53,20 @@ struct Suspicion {
     due: Instant,
 }
 
+/// A suspicion, by anybody.
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    pair: Pair,
+    incarnation: u16,
+    since: Instant,
+}
+
 impl Doubts {
     /// Node `id` was heard.
     pub(super) fn clear(&mut self, id: NodeId) {
-        self.held.remove(&id);
         self.unreached.remove(&id);
         for pool in [Pool::Region, Pool::Relays] {
+            self.held.remove(&(pool, id));
             self.suspicions.remove(&(pool, id));
         }
     }
@@ -71,16 +79,22 @@ impl Doubts {
     /// `from` says that `id` is down: whether this node knows so itself, or somebody else said so. If not it is remembered.
     ///
     /// Of relays only what this node knows itself counts, for it is linked with all of them: others say the same of one that
-    /// has died and of one that is no relay any more.
-    pub(super) fn confirm(&mut self, now: Instant, from: NodeId, pool: Pool, id: NodeId) -> bool {
+    /// has died and of one that is no relay any more. But `is_blind`, where it has nothing to do with `id`, it knows nothing.
+    pub(super) fn confirm(
+        &mut self,
+        now: Instant,
+        from: NodeId,
+        (pool, id): (Pool, NodeId),
+        is_blind: bool,
+    ) -> bool {
         let is_own = self.suspicions.contains_key(&(pool, id)) || self.is_unreached(now, id);
-        let second = self.held.get(&id).filter(|_| pool == Pool::Region);
+        let second = self.held.get(&(pool, id)).filter(|_| pool == Pool::Region || is_blind);
         if is_own || second.is_some_and(|(other, at)| *other != from && now < *at + SECOND) {
-            self.held.remove(&id);
+            self.held.remove(&(pool, id));
             return true;
         }
         if self.held.len() < DOUBTS_MAX {
-            self.held.insert(id, (from, now));
+            self.held.insert((pool, id), (from, now));
         }
         false
     }
@@ -112,8 +126,9 @@ impl<J: Judge> Mesh<J> {
         if self.doubts.unreached.len() < DOUBTS_MAX {
             self.doubts.unreached.insert(id, now);
         }
-        let is_held = self.doubts.held.remove(&id).is_some_and(|(_, at)| now < at + SECOND);
         for pool in [Pool::Region, Pool::Relays] {
+            let held = self.doubts.held.remove(&(pool, id));
+            let is_held = held.is_some_and(|(_, at)| now < at + SECOND);
             let seen = self.members(pool).and_then(|members| members.seen(id)).copied();
             let Some(seen) = seen.filter(Seen::is_active) else { continue };
             if is_held && self.pool_of_node(id) == pool {
@@ -176,7 +191,7 @@ impl<J: Judge> Mesh<J> {
         self.timers.set(due, Due::Suspicion(pool, pair.id));
     }
 
-    fn is_lenient(&self, now: Instant) -> bool {
+    pub(super) fn is_lenient(&self, now: Instant) -> bool {
         self.lenient.is_some_and(|until| now < until)
     }
 
@@ -208,8 +223,12 @@ impl<J: Judge> Mesh<J> {
     }
 
     /// `id` is suspected, by whomever: it is not forgotten.
-    pub(super) fn watch(&mut self, now: Instant, pool: Pool, id: NodeId) {
-        if self.doubts.open.len() < DOUBTS_MAX && self.doubts.open.insert((pool, id)) {
+    pub(super) fn watch(&mut self, now: Instant, pool: Pool, id: NodeId, seen: Seen) {
+        let open = Open { pair: seen.pair(id), incarnation: seen.incarnation, since: now };
+        if let Some(before) = self.doubts.open.get_mut(&(pool, id)) {
+            *before = open;
+        } else if self.doubts.open.len() < DOUBTS_MAX {
+            self.doubts.open.insert((pool, id), open);
             self.timers.set(now + suspect_for(pool) + OPEN, Due::Doubt(pool, id));
         }
     }
@@ -217,13 +236,23 @@ impl<J: Judge> Mesh<J> {
     /// `id` was suspected long enough to know better: this node finds out itself.
     pub(super) fn look_after(&mut self, now: Instant, pool: Pool, id: NodeId) {
         let seen = self.members(pool).and_then(|members| members.seen(id)).copied();
-        let Some(seen) = seen.filter(|seen| seen.state == State::Suspect) else {
+        let open = self.doubts.open.get(&(pool, id)).copied();
+        let Some((seen, open)) = seen.filter(|seen| seen.state == State::Suspect).zip(open) else {
             self.doubts.open.remove(&(pool, id));
             return;
         };
-        if !self.links.is_up(id) && !self.is_leaving {
-            if self.doubts.is_unreached(now, id) {
-                self.suspect(now, pool, seen.pair(id), seen.incarnation, now);
+        let Open { pair, incarnation, since } = open;
+        let stands = (seen.pair(id), seen.incarnation) == (pair, incarnation);
+        let is_old = now >= since + suspect_for(pool) + OPEN;
+        let is_unreached = self.doubts.unreached.get(&id).is_some_and(|at| *at >= since);
+        if self.links.is_up(id) {
+            // Its own word, if it gave it, was missed.
+            if let Some(next) = seen.incarnation.checked_add(1) {
+                self.call(now, pool, Member::new(seen.pair(id), next, State::Alive), false);
+            }
+        } else if !self.is_leaving {
+            if stands && is_old && is_unreached {
+                self.suspect(now, pool, pair, incarnation, now);
             } else {
                 self.plan_dial(now, id, None);
             }
@@ -267,12 +296,16 @@ mod tests {
         let id = |i| NodeId([i; 16]);
         let now = base::clock::now();
         let mut doubts = Doubts::default();
-        assert!(!doubts.confirm(now, id(1), Pool::Region, id(9)));
-        assert!(!doubts.confirm(now, id(1), Pool::Region, id(9)), "the same one again");
-        assert!(doubts.confirm(now, id(2), Pool::Region, id(9)));
-        assert!(!doubts.confirm(now, id(1), Pool::Relays, id(8)));
-        assert!(!doubts.confirm(now, id(2), Pool::Relays, id(8)));
+        let member = (Pool::Region, id(9));
+        assert!(!doubts.confirm(now, id(3), (Pool::Relays, id(9)), false), "of another pool");
+        assert!(!doubts.confirm(now, id(1), member, false));
+        assert!(!doubts.confirm(now, id(1), member, false), "the same one again");
+        assert!(doubts.confirm(now, id(2), member, false));
+        let relay = (Pool::Relays, id(8));
+        assert!(!doubts.confirm(now, id(1), relay, false));
+        assert!(!doubts.confirm(now, id(2), relay, false));
+        assert!(doubts.confirm(now, id(3), relay, true), "nothing else would ever tell");
         doubts.unreached.insert(id(8), now);
-        assert!(doubts.confirm(now, id(2), Pool::Relays, id(8)), "it was seen here too");
+        assert!(doubts.confirm(now, id(2), relay, false), "it was seen here too");
     }
 }

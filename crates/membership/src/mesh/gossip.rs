@@ -268,16 +268,19 @@ impl<J: Judge> Mesh<J> {
     /// Whether another is down because `from` says so.
     fn judge_down(&mut self, now: Instant, from: NodeId, pool: Pool, pair: Pair) -> bool {
         let id = pair.id;
-        if self.was_heard(now, id, HEARD) {
+        // A link that is up was heard a second ago, whether or not anything was said.
+        if self.links.is_up(id) {
             // Of the pool of relays a node may be gone, and live.
-            let link = self.links.get(from).filter(|_| pool == Pool::Region);
+            let counts = pool == Pool::Region && self.was_heard(now, id, HEARD);
+            let link = self.links.get(from).filter(|_| counts);
             let peer = link.map(|link| link.peer.clone());
             if peer.is_some_and(|peer| self.strikes.false_down(now, &peer, id)) {
                 self.strike(now, from, Offence::Strike, "calls others down that live");
             }
             return false;
         }
-        if self.doubts.confirm(now, from, pool, id) {
+        let is_blind = self.strikes.is_quarantined(now, id);
+        if self.doubts.confirm(now, from, (pool, id), is_blind) {
             return true;
         }
         // Until somebody else says so: it is asked itself.
@@ -338,8 +341,8 @@ impl<J: Judge> Mesh<J> {
         let is_active = after.is_some_and(|seen| seen.is_active());
         self.relays_change(pool, id, was_active, is_active);
         let suspected = |seen: Option<Seen>| seen.is_some_and(|s| s.state == State::Suspect);
-        if suspected(after) {
-            self.watch(now, pool, id);
+        if let Some(seen) = after.filter(|seen| seen.state == State::Suspect) {
+            self.watch(now, pool, id, seen);
         }
         if self.pool_of_node(id) != pool {
             return;
@@ -349,7 +352,9 @@ impl<J: Judge> Mesh<J> {
         }
         let is_other = before.zip(after).is_some_and(|(a, b)| a.pair(id) != b.pair(id));
         // What spoke against a node on an older card says nothing of the newer one.
-        if !is_active || is_other {
+        if is_other {
+            self.doubts.clear(id);
+        } else if !is_active {
             self.doubts.decided(pool, id);
         }
         if was_active && !is_active {

@@ -62,7 +62,6 @@ impl<J: Judge> Mesh<J> {
 
     pub(super) fn convict(&mut self, now: Instant, peer: &Peer, offence: Offence, why: &str) {
         let Some(until) = self.strikes.commit(now, peer, offence, why) else { return };
-        self.relaying.is_out(peer.id);
         self.drop_link(peer.id);
         drop(self.links.done(peer.id));
         self.close(peer.id, format!("not listened to for a while: {why}"));

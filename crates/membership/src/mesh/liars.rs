@@ -308,7 +308,7 @@ fn what_spoke_against_a_node_on_an_older_card_is_no_evidence_against_it_now() {
     let suspect = |world: &mut World, pair| {
         let mesh = world.nodes[0].mesh.as_mut().unwrap();
         mesh.suspect(now, Pool::Region, pair, 0, now + 10 * S);
-        mesh.doubts.confirm(now, id_of("eu/n1"), Pool::Region, pair.id)
+        mesh.doubts.confirm(now, id_of("eu/n1"), (Pool::Region, pair.id), false)
     };
     assert!(suspect(&mut world, before), "what it found out itself");
     assert!(suspect(&mut world, before));

@@ -46,10 +46,12 @@ fn whoever_knows_something_else_gets_the_cards_of_that_part() {
     let part = of_parts.iter().position(|count| *count > 0).unwrap();
     let mut other = sums;
     other[part] ^= 1;
-    mesh.hear_cards_compare(now, from, &other);
-    assert_eq!(cards_sent(mesh).len(), of_parts[part]);
     mesh.hear_cards_compare(now + S, from, &other);
-    assert_eq!(cards_sent(mesh).len(), 0, "not again so soon");
+    assert_eq!(cards_sent(mesh).len(), 0, "it has just been compared");
+    mesh.hear_cards_compare(now + 3 * S, from, &other);
+    assert_eq!(cards_sent(mesh).len(), of_parts[part]);
+    mesh.hear_cards_compare(now + 6 * S, from, &other);
+    assert_eq!(cards_sent(mesh).len(), 0, "it has just been given some");
 }
 
 #[test]

@@ -21,8 +21,6 @@ const BECOME: Duration = Duration::from_secs(2);
 const CEASE: Duration = Duration::from_secs(10);
 /// Relays asked to take this one into their pool at once.
 const ANNOUNCE_MAX: usize = 8;
-/// Relays are elected anew at the latest after so many rounds.
-const ELECT_ROUNDS: u64 = 30;
 /// A relay asks somebody for relays of other regions in so many rounds.
 const ASK_ROUNDS: u64 = 30;
 
@@ -89,11 +87,6 @@ impl Relaying {
         self.ours.iter().copied().chain(self.partners())
     }
 
-    /// `id` is not listened to any more.
-    pub(super) fn is_out(&mut self, id: NodeId) {
-        self.is_stale |= self.ours.contains(&id);
-    }
-
     pub(super) fn links_changed(&mut self) {
         self.are_partners_stale = true;
     }
@@ -134,8 +127,11 @@ impl<J: Judge> Mesh<J> {
             return;
         }
         // A quarantine ends without a word.
-        let is_time = self.rounds.is_multiple_of(ELECT_ROUNDS);
-        if std::mem::take(&mut self.relaying.is_stale) || is_time {
+        if self.strikes.is_anybody(now) {
+            self.relaying.is_stale = true;
+            self.relaying.are_partners_stale = true;
+        }
+        if std::mem::take(&mut self.relaying.is_stale) {
             self.elect_relays(now);
         }
         let should = self.relaying.ours.contains(&self.own.id);
@@ -150,7 +146,7 @@ impl<J: Judge> Mesh<J> {
         }
         if self.relaying.is_relay {
             if std::mem::take(&mut self.relaying.are_partners_stale) {
-                self.choose_partners();
+                self.choose_partners(now);
             }
             let interval = if self.relaying.is_lonely() { ASK_ROUNDS / 6 } else { ASK_ROUNDS };
             if self.rounds.is_multiple_of(interval) {
@@ -242,11 +238,13 @@ impl<J: Judge> Mesh<J> {
     }
 
     /// In every other region the relay of the same rank, or if that cannot be reached the next.
-    fn choose_partners(&mut self) {
+    fn choose_partners(&mut self, now: Instant) {
         let Some(relay) = &self.relay else { return };
         let rank = self.relaying.ours.iter().position(|id| *id == self.own.id).unwrap_or(0);
         let mut regions: BTreeMap<&RegionName, Vec<NodeId>> = BTreeMap::new();
-        for (id, _) in relay.all().filter(|(_, seen)| seen.is_active()) {
+        let is_listened_to = |id: &NodeId| !self.strikes.is_quarantined(now, *id);
+        let active = relay.all().filter(|(_, seen)| seen.is_active()).map(|(id, _)| id);
+        for id in active.filter(is_listened_to) {
             if let Some(card) = self.cards.get(id).filter(|card| card.region != self.own.region) {
                 regions.entry(&card.region).or_default().push(id);
             }

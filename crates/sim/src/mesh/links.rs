@@ -24,6 +24,7 @@ pub(super) struct Link {
     generation: u32,
     /// The first dialled.
     pub(super) ends: [End; 2],
+    opened: Nanos,
     /// One way, without jitter.
     pub(super) way: Nanos,
     /// When the last frame went, either way.
@@ -35,6 +36,11 @@ pub(super) struct Link {
 impl Link {
     pub(super) fn end(&self, side: usize) -> End {
         self.ends[side & 1]
+    }
+
+    /// Whether it was made by then: what is done late may speak of the one before.
+    pub(super) fn is_of(&self, now: Nanos) -> bool {
+        self.opened <= now
     }
 
     /// Which of its ends is at this host.
@@ -60,7 +66,7 @@ pub(super) struct Links {
 impl Links {
     pub(super) fn open(&mut self, dialler: u32, other: u32, way: Nanos, now: Nanos) -> LinkRef {
         let ends = [dialler, other].map(|host| End { host, is_up: true });
-        let link = Link { generation: 0, ends, way, last: now, ordered: [0; 2] };
+        let link = Link { generation: 0, ends, opened: now, way, last: now, ordered: [0; 2] };
         if let Some(slot) = self.free.pop()
             && let Some(old) = self.links.get_mut(slot as usize)
         {

@@ -149,8 +149,15 @@ impl World {
 
     pub(super) fn close(&mut self, host: u32, id: NodeId, why: &str) {
         let node = toy::index(id);
+        let known = self.process(host).and_then(|process| process.links.get(&node).copied());
+        let now = self.now;
+        let Some(link) =
+            known.filter(|link| self.links.get(*link).is_none_or(|link| link.is_of(now)))
+        else {
+            return;
+        };
         let Some(process) = self.process(host) else { return };
-        let Some(link) = process.links.remove(&node) else { return };
+        process.links.remove(&node);
         process.subscribed.remove(&node);
         let Some(side) = self.links.get(link).map(|link| link.side(host)) else { return };
         self.say_good_bye(link, side, why);

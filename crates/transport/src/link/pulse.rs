@@ -12,7 +12,12 @@ use h2::{Ping, PingPong};
 use parking_lot::Mutex;
 use tokio::time::Sleep;
 
-use super::{IDLE, KEEP_ALIVE};
+use super::KEEP_ALIVE;
+
+/// A link on which nothing comes for so long is gone: there is time for a ping that was lost to be sent again, twice.
+const SILENCE: Duration = Duration::from_millis(1400);
+/// How often it is looked whether to ask.
+const BEAT: Duration = Duration::from_millis(250);
 
 /// Finds out whether the other end lives, and how far away it is.
 #[derive(Debug)]
@@ -62,16 +67,16 @@ impl Pulse {
         let quiet = now.saturating_duration_since(heard);
         // When this process itself stood still, what came meanwhile may not have been read yet.
         let is_late = now.saturating_duration_since(self.due) >= KEEP_ALIVE;
-        if quiet >= IDLE && !is_late {
+        if quiet >= SILENCE && !is_late {
             return false;
         }
-        let is_due = |at: Instant| now.saturating_duration_since(at) >= IDLE;
-        let wants = quiet >= KEEP_ALIVE / 2 || self.asked_last.is_none_or(is_due);
+        let is_due = |at: Instant| now.saturating_duration_since(at) >= SILENCE;
+        let wants = quiet >= BEAT || self.asked_last.is_none_or(is_due);
         if self.asked.is_none() && wants && self.ping.send_ping(Ping::opaque()).is_ok() {
             (self.asked, self.asked_last) = (Some(now), Some(now));
         }
-        let dead_at = heard + IDLE;
-        self.due = if dead_at > now { dead_at.min(now + KEEP_ALIVE) } else { now + KEEP_ALIVE };
+        let dead_at = heard + SILENCE;
+        self.due = if dead_at > now { dead_at.min(now + BEAT) } else { now + BEAT };
         self.timer.as_mut().reset(self.due.into());
         true
     }
