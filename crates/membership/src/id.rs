@@ -12,6 +12,22 @@ impl NodeId {
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         bytes.try_into().ok().map(Self)
     }
+
+    /// Its upper and its lower half, as numbers.
+    pub(crate) fn halves(self) -> [u64; 2] {
+        [0, 8].map(|at| {
+            let half = self.0.get(at..at + 8).and_then(|half| half.try_into().ok());
+            u64::from_be_bytes(half.unwrap_or_default())
+        })
+    }
+}
+
+/// Scatters 64 bits, much like the finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
+/// 2014); docs/wire.md has it.
+pub(crate) fn mix(x: u64) -> u64 {
+    let x = (x ^ (x >> 30)).wrapping_add(0x9e37_79b9_7f4a_7c15).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
 }
 
 impl fmt::Display for NodeId {

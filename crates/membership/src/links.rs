@@ -31,6 +31,8 @@ const IN_USE: Duration = Duration::from_secs(5);
 /// Cards and descriptors given to one node within this, at most; who asks for more has to ask again.
 const GIVEN_IN: Duration = Duration::from_secs(10);
 const GIVEN_MAX: usize = 64 << 20;
+/// Bytes of cards that may come in answer when all are asked for.
+const EXPECTED_MAX: usize = 8 << 20;
 
 /// A link.
 #[derive(Debug)]
@@ -107,6 +109,12 @@ impl Link {
         if before.is_legacy() && self.is_legacy() {
             self.dialled = before.dialled;
         }
+    }
+
+    /// It is asked for all cards it has, or for those this node has not; `is_first`: none were known before.
+    pub(crate) fn asks_all(&mut self, now: Instant, is_first: bool) {
+        self.asked_all = Some((now, is_first));
+        self.expected = EXPECTED_MAX;
     }
 
     /// Whether so many bytes more may be given to who asks for them.

@@ -114,7 +114,7 @@ impl Strikes {
     }
 
     /// Whether anybody is in quarantine, or was until just now.
-    pub(crate) fn is_anybody(&self, now: Instant) -> bool {
+    pub(crate) fn is_anybody_out(&self, now: Instant) -> bool {
         let lately = |(until, ..): &(Instant, Duration, String)| now < *until + JUST_OVER;
         self.records.values().any(|record| record.quarantine.as_ref().is_some_and(lately))
     }

@@ -13,7 +13,7 @@ use std::{
 use base::{ModelName, ZoneName};
 use rand::{Rng, RngExt as _};
 
-use crate::{Descriptor, NodeId};
+use crate::{Descriptor, NodeId, id::mix};
 
 /// So many nodes are few.
 const FEW: usize = 64;
@@ -124,11 +124,13 @@ fn of_model(own: &Chooser, mut serving: Vec<&Known<'_>>, swaps: u64) -> Vec<Node
 
 /// A sample of `serving`: own zone first.
 fn sample(own: &Chooser, serving: &[&Known<'_>], swaps: u64) -> Vec<NodeId> {
-    let key = mix(own.salt ^ low(own.id) ^ mix(high(own.id)));
+    let [high, low] = own.id.halves();
+    let key = mix(own.salt ^ low ^ mix(high));
     let (mut near, mut far) = (vec![], vec![]);
     for member in serving {
         let is_near = own.zone.is_none() || member.zone == own.zone.as_ref();
-        let hash = mix(high(member.id) ^ mix(low(member.id) ^ key));
+        let [high, low] = member.id.halves();
+        let hash = mix(high ^ mix(low ^ key));
         if is_near { &mut near } else { &mut far }.push((hash, member.id));
     }
     let of_far = far.len().min(SAMPLE_OTHER_ZONES).max(SAMPLE.saturating_sub(near.len()));
@@ -157,22 +159,6 @@ fn draw(among: &[(u64, NodeId)], salt: u64, drawn: &mut Vec<NodeId>) {
         }
     }
     drawn.extend(best.map(|(_, id)| id));
-}
-
-fn high(id: NodeId) -> u64 {
-    (u128::from_be_bytes(id.0) >> 64) as u64
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "the low half is meant")]
-fn low(id: NodeId) -> u64 {
-    u128::from_be_bytes(id.0) as u64
-}
-
-/// Much like the finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
-pub(crate) fn mix(x: u64) -> u64 {
-    let x = (x ^ (x >> 30)).wrapping_add(0x9e37_79b9_7f4a_7c15).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
 }
 
 /// The nodes this one subscribes to.

@@ -33,9 +33,8 @@ const FRAME_BYTES: usize = 60 << 10;
 pub(super) const ALL_GAP: Duration = Duration::from_secs(10);
 /// All were asked for and nothing came: somebody else is asked.
 const ALL_ANSWER: Duration = Duration::from_secs(3);
-/// What may come in answer when all cards are asked for, and what is given at most: the rest is found out by comparing.
+/// Bytes of cards given in one answer: whoever misses the rest finds out by comparing.
 const GIVEN_BYTES_MAX: usize = 6 << 20;
-const ALL_BYTES_MAX: usize = 8 << 20;
 /// What comes so long after all cards were asked for is the answer.
 pub(super) const ALL_COMES: Duration = Duration::from_secs(30);
 
@@ -382,8 +381,7 @@ impl<J: Judge> Mesh<J> {
             return;
         }
         let Some(link) = self.links.up.get_mut(&from) else { return };
-        link.asked_all = Some((now, !self.has_all));
-        link.expected = ALL_BYTES_MAX;
+        link.asks_all(now, !self.has_all);
         self.asked_all = Some(now);
         self.say(now, from, &Frame::CardsAsk(Pool::Region, vec![]), Way::Stream);
     }

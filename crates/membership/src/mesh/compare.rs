@@ -5,16 +5,12 @@
 
 use std::time::{Duration, Instant};
 
-use rand::seq::IndexedRandom as _;
-
 use super::{Mesh, Way, card::ALL_GAP};
-use crate::{Frame, Judge, NodeId, Pair, Pool, wire::PARTS_OF_REGION_MAX};
+use crate::{Frame, Judge, NodeId, Pair, Pool, id::mix, wire::PARTS_OF_REGION_MAX};
 
 /// Rounds from one comparison to the next, and of a node that has just started.
 const ROUNDS: u64 = 30;
 const ROUNDS_YOUNG: u64 = 5;
-/// What may come in answer: all cards, after a partition.
-const EXPECTED_BYTES: usize = 8 << 20;
 /// One node is told no more often.
 const GAP: Duration = Duration::from_secs(2);
 /// Members of a part, about: so many cards come for one that is missing.
@@ -27,16 +23,11 @@ impl<J: Judge> Mesh<J> {
         if !self.rounds.is_multiple_of(every) {
             return;
         }
-        let is_one = |id: &NodeId| {
-            self.region.is_active(*id) && self.links.get(*id).is_some_and(|link| !link.is_legacy())
-        };
-        let linked: Vec<_> = self.links.up.keys().copied().filter(is_one).collect();
-        let Some(id) = linked.choose(&mut self.rng).copied() else { return };
+        let Some(Pair { id, .. }) = self.somebody(Pool::Region) else { return };
         let parts = (self.region.active() / MEMBERS_OF_PART).max(1).next_power_of_two();
         let sums = self.sums(parts.min(PARTS_OF_REGION_MAX));
         if let Some(link) = self.links.up.get_mut(&id) {
-            link.asked_all = Some((now, !self.has_all));
-            link.expected = link.expected.max(EXPECTED_BYTES);
+            link.asks_all(now, !self.has_all);
         }
         self.say(now, id, &Frame::CardsCompare(sums), Way::Stream);
     }
@@ -90,9 +81,8 @@ fn part_of(id: NodeId, parts: usize) -> usize {
 
 /// Sixty-four bits of a pair.
 fn fingerprint(pair: Pair) -> u64 {
-    let id = u128::from_be_bytes(pair.id.0);
-    let words = [(id >> 64) as u64, id as u64, pair.epoch, pair.bump.into()];
-    words.into_iter().fold(0, |sum, word| crate::subscribe::mix(sum ^ word))
+    let [high, low] = pair.id.halves();
+    [high, low, pair.epoch, pair.bump.into()].into_iter().fold(0, |sum, word| mix(sum ^ word))
 }
 
 #[cfg(test)]

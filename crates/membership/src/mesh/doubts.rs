@@ -79,7 +79,8 @@ impl Doubts {
     /// `from` says that `id` is down: whether this node knows so itself, or somebody else said so. If not it is remembered.
     ///
     /// Of relays only what this node knows itself counts, for it is linked with all of them: others say the same of one that
-    /// has died and of one that is no relay any more. But `is_blind`, where it has nothing to do with `id`, it knows nothing.
+    /// has died and of one that is no relay any more. `is_blind`: it does not listen to
+    /// `id`, so that it cannot find out, and two others are believed of a relay too.
     pub(super) fn confirm(
         &mut self,
         now: Instant,
@@ -107,7 +108,7 @@ impl Doubts {
 
     /// As if this node had just blamed `id`: it does not do so again.
     #[cfg(test)]
-    pub(super) fn suspect_nobody(&mut self, now: Instant, id: NodeId) {
+    pub(super) fn has_blamed(&mut self, now: Instant, id: NodeId) {
         self.blamed.insert(id, now);
     }
 

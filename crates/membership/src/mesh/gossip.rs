@@ -20,7 +20,7 @@ pub(super) const LEAP_MAX: u16 = 64;
 const WORN: u16 = 48;
 /// So nobody has a higher one, and whoever speaks of one lies.
 const INCARNATION_MAX: u16 = 128;
-/// Who was heard so recently is not down because somebody says so.
+/// To call down who was heard so recently counts against whoever does.
 const HEARD: Duration = Duration::from_secs(2);
 /// Relays taken from one region.
 const RELAYS_OF_REGION_MAX: usize = 8;
@@ -398,7 +398,7 @@ impl<J: Judge> Mesh<J> {
     }
 
     /// Anybody of a pool that is linked.
-    fn somebody(&mut self, pool: Pool) -> Option<Pair> {
+    pub(super) fn somebody(&mut self, pool: Pool) -> Option<Pair> {
         let members = self.members(pool)?;
         let linked = |id: &NodeId| members.seen(*id).filter(|s| s.is_active()).map(|s| s.pair(*id));
         let found: Vec<_> = self.links.up.keys().filter_map(linked).collect();

@@ -87,7 +87,7 @@ fn whoever_stays_suspected_is_looked_after() {
     // It does not probe by itself.
     mesh.hold = Some(start + 3600 * S);
     let why = "it is gone".to_owned();
-    mesh.doubts.suspect_nobody(start, third.id);
+    mesh.doubts.has_blamed(start, third.id);
     mesh.handle(start, Input::LinkDown { id: third.id, why });
     let header =
         Header { src: one, src_incarnation: 0, dst: mesh.card.pair(), message: Message::Gossip };

@@ -127,7 +127,7 @@ impl<J: Judge> Mesh<J> {
             return;
         }
         // A quarantine ends without a word.
-        if self.strikes.is_anybody(now) {
+        if self.strikes.is_anybody_out(now) {
             self.relaying.is_stale = true;
             self.relaying.are_partners_stale = true;
         }
