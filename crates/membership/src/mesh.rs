@@ -19,19 +19,13 @@ mod doubts;
 mod gossip;
 mod hear;
 mod io;
-#[cfg(test)]
-mod liars;
 mod link;
-#[cfg(test)]
-mod missed;
 mod planes;
 mod relay;
 mod seeds;
 mod status;
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod world;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},

@@ -1,16 +1,18 @@
 //! What the machine does among others, in a network in memory.
 
+mod liars;
+mod missed;
+mod world;
+
 use base::Load;
 use foca::{Header, Member, Message, State};
 use rand::Rng as _;
 
-use super::{
-    world::{MS, S, World, descriptor, id_of, sign},
-    *,
-};
+use super::*;
 use crate::{Facts, Pair, encode_card, swim::Packet};
+use world::{MS, S, World, descriptor, id_of, sign};
 
-pub(super) fn mesh_of(n: usize) -> World {
+fn mesh_of(n: usize) -> World {
     let mut world = World::new(1);
     for i in 0..n {
         world.add(&format!("eu/n{i}"));
@@ -30,12 +32,12 @@ fn check(world: &World) {
     }
 }
 
-pub(super) fn pair(world: &World, at: usize) -> Pair {
+fn pair(world: &World, at: usize) -> Pair {
     world.mesh(at).card.pair()
 }
 
 /// What node `from` would say to node `to`.
-pub(super) fn gossip(world: &World, from: usize, to: usize, updates: Vec<Member<Pair>>) -> Frame {
+fn gossip(world: &World, from: usize, to: usize, updates: Vec<Member<Pair>>) -> Frame {
     let header = Header {
         src: pair(world, from),
         src_incarnation: 0,
@@ -54,7 +56,7 @@ fn false_downs(world: &World, but: &[usize]) -> usize {
     world.nodes.iter().flat_map(|node| &node.events).filter(|(_, event)| down(event)).count()
 }
 
-pub(super) fn quarantined(world: &World, at: usize) -> Vec<(NodeId, String)> {
+fn quarantined(world: &World, at: usize) -> Vec<(NodeId, String)> {
     let status = world.mesh(at).status(world.now);
     status.quarantined.into_iter().map(|(peer, _, why)| (peer.id, why)).collect()
 }

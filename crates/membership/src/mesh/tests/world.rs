@@ -24,7 +24,7 @@ const LATENCY: Duration = Duration::from_millis(2);
 #[derive(Clone, Debug)]
 pub(super) struct Toy {
     name: String,
-    shelf: Arc<parking_lot::Mutex<BTreeMap<crate::Pair, Arc<Card>>>>,
+    shelf: Arc<parking_lot::Mutex<BTreeMap<Pair, Arc<Card>>>>,
 }
 
 pub(super) fn digest(parts: &[&[u8]]) -> [u8; 32] {
@@ -123,7 +123,7 @@ pub(super) struct World {
     pending: BTreeMap<usize, What>,
     count: u64,
     rng: StdRng,
-    shelf: Arc<parking_lot::Mutex<BTreeMap<crate::Pair, Arc<Card>>>>,
+    shelf: Arc<parking_lot::Mutex<BTreeMap<Pair, Arc<Card>>>>,
 }
 
 pub(super) fn descriptor(name: &str) -> Descriptor {

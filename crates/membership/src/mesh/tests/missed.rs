@@ -3,16 +3,15 @@
 use foca::{Header, Member, Message, State, Timer};
 
 use super::{
+    super::*,
+    mesh_of,
     world::{MS, S, Toy, World},
-    *,
 };
 use crate::{decode, swim::Packet};
 
-fn mesh_of(n: usize) -> World {
-    let mut world = World::new(1);
-    for i in 0..n {
-        world.add(&format!("eu/n{i}"));
-    }
+/// Nodes that have found each other.
+fn grown(n: usize) -> World {
+    let mut world = mesh_of(n);
     world.run(10 * S);
     world
 }
@@ -32,7 +31,7 @@ fn cards_sent(mesh: &mut Mesh<Toy>) -> Vec<Vec<u8>> {
 
 #[test]
 fn whoever_knows_something_else_gets_the_cards_of_that_part() {
-    let mut world = mesh_of(12);
+    let mut world = grown(12);
     let sums = world.mesh(0).sums(4);
     assert!((1..12).all(|other| world.mesh(other).sums(4) == sums), "all know the same");
     let (now, from) = (world.now + 11 * S, world.id(1));
@@ -56,7 +55,7 @@ fn whoever_knows_something_else_gets_the_cards_of_that_part() {
 
 #[test]
 fn a_node_that_was_missed_is_known_soon() {
-    let mut world = mesh_of(12);
+    let mut world = grown(12);
     let id = world.id(5);
     // They do not hear each other, so that nobody but the others can tell.
     world.part(&[0], &[5]);
@@ -78,7 +77,7 @@ fn a_node_that_was_missed_is_known_soon() {
 /// A machine that knows three others, of which it hears two: the third was called suspect, and then nobody said anything more.
 #[test]
 fn whoever_stays_suspected_is_looked_after() {
-    let mut world = mesh_of(4);
+    let mut world = grown(4);
     let (pairs, hello) = ([1, 2, 3].map(|i| world.mesh(i).card.pair()), world.hello(1));
     let peer = world.nodes[1].peer();
     let start = world.now;

@@ -3,9 +3,9 @@
 use foca::{Member, State};
 
 use super::{
-    tests::{gossip, mesh_of, pair, quarantined},
+    super::*,
+    gossip, mesh_of, pair, quarantined,
     world::{MS, S, World, descriptor, id_of, sign},
-    *,
 };
 use crate::{EngineDescriptor, Pair, RegionOffer, SLOTS_MAX, encode_card, encode_descriptor};
 
@@ -155,7 +155,7 @@ fn whose_descriptor_is_absurd_is_named_by_whoever_reads_it_and_whoever_brings_it
     let absurd = EngineDescriptor { slots: Some(1 << 31), ..descriptor("n1").engines.remove(0) };
     let body = encode_descriptor(&Descriptor { version: 3, engines: vec![absurd] });
     let mut facts = world.mesh(1).card.facts.clone();
-    (facts.bump, facts.descriptor) = (facts.bump + 1, world::digest(&[&body]));
+    (facts.bump, facts.descriptor) = (facts.bump + 1, super::world::digest(&[&body]));
     let card = sign("eu/n1", &encode_card(&facts));
     let hello = Box::new(Hello { card: Some(card.clone()), ..world.hello(1) });
     world.kill(1);
