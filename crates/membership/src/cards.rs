@@ -168,6 +168,17 @@ mod tests {
     }
 
     #[test]
+    fn it_is_remembered_what_was_asked_for() {
+        let from = NodeId([2; 16]);
+        let now = base::clock::now();
+        let mut cards = Cards::default();
+        assert!(cards.miss(now, Pool::Region, Member::alive(pair(2)), from));
+        assert!(!cards.miss(now + S / 2, Pool::Region, Member::alive(pair(3)), from));
+        let silent = cards.unanswered(now + 5 * S);
+        assert_eq!(silent.iter().map(|p| p.asked_for).collect::<Vec<_>>(), [pair(2)]);
+    }
+
+    #[test]
     fn a_card_shown_for_a_death_is_no_news_but_from_who_was_asked() {
         let (from, other) = (NodeId([2; 16]), NodeId([3; 16]));
         let now = base::clock::now();

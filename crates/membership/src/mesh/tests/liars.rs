@@ -332,3 +332,38 @@ fn who_passes_one_death_on_is_not_named_although_another_hears_the_dead() {
     insist(&mut world, 20, |world, _| gossip(world, 1, 0, vec![victim.clone()]));
     assert_named(&world, "calls others down that live");
 }
+
+#[test]
+fn who_is_not_listened_to_is_no_relay_until_it_is_heard_again() {
+    let mut world = mesh_of(5);
+    world.run(10 * S);
+    let relay = (1..5).find(|at| world.mesh(0).relaying.is_of_ours(world.id(*at))).unwrap();
+    let other = (1..5).find(|at| *at != relay).unwrap();
+    let lie = gossip(&world, other, 0, vec![]);
+    world.forge(relay, 0, &lie);
+    assert_eq!(quarantined(&world, 0).len(), 1);
+    world.run(2 * S);
+    assert!(!world.mesh(0).relaying.is_of_ours(world.id(relay)));
+    assert!(world.mesh(other).relaying.is_of_ours(world.id(relay)), "others know nothing of it");
+    world.run(61 * S);
+    assert!(world.mesh(0).relaying.is_of_ours(world.id(relay)));
+}
+
+#[test]
+fn a_card_that_is_doubted_counts_against_nobody_who_was_asked_for_all() {
+    for is_asked in [true, false] {
+        let mut world = mesh_of(3);
+        world.run(5 * S);
+        let id = world.id(1);
+        for _ in 0..6 {
+            let now = world.now;
+            let link = world.nodes[0].mesh.as_mut().unwrap().links.up.get_mut(&id);
+            if let Some(link) = link {
+                link.asked_all = is_asked.then_some((now, false));
+            }
+            world.forge(1, 0, &Frame::Cards(Pool::Region, vec![sign("nowhere", b"x")]));
+            world.run(6 * S);
+        }
+        assert_eq!(quarantined(&world, 0).is_empty(), is_asked);
+    }
+}
