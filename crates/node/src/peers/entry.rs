@@ -336,10 +336,16 @@ impl Entry {
         !self.is_out() && self.address.is_some() && self.standing_unheard(now) == Standing::Usable
     }
 
-    /// Whether nothing is known of it, so that it is tried when nobody known can take a call.
+    /// Whether nothing is known of it, or what it serves is not, so that it is tried when nobody known can take a call.
     pub(super) fn is_unknown(&self, now: Instant) -> bool {
         let is_banned = self.quarantined.is_some_and(|until| now < until);
-        self.view.presence(now) == Presence::Unknown
+        let is_known = match self.view.presence(now) {
+            Presence::Unknown => false,
+            // Its figures came before its descriptor.
+            Presence::Present => self.view.descriptor().is_some(),
+            Presence::Draining | Presence::Silent => true,
+        };
+        !is_known
             && self.life != Life::Left
             && !is_banned
             && !self.goes_by_hearsay(now)

@@ -140,6 +140,18 @@ fn a_listed_peer_is_tried_until_it_is_heard_and_keeps_the_address_it_is_listed_w
 }
 
 #[test]
+fn a_listed_peer_that_speaks_before_it_says_what_it_serves_is_still_tried() {
+    let board = Board::of_test(&["a"]);
+    let id = id(&board, "a", "us");
+    board.apply(&card(&board, "a", "us", 1, "a.test:8444"));
+    board.apply(&Event::Reachable { id, is: true });
+    board.apply(&Event::Load { id, frame: Box::new(load(4, 1)), rtt: RTT });
+    assert_eq!((servers(&board), board.unknown(&[])), (vec![], Some(0)));
+    board.apply(&described(id, descriptor(&["llama"], None)));
+    assert_eq!((servers(&board).len(), board.unknown(&[])), (1, None));
+}
+
+#[test]
 fn a_member_is_a_server_while_it_can_be_reached_and_is_alive() {
     let board = Board::of_test(&[]);
     let b = joined(&board, "b");
