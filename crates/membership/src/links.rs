@@ -67,7 +67,7 @@ pub(crate) struct Link {
     /// It was asked for its load, and when a frame last came.
     pub(crate) subscribed: bool,
     pub(crate) load: Option<(u64, Instant)>,
-    /// What its process serves, as its last figures were of it: versions of one process count up.
+    /// The descriptor its last load frame was of: within one process a version stands for one descriptor.
     pub(crate) served: Option<Arc<Descriptor>>,
     /// Whoever routes was told that it can be reached.
     pub(crate) reachable: bool,

@@ -345,10 +345,7 @@ impl Entry {
             Presence::Present => self.view.descriptor().is_some(),
             Presence::Draining | Presence::Silent => true,
         };
-        !is_known
-            && self.life != Life::Left
-            && !is_banned
-            && !self.goes_by_hearsay(now)
+        !is_known && self.life != Life::Left && !is_banned && !self.goes_by_hearsay(now)
     }
 
     /// Its engines that suit a call.

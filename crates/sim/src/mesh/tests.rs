@@ -31,6 +31,16 @@ fn the_same_seed_has_the_same_outcome() {
 }
 
 #[test]
+fn the_outcome_is_the_same_on_however_many_cores() {
+    let config = config(80, 2, "join", 10);
+    let [one, four] = [1, 4].map(|threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| run(&config).unwrap().report)
+    });
+    assert_eq!(one, four);
+}
+
+#[test]
 fn what_cannot_be_simulated_is_refused() {
     for wrong in [config(1, 1, "none", 60), config(10, 11, "none", 60), config(10, 1, "none", 1)] {
         assert!(run(&wrong).is_err());
