@@ -20,7 +20,7 @@ import threading
 import uuid
 from pathlib import Path
 
-from nodes import DEMO_BINARY, LONG, Node, Process, SimEngine, toml
+from nodes import DEMO_BINARY, LONG, Node, Process, SimEngine, start_environment, toml
 from status import Status
 from traffic import Traffic
 
@@ -257,12 +257,11 @@ class LanNode(Node):
         self.starts = 1 + len(list(self.directory.glob("*.err")))
         config = self.directory / f"node-{self.starts}.toml"
         config.write_text(self.configuration(seed, **more))
-        hidden = ("ISOBAR_BIN", "ISOBAR_DEMO_BIN", "ISOBAR_STUBS")
-        environment = {k: v for k, v in os.environ.items() if k not in hidden}
         ca = Path(directory) / "ca"
         # The optimised binary: a dozen processes share two cores, and time is measured.
         command = host.enter(DEMO_BINARY, "node", "-c", config, "--dev-ca", ca, "--json")
-        options = {"env": {**environment, "ISOBAR_LOG": "info"}, "cwd": self.directory}
+        environment = start_environment(ISOBAR_LOG="info")
+        options = {"env": environment, "cwd": self.directory}
         Process.__init__(self, f"{name}-{self.starts}", self.directory, command, **options)
         self.name = name
 

@@ -2,7 +2,6 @@
 can be seen of them from outside."""
 
 import json
-import os
 import random
 import re
 import shutil
@@ -17,7 +16,17 @@ import pytest
 from cryptography import x509
 from isobar.test.v1 import kinds_pb2 as pb
 from isobar.test.v1 import kinds_pb2_grpc
-from nodes import BINARY, LONG, Node, Process, Service, SimEngine, toml, wait_for
+from nodes import (
+    BINARY,
+    LONG,
+    Node,
+    Process,
+    Service,
+    SimEngine,
+    start_environment,
+    toml,
+    wait_for,
+)
 
 MESH = "mesh.test"
 PORTS = ("clients", "peers", "gossip", "metrics", "admin")
@@ -26,10 +35,8 @@ DEV = ["--dev"]
 
 
 def environment(**more) -> dict:
-    """What isobar is started with: no variable of the tests, which would be read as a key."""
-    ours = ("ISOBAR_BIN", "ISOBAR_DEMO_BIN", "ISOBAR_STUBS")
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
-    return {**kept, "ISOBAR_LOG": "info", **more}
+    """What isobar is started with."""
+    return start_environment(**{"ISOBAR_LOG": "info", **more})
 
 
 def isobar(*arguments, cwd=None, text=None):

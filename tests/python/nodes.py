@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BINARY = os.environ.get("ISOBAR_BIN") or sys.exit("run these tests with: cargo xtask test")
 # The optimised one, where there is one: the demo puts load on eighteen processes.
 DEMO_BINARY = os.environ.get("ISOBAR_DEMO_BIN") or BINARY
+# Variables of the tests themselves, which a node would take for keys of its configuration.
+TEST_ONLY = ("ISOBAR_BIN", "ISOBAR_DEMO_BIN", "ISOBAR_STUBS", "ISOBAR_LONG")
 # Long enough for a loaded machine; a test that waits so long has failed.
 LONG = 30
 
@@ -35,6 +37,12 @@ def free_port() -> int:
         if port not in GIVEN:
             GIVEN.add(port)
             return port
+
+
+def start_environment(**more) -> dict:
+    """What a process of ours is started with."""
+    kept = {name: value for name, value in os.environ.items() if name not in TEST_ONLY}
+    return {**kept, **more}
 
 
 def wait_for(what, check, timeout=LONG):
@@ -175,9 +183,8 @@ class Node(Process):
             "tenants": tenants, "allow": allow,
         }
         self.peer_list = peers
-        variables = {**os.environ, "ISOBAR_LOG": "debug,h2=info,rustls=info", **(environment or {})}
-        for test_only in ("ISOBAR_BIN", "ISOBAR_DEMO_BIN", "ISOBAR_STUBS"):
-            variables.pop(test_only, None)
+        level = {"ISOBAR_LOG": "debug,h2=info,rustls=info"}
+        variables = start_environment(**{**level, **(environment or {})})
         super().__init__(
             name,
             directory,

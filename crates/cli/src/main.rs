@@ -25,6 +25,10 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+/// Many small things of many sizes come and go at once, in a node as in a simulation.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// A QUIC-native RPC service-mesh node for inference fleets.
 #[derive(Debug, Parser)]
 #[command(name = "isobar", version, max_term_width = 100)]

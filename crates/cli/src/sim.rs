@@ -1,6 +1,6 @@
 //! `isobar sim`: what is simulated, so that a mesh can be tried without GPUs.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, os::unix::process::CommandExt as _, process, time::Duration};
 
 use anyhow::Context as _;
 use base::ModelName;
@@ -48,7 +48,7 @@ struct MeshOptions {
     /// restart-older, duplicate, clock-jump, partition, byzantine, join, rolling
     #[arg(long, value_name = "FAULTS", default_value = "none", value_parser = faults)]
     fault: Faults,
-    /// Simulated time in seconds; by default 90, or 30 for more than 2,000 nodes
+    /// Simulated time in seconds; by default 90, or 13 for more than 2,000 nodes
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<u64>,
     /// Packets the network loses, in percent
@@ -117,7 +117,25 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     }
 }
 
+/// How the allocator is told what to do.
+const ALLOCATOR: &str = "_RJEM_MALLOC_CONF";
+
+/// Thousands of machines live in gigabytes that are touched all over: with huge pages that takes a sixth less time. Where it
+/// cannot be had, the simulation goes on without.
+fn take_huge_pages() {
+    if std::env::var_os(ALLOCATOR).is_none() {
+        let mut args = std::env::args_os();
+        let mut again = process::Command::new("/proc/self/exe");
+        again.arg0(args.next().unwrap_or_default());
+        again.args(args).env(ALLOCATOR, "thp:always,metadata_thp:always,dirty_decay_ms:-1");
+        drop(again.exec());
+    }
+}
+
 fn simulate(options: &MeshOptions) -> Result<(), Failure> {
+    if options.nodes > mesh::LARGE {
+        take_huge_pages();
+    }
     let config = mesh::Config {
         nodes: options.nodes,
         regions: options.regions,
@@ -179,7 +197,7 @@ fn engine(options: &EngineOptions) -> Result<(), Failure> {
     let ended = runtime.block_on(serve(options, config))?;
     // As a process that is killed: no good-bye to anybody.
     if matches!(ended, Ended::Died) {
-        std::process::exit(1);
+        process::exit(1);
     }
     runtime.shutdown_background();
     match ended {

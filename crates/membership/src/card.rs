@@ -64,7 +64,13 @@ pub trait Judge {
     /// Why it is not believed, and whether whoever hands it on must have known.
     fn judge(&mut self, signed: &[u8]) -> Result<Judged, Disbelief>;
 
-    /// Keeps a card. Where many machines live in one process, one copy does for all of them.
+    /// A card that was judged and kept before, where to judge it again would say the same.
+    fn known(&self, signed: &[u8]) -> Option<Arc<Card>> {
+        let _ = signed;
+        None
+    }
+
+    /// Keeps a card that was judged. Where many machines live in one process, one copy does for all of them.
     fn share(&mut self, card: Card) -> Arc<Card> {
         Arc::new(card)
     }

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base::RegionName;
 use foca::{Member, State};
 
 use crate::{Card, NodeId, Pair, Pool, pool::MEMBERS_MAX};
@@ -23,6 +24,8 @@ const ANSWER: Duration = Duration::from_secs(5);
 #[derive(Debug, Default)]
 pub(crate) struct Cards {
     known: BTreeMap<NodeId, Arc<Card>>,
+    /// How many are of each region.
+    regions: BTreeMap<RegionName, usize>,
     pending: BTreeMap<NodeId, Pending>,
 }
 
@@ -59,11 +62,35 @@ impl Cards {
 
     /// Keeps a card in place of an older one, which is returned.
     pub(crate) fn keep(&mut self, card: Arc<Card>) -> Option<Arc<Card>> {
-        self.known.insert(card.id, card)
+        match self.regions.get_mut(&card.region) {
+            Some(count) => *count += 1,
+            None => drop(self.regions.insert(card.region.clone(), 1)),
+        }
+        let before = self.known.insert(card.id, card);
+        before.inspect(|before| self.one_less(&before.region))
     }
 
     pub(crate) fn forget(&mut self, id: NodeId) -> Option<Arc<Card>> {
-        self.known.remove(&id)
+        let known = self.known.remove(&id);
+        known.inspect(|known| self.one_less(&known.region))
+    }
+
+    fn one_less(&mut self, region: &RegionName) {
+        if let Some(count) = self.regions.get_mut(region) {
+            *count -= 1;
+            if *count == 0 {
+                self.regions.remove(region);
+            }
+        }
+    }
+
+    /// How many are known of a region.
+    pub(crate) fn of_region(&self, region: &RegionName) -> usize {
+        self.regions.get(region).copied().unwrap_or(0)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.known.len()
     }
 
     /// `from` said something of a node whose card is not known. Returns whether it is to be asked for the card.

@@ -173,6 +173,12 @@ impl Members {
         }
     }
 
+    /// Whether an update is of the card a member is known by, and says nothing of it that is not known.
+    pub(crate) fn is_stale(&self, update: &Member<Pair>) -> bool {
+        let seen = self.seen.get(&update.id().id).filter(|seen| seen.is(*update.id()));
+        seen.is_some_and(|seen| !is_change(seen, update.incarnation(), update.state()))
+    }
+
     /// A packet that was judged: every pair in it has a card, none is this node's.
     pub(crate) fn receive(&mut self, packet: &Packet) {
         let header = &packet.header;

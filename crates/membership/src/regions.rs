@@ -23,8 +23,8 @@ use crate::{
 const OLD: Duration = Duration::from_secs(3);
 /// A voice keeps to a relay for so long after its last word: two digests may be lost.
 const KEPT_TO: Duration = Duration::from_millis(1_500);
-/// Views of a region are not closer than this.
-const GAP_MIN: Duration = Duration::from_millis(100);
+/// Views are not closer than this: of all regions that have changed meanwhile at once.
+const GAP_MIN: Duration = Duration::from_millis(40);
 /// Whose claim is so many times the median has no candidates.
 const EXCESS: f64 = 1.5;
 const REGIONS_MAX: usize = 256;
@@ -44,6 +44,7 @@ pub(crate) struct Regions {
     /// Memory of what was said, at most: what was dropped since it was last counted is in it still.
     bytes: usize,
     counted: Option<Instant>,
+    viewed: Option<Instant>,
     /// When views are due, or figures become too old, at the earliest.
     next: Option<Instant>,
 }
@@ -60,7 +61,6 @@ struct Region {
     voices: Vec<Voice>,
     /// Since when there is something nobody was told.
     changed: Option<Instant>,
-    viewed: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -140,11 +140,11 @@ impl Regions {
         if voice.part(now, count, sampled, digest.part, offers) {
             region.changed.get_or_insert(now);
         }
-        self.next = self.next.into_iter().chain(region.due()).min();
+        self.next = self.next.into_iter().chain(region.due(self.viewed)).min();
         true
     }
 
-    /// What has changed, at most ten times a second per region. A region nobody speaks of any more comes once without offers.
+    /// What has changed, at most 25 times a second. A region nobody speaks of any more comes once without offers.
     pub(crate) fn views(&mut self, now: Instant) -> Vec<Arc<RegionView>> {
         if self.next.is_none_or(|next| next > now) {
             return vec![];
@@ -152,13 +152,16 @@ impl Regions {
         let mut views = vec![];
         for (name, region) in &mut self.regions {
             region.forget(now);
-            if region.view_due().is_some_and(|due| due <= now) {
-                (region.changed, region.viewed) = (None, Some(now));
+            if region.view_due(self.viewed).is_some_and(|due| due <= now) {
+                region.changed = None;
                 views.push(Arc::new(region.view(name, now)));
             }
         }
+        if !views.is_empty() {
+            self.viewed = Some(now);
+        }
         self.regions.retain(|_, region| !region.voices.is_empty() || region.changed.is_some());
-        self.next = self.regions.values().filter_map(Region::due).min();
+        self.next = self.regions.values().filter_map(|region| region.due(self.viewed)).min();
         if self.bytes > BYTES_MAX || self.counted.is_none_or(|at| now >= at + COUNTED_EVERY) {
             self.counted = Some(now);
             self.count();
@@ -218,16 +221,16 @@ impl Region {
         Some(voice)
     }
 
-    /// When a view is due.
-    fn view_due(&self) -> Option<Instant> {
+    /// When a view is due; the last ones were made then.
+    fn view_due(&self, viewed: Option<Instant>) -> Option<Instant> {
         let changed = self.changed?;
-        Some(self.viewed.map_or(changed, |viewed| changed.max(viewed + GAP_MIN)))
+        Some(viewed.map_or(changed, |viewed| changed.max(viewed + GAP_MIN)))
     }
 
     /// When a view is due, or something becomes too old.
-    fn due(&self) -> Option<Instant> {
+    fn due(&self, viewed: Option<Instant>) -> Option<Instant> {
         let old = self.voices.iter().filter_map(|voice| voice.sampled().map(|at| at + OLD));
-        old.chain(self.view_due()).min()
+        old.chain(self.view_due(viewed)).min()
     }
 
     /// Forgets what is too old.
@@ -526,7 +529,7 @@ mod tests {
     }
 
     #[test]
-    fn views_come_at_most_ten_times_a_second_and_once_more_when_all_are_silent() {
+    fn views_come_25_times_a_second_at_most_and_once_more_when_all_are_silent() {
         let now = base::clock::now();
         let mut regions = Regions::default();
         let mut seen = vec![];
@@ -541,11 +544,27 @@ mod tests {
             seen.extend(views.iter().map(|view| (ms, view.offers.len())));
         }
         let times: Vec<_> = seen.iter().map(|(ms, _)| *ms).collect();
-        let closely: Vec<_> = (0..=1_000).step_by(100).chain([3_880]).collect();
+        let closely: Vec<_> = (0..=1_000).step_by(40).chain([3_880]).collect();
         assert_eq!(times, closely, "{seen:?}");
         assert_eq!(seen.last(), Some(&(3_880, 0)));
         assert!(regions.next_deadline().is_none() && regions.ages(now).is_empty());
         assert!(regions.keys.is_empty() && regions.bytes == 0);
+    }
+
+    #[test]
+    fn regions_that_change_one_after_the_other_are_viewed_at_once() {
+        let now = base::clock::now();
+        let mut regions = Regions::default();
+        let mut times = vec![];
+        for ms in 0..1_000 {
+            let now = now + ms * MS;
+            let region = format!("r{}", ms % 10).parse().unwrap();
+            regions.take(now, id(11), Digest { region, ..digest(1, ms.into(), vec![]) }, MS);
+            times.extend(regions.views(now).iter().map(|_| ms));
+        }
+        assert_eq!(times.iter().filter(|ms| **ms == 40).count(), 10);
+        times.dedup();
+        assert_eq!(times, (0..1_000).step_by(40).collect::<Vec<_>>());
     }
 
     #[test]

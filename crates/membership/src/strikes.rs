@@ -223,13 +223,16 @@ pub(crate) struct Rate {
     frames: f32,
     bytes: f32,
     at: Instant,
+    /// Frames beyond those, for who may send more; and when there was need of them last.
+    more: f32,
+    more_at: Instant,
     /// The last second in which there was too much.
     struck: Option<Instant>,
 }
 
-/// What fits: the frames of an ordinary node, or of a relay that hands on digests.
+/// What fits: the frames of an ordinary node, and those of a relay that hands on digests, beyond that.
 const FRAMES_PER_S: f32 = 200.0;
-const FRAMES_PER_S_RELAY: f32 = 2000.0;
+const MORE_PER_S: f32 = 1800.0;
 const BYTES_PER_S: f32 = 1e6;
 /// Two seconds of frames, four of bytes: all cards of a region come at once.
 const FRAMES_BURST_S: f32 = 2.0;
@@ -252,20 +255,25 @@ impl Rate {
             frames: FRAMES_PER_S * FRAMES_BURST_S,
             bytes: BYTES_PER_S * BYTES_BURST_S,
             at: now,
+            more: MORE_PER_S * FRAMES_BURST_S,
+            more_at: now,
             struck: None,
         }
     }
 
-    /// A frame of `bytes` came; what was asked for (`bytes` 0) weighs nothing.
-    pub(crate) fn take(&mut self, now: Instant, bytes: usize, is_relay: bool) -> Passage {
-        let passed = now.saturating_duration_since(self.at).as_secs_f32();
+    /// A frame of `bytes` came; what was asked for (`bytes` 0) weighs nothing. `may_more`: whether it may send as many frames
+    /// as a relay, which is asked where it makes a difference.
+    pub(crate) fn take(
+        &mut self,
+        now: Instant,
+        bytes: usize,
+        may_more: impl FnOnce() -> bool,
+    ) -> Passage {
+        fill(&mut self.frames, now.saturating_duration_since(self.at), FRAMES_PER_S, FRAMES_BURST_S);
+        fill(&mut self.bytes, now.saturating_duration_since(self.at), BYTES_PER_S, BYTES_BURST_S);
         self.at = self.at.max(now);
-        let per_s = if is_relay { FRAMES_PER_S_RELAY } else { FRAMES_PER_S };
-        self.frames = (self.frames + passed * per_s).min(per_s * FRAMES_BURST_S);
-        self.bytes = (self.bytes + passed * BYTES_PER_S).min(BYTES_PER_S * BYTES_BURST_S);
         let weight = f32::from(u16::try_from(bytes).unwrap_or(u16::MAX));
-        if self.frames >= 1.0 && self.bytes >= weight {
-            self.frames -= 1.0;
+        if self.bytes >= weight && (self.one_frame() || may_more() && self.one_more(now)) {
             self.bytes -= weight;
             return Passage::Taken;
         }
@@ -276,6 +284,25 @@ impl Rate {
         }
         Passage::Dropped
     }
+
+    fn one_frame(&mut self) -> bool {
+        let is_there = self.frames >= 1.0;
+        self.frames -= if is_there { 1.0 } else { 0.0 };
+        is_there
+    }
+
+    fn one_more(&mut self, now: Instant) -> bool {
+        let passed = now.saturating_duration_since(self.more_at);
+        fill(&mut self.more, passed, MORE_PER_S, FRAMES_BURST_S);
+        self.more_at = self.more_at.max(now);
+        let is_there = self.more >= 1.0;
+        self.more -= if is_there { 1.0 } else { 0.0 };
+        is_there
+    }
+}
+
+fn fill(bucket: &mut f32, passed: Duration, per_s: f32, burst_s: f32) {
+    *bucket = (*bucket + passed.as_secs_f32() * per_s).min(per_s * burst_s);
 }
 
 #[cfg(test)]
@@ -329,19 +356,21 @@ mod tests {
         let now = base::clock::now();
         let mut rate = Rate::new(now);
         let taken = |rate: &mut Rate, n: usize, bytes, relay| {
-            (0..n).filter(|_| rate.take(now, bytes, relay) == Passage::Taken).count()
+            (0..n).filter(|_| rate.take(now, bytes, || relay) == Passage::Taken).count()
         };
         assert_eq!(taken(&mut rate, 1000, 100, false), 400);
+        assert_eq!(taken(&mut rate, 5000, 100, true), 3600, "a relay, beyond those");
+        assert_eq!(taken(&mut Rate::new(now), 5000, 100, true), 4000);
         let mut rate = Rate::new(now);
         assert_eq!(taken(&mut rate, 400, 60_000, false), 66);
-        assert_eq!(rate.take(now + Duration::from_secs(1), 60_000, false), Passage::Taken);
+        assert_eq!(rate.take(now + Duration::from_secs(1), 60_000, || false), Passage::Taken);
     }
 
     #[test]
     fn excess_counts_once_a_second() {
         let now = base::clock::now();
         let mut rate = Rate::new(now);
-        let all: Vec<_> = (0..1000).map(|_| rate.take(now, 0, false)).collect();
+        let all: Vec<_> = (0..1000).map(|_| rate.take(now, 0, || false)).collect();
         assert_eq!(all.iter().filter(|p| **p == Passage::Struck).count(), 1);
     }
 }

@@ -582,7 +582,13 @@ pub fn decode(bytes: &[u8]) -> Result<Frame, WireError> {
             Err(invalid("revocations", format!("more than {REVOCATIONS_BYTES_MAX} bytes")))
         }
         Body::Revocations(signed) => Ok(Frame::Revocations(signed)),
-        Body::Descriptor(descriptor) => descriptor_from_wire(&descriptor).map(Frame::Descriptor),
+        Body::Descriptor(mut descriptor) => {
+            // Nodes of version 1 were not told how many slots an engine may have.
+            for engine in &mut descriptor.engines {
+                engine.slots = engine.slots.map(|slots| slots.min(SLOTS_MAX));
+            }
+            descriptor_from_wire(&descriptor).map(Frame::Descriptor)
+        }
         Body::Load(load) => {
             bounded("engines", load.engines.len(), ENGINES_MAX)?;
             bounded("arrivals", load.arrivals.len(), ARRIVALS_MAX)?;
@@ -839,6 +845,17 @@ mod tests {
             let bytes = wire::Frame { body: Some(Body::Descriptor(descriptor)) }.encode_to_vec();
             assert!(matches!(decode(&bytes), Err(WireError::Invalid { field: "services", .. })));
         }
+    }
+
+    #[test]
+    fn a_node_of_version_1_has_as_many_slots_as_there_may_be() {
+        let engine = wire::Engine { name: "e".into(), slots: Some(u32::MAX), ..Default::default() };
+        let descriptor = wire::Descriptor { version: 1, engines: vec![engine] };
+        let refused = decode_descriptor(&descriptor.encode_to_vec());
+        assert_eq!(refused, Err(WireError::Slots(u32::MAX)), "the others were");
+        let bytes = wire::Frame { body: Some(Body::Descriptor(descriptor)) }.encode_to_vec();
+        let Ok(Frame::Descriptor(read)) = decode(&bytes) else { panic!("it is refused") };
+        assert_eq!(read.engines[0].slots, Some(SLOTS_MAX));
     }
 
     #[test]

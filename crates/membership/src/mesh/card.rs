@@ -86,7 +86,7 @@ pub(super) enum Taken {
     /// It is newer than what was known.
     New(Arc<Card>),
     /// It is not.
-    Old(Card),
+    Old(Arc<Card>),
     /// It is of this node's name.
     Own(Pair),
 }
@@ -180,10 +180,7 @@ impl<J: Judge> Mesh<J> {
         from: Option<&Peer>,
         signed: &[u8],
     ) -> Result<Taken, Disbelief> {
-        let judged = self.judge.judge(signed)?;
-        let facts = decode_card(&judged.card).map_err(|error| error.to_string())?;
-        let (id, node, region) = (judged.id, judged.node, judged.region);
-        let card = Card { id, node, region, facts, signed: signed.into() };
+        let card = self.read_card(signed)?;
         if card.id == self.own.id {
             self.own_name(now, &card);
             return Ok(Taken::Own(card.pair()));
@@ -196,9 +193,18 @@ impl<J: Judge> Mesh<J> {
             None if !self.has_room(now, from, &card) => return Ok(Taken::Old(card)),
             _ => {}
         }
-        let card = self.judge.share(card);
         self.keep_card(now, from.map(|peer| peer.id), &card);
         Ok(Taken::New(card))
+    }
+
+    fn read_card(&mut self, signed: &[u8]) -> Result<Arc<Card>, Disbelief> {
+        if let Some(card) = self.judge.known(signed) {
+            return Ok(card);
+        }
+        let judged = self.judge.judge(signed)?;
+        let facts = decode_card(&judged.card).map_err(|error| error.to_string())?;
+        let (id, node, region) = (judged.id, judged.node, judged.region);
+        Ok(self.judge.share(Card { id, node, region, facts, signed: signed.into() }))
     }
 
     fn has_room(&mut self, now: Instant, from: Option<&Peer>, card: &Card) -> bool {
@@ -227,8 +233,8 @@ impl<J: Judge> Mesh<J> {
 
     /// Whether one more node of this other region may be known.
     fn has_room_for(&self, region: &RegionName) -> bool {
-        let of_region = self.cards.all().filter(|card| card.region == *region);
-        of_region.count() < OTHERS_OF_REGION_MAX && self.other_cards() < OTHERS_MAX
+        let others = self.cards.len() - self.cards.of_region(&self.own.region);
+        self.cards.of_region(region) < OTHERS_OF_REGION_MAX && others < OTHERS_MAX
     }
 
     /// Forgets a node of another region that was a relay once, for one that is: whose digests come has to be known.
@@ -245,10 +251,6 @@ impl<J: Judge> Mesh<J> {
         if let Some(id) = old.choose(&mut self.rng).copied() {
             self.forget(id);
         }
-    }
-
-    fn other_cards(&self) -> usize {
-        self.cards.all().filter(|card| card.region != self.own.region).count()
     }
 
     fn keep_card(&mut self, now: Instant, from: Option<NodeId>, card: &Arc<Card>) {

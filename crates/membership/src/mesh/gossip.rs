@@ -172,6 +172,10 @@ impl<J: Judge> Mesh<J> {
                 }
                 continue;
             }
+            // Most of all that is said has been heard before.
+            if self.members(pool).is_some_and(|members| members.is_stale(&update)) {
+                continue;
+            }
             match self.cards.pair(pair.id) {
                 Some(known) if known == pair => {
                     if self.judge_update(now, from, pool, &update) {
@@ -399,15 +403,16 @@ impl<J: Judge> Mesh<J> {
 
     /// Anybody of a pool that is linked.
     pub(super) fn somebody(&mut self, pool: Pool) -> Option<Pair> {
-        let members = self.members(pool)?;
-        let linked = |id: &NodeId| members.seen(*id).filter(|s| s.is_active()).map(|s| s.pair(*id));
-        let found: Vec<_> = self.links.up.keys().filter_map(linked).collect();
-        let count = found.len();
+        let count = self.links.up.len();
         if count == 0 {
             return None;
         }
         let place = rand::RngExt::random_range(&mut self.rng, 0..count);
-        found.get(place).copied()
+        let members = self.members(pool)?;
+        let linked = |id: &NodeId| members.seen(*id).filter(|s| s.is_active()).map(|s| s.pair(*id));
+        let ids = self.links.up.keys();
+        // Most that are linked are of the pool: few are looked at.
+        ids.clone().skip(place).chain(ids.take(place)).find_map(linked)
     }
 
     /// Tells everybody linked that this node goes, and leaves.

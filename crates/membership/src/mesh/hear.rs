@@ -11,15 +11,20 @@ use crate::{
 impl<J: Judge> Mesh<J> {
     /// A frame came.
     pub(super) fn hear(&mut self, now: Instant, from: NodeId, bytes: &bytes::Bytes, rtt: Duration) {
-        let is_relay =
-            self.relaying.is_of_ours(from) || self.relaying.is_relay() || self.is_fellow(from);
-        let Some(link) = self.links.up.get_mut(&from) else { return };
+        let Self { links, relaying, relay, .. } = self;
+        let Some(link) = links.up.get_mut(&from) else { return };
         let is_answer = link.asked_all.is_some_and(|(at, _)| now < at + ALL_COMES)
             && link.expected >= bytes.len();
         let weight = if is_answer { 0 } else { bytes.len() };
         link.expected -= if is_answer { bytes.len() } else { 0 };
         (link.heard, link.rtt) = (now, rtt);
-        match link.rate.take(now, weight, is_relay || is_answer) {
+        let may_more = || {
+            is_answer
+                || relaying.is_relay()
+                || relaying.is_of_ours(from)
+                || relay.as_ref().is_some_and(|relay| relay.is_active(from))
+        };
+        match link.rate.take(now, weight, may_more) {
             Passage::Taken => {}
             Passage::Dropped => return,
             Passage::Struck => {

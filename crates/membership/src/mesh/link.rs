@@ -80,8 +80,7 @@ impl<J: Judge> Mesh<J> {
             };
         };
         let card = match self.take_card(now, Some(peer), signed) {
-            Ok(Taken::New(card)) => Card::clone(&card),
-            Ok(Taken::Old(card)) => card,
+            Ok(Taken::New(card) | Taken::Old(card)) => card,
             Ok(Taken::Own(_)) if peer.id == self.own.id => {
                 return Err("this is the same node".to_owned());
             }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use membership::{Input, Liveness, MemberStatus, Target};
 use rand::{Rng as _, RngExt as _};
+use rayon::prelude::*;
 
 use super::{
     Outcome,
@@ -229,7 +230,8 @@ impl World {
         let undetected = self.measures.undetected(|node| self.is_alive(node));
         self.measures.is_over = true;
         self.storm();
-        let Self { measures, config, plan, story, .. } = self;
+        let Self { measures, config, plan, story, hosts, .. } = self;
+        hosts.into_par_iter().for_each(drop);
         let (report, violations) = measures.report(&config, &plan, undetected);
         Outcome { report, violations, story }
     }

@@ -10,7 +10,7 @@ use std::{
     time::Instant,
 };
 
-use membership::{Input, Output};
+use membership::{Event, Input, Output};
 use rayon::prelude::*;
 
 use super::{host::Process, network::Nanos, world::World};
@@ -31,7 +31,9 @@ pub(super) struct Task {
 /// What came of it.
 #[derive(Debug)]
 pub(super) struct Done {
+    /// Without the loads it was told of: those concern nobody else, and were taken in.
     pub(super) outputs: Vec<Output>,
+    pub(super) loads: u64,
     pub(super) deadline: Option<Instant>,
     pub(super) has_panicked: bool,
 }
@@ -58,16 +60,21 @@ impl Job {
 }
 
 fn tell(process: &mut Process, clock: Instant, input: Input) -> Done {
-    let mesh = &mut process.mesh;
     let told = catch_unwind(AssertUnwindSafe(|| {
-        mesh.handle(clock, input);
-        let outputs = std::iter::from_fn(|| mesh.poll_output()).collect();
-        (outputs, mesh.next_deadline())
+        let (mut outputs, mut loads) = (vec![], 0);
+        process.mesh.handle(clock, input);
+        while let Some(output) = process.mesh.poll_output() {
+            match output {
+                Output::Event(Event::Load { id, frame, rtt }) => {
+                    loads += u64::from(process.load(clock, id, &frame, rtt));
+                }
+                output => outputs.push(output),
+            }
+        }
+        Done { outputs, loads, deadline: process.mesh.next_deadline(), has_panicked: false }
     }));
-    match told {
-        Ok((outputs, deadline)) => Done { outputs, deadline, has_panicked: false },
-        Err(_) => Done { outputs: vec![], deadline: None, has_panicked: true },
-    }
+    let panicked = |_| Done { outputs: vec![], loads: 0, deadline: None, has_panicked: true };
+    told.unwrap_or_else(panicked)
 }
 
 impl World {

@@ -8,7 +8,13 @@ use std::{
 use bytes::Bytes;
 use membership::{Descriptor, LoadFrame, Mesh, NodeId, Own, Peer, View};
 
-use super::{links::LinkRef, load::Engine, network::Nanos, toy::Toy};
+use super::{
+    Config,
+    links::LinkRef,
+    load::{Engine, Serving},
+    network::Nanos,
+    toy::{self, Toy},
+};
 
 /// Nodes whose loads one node's view holds; what more it subscribes to is not measured.
 const VIEWED_MAX: usize = 160;
@@ -92,12 +98,14 @@ pub(super) struct Process {
     pub(super) subscribed: BTreeMap<u32, Nanos>,
     pub(super) known: Bits,
     pub(super) described: Bits,
+    serving: Serving,
     /// By region: when the newest figures were taken, and the free slots they say.
     pub(super) regions: Vec<Option<(Nanos, u32)>>,
 }
 
 impl Process {
-    pub(super) fn new(mesh: Mesh<Toy>, nodes: u32, regions: u32, now: Nanos) -> Self {
+    pub(super) fn new(mesh: Mesh<Toy>, config: &Config, now: Nanos) -> Self {
+        let Config { nodes, regions, .. } = *config;
         Self {
             mesh,
             started: now,
@@ -108,8 +116,28 @@ impl Process {
             subscribed: BTreeMap::new(),
             known: Bits::new(nodes),
             described: Bits::new(nodes),
+            serving: Serving::new(config),
             regions: vec![None; regions as usize],
         }
+    }
+}
+
+impl Process {
+    /// As routing takes a load frame in. Returns whether it is known whose it is.
+    pub(super) fn load(
+        &mut self,
+        clock: Instant,
+        id: NodeId,
+        frame: &LoadFrame,
+        rtt: Duration,
+    ) -> bool {
+        let node = toy::index(id);
+        let is_described = self.described.has(node);
+        if is_described {
+            let serving = self.serving;
+            self.views.frame(node, frame, (rtt, clock), || serving.descriptor(node));
+        }
+        is_described
     }
 }
 

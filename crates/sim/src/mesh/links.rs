@@ -2,6 +2,8 @@
 //!
 //! A link has two ends, and each end has its own opinion: one that hears nothing for a second gives up, whatever the other thinks.
 
+use membership::NodeId;
+
 use super::network::{MS, Nanos};
 
 /// An end that hears nothing for so long gives up.
@@ -16,13 +18,16 @@ pub(super) const HANDSHAKE_BYTES: u64 = 5_000;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct End {
     pub(super) host: u32,
+    /// Of which node that is.
+    pub(super) node: u32,
+    pub(super) id: NodeId,
     pub(super) is_up: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Link {
     generation: u32,
-    /// The first dialled.
+    /// The first dialled. Both are up at first.
     pub(super) ends: [End; 2],
     opened: Nanos,
     /// One way, without jitter.
@@ -64,8 +69,7 @@ pub(super) struct Links {
 }
 
 impl Links {
-    pub(super) fn open(&mut self, dialler: u32, other: u32, way: Nanos, now: Nanos) -> LinkRef {
-        let ends = [dialler, other].map(|host| End { host, is_up: true });
+    pub(super) fn open(&mut self, ends: [End; 2], way: Nanos, now: Nanos) -> LinkRef {
         let link = Link { generation: 0, ends, opened: now, way, last: now, ordered: [0; 2] };
         if let Some(slot) = self.free.pop()
             && let Some(old) = self.links.get_mut(slot as usize)
@@ -121,16 +125,20 @@ impl Links {
 mod tests {
     use super::*;
 
+    fn end(host: u32) -> End {
+        End { host, node: host, id: NodeId([0; 16]), is_up: true }
+    }
+
     #[test]
     fn a_link_is_gone_with_both_its_ends_and_its_slot_used_again() {
         let mut links = Links::default();
-        let first = links.open(4, 5, MS, 0);
+        let first = links.open([4, 5].map(end), MS, 0);
         assert_eq!(links.get(first).unwrap().side(5), 1);
         assert!(links.take_down(first, 0) && !links.take_down(first, 0));
         assert!(links.get(first).is_some());
         assert!(links.take_down(first, 1));
         assert!(links.get(first).is_none());
-        let second = links.open(6, 7, MS, 0);
+        let second = links.open([6, 7].map(end), MS, 0);
         assert_ne!(first, second);
         assert!(links.get(first).is_none() && !links.take_down(first, 1));
         assert_eq!(links.used(second, KEEP_ALIVE * 3 + 1), 3);

@@ -6,6 +6,8 @@ use base::{Load, RegionName};
 use membership::{Descriptor, EngineDescriptor};
 use rand::{RngExt as _, rngs::StdRng};
 
+use super::{Config, LARGE};
+
 /// Slots of every engine.
 pub(super) const SLOTS: u32 = 64;
 /// How long a call takes.
@@ -79,8 +81,26 @@ impl Engine {
     }
 }
 
-/// What a node serves: one engine of one model.
-pub(super) fn descriptor(name: &str, model: u32) -> Descriptor {
+/// Who serves what: one engine of one model each, and models go around.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Serving {
+    models: u32,
+    /// In large meshes all engines are called the same, so that there are not millions of descriptors to keep.
+    is_large: bool,
+}
+
+impl Serving {
+    pub(super) fn new(config: &Config) -> Self {
+        Self { models: config.models, is_large: config.nodes > LARGE }
+    }
+
+    pub(super) fn descriptor(self, node: u32) -> Descriptor {
+        let name = if self.is_large { "gpu".to_owned() } else { format!("gpu-{node}") };
+        descriptor(&name, node % self.models)
+    }
+}
+
+fn descriptor(name: &str, model: u32) -> Descriptor {
     let engine = || {
         Some(EngineDescriptor {
             name: name.parse().ok()?,

@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 
-use membership::{Card, Event, LoadFrame, NodeId, RegionView};
+use membership::{Card, Event, NodeId, RegionView};
 
 use super::{
-    load,
     network::{Nanos, SECOND},
     toy,
     world::{What, World},
@@ -30,7 +29,6 @@ impl World {
         match event {
             Event::Member(card) => self.member(host, &card),
             Event::Described { id, .. } => self.described(host, id),
-            Event::Load { id, frame, rtt } => self.load(host, id, &frame, rtt),
             Event::Down { id, left } => self.down(host, id, left),
             Event::Forgotten(id) => {
                 if let Some(process) = self.process(host) {
@@ -50,7 +48,9 @@ impl World {
             }
             Event::Suspected { is: true, .. } => self.measures.suspicions += 1,
             Event::Superseded { epoch } => return Some(epoch),
-            Event::Legacy { .. }
+            // Taken in where the machine said it.
+            Event::Load { .. }
+            | Event::Legacy { .. }
             | Event::Reachable { .. }
             | Event::Parted(_)
             | Event::Suspected { .. }
@@ -109,24 +109,6 @@ impl World {
         if !process.known.has(node) {
             self.violated(format!("node {host} was told what {node} serves before who that is"));
         }
-    }
-
-    /// As routing takes a load frame in.
-    fn load(&mut self, host: u32, id: NodeId, frame: &LoadFrame, rtt: std::time::Duration) {
-        let (now, origin, nodes, models) =
-            (self.now, self.origin, self.config.nodes, self.config.models);
-        let node = toy::index(id);
-        let Some(on) = self.host_mut(host) else { return };
-        let clock = on.clock(origin, now);
-        let Some(process) = on.process.as_mut() else { return };
-        if !process.described.has(node) {
-            return;
-        }
-        process.views.frame(node, frame, (rtt, clock), || {
-            let name = if nodes > super::LARGE { "gpu".to_owned() } else { format!("gpu-{node}") };
-            load::descriptor(&name, node % models)
-        });
-        self.measures.load_frames += 1;
     }
 
     fn down(&mut self, host: u32, id: NodeId, left: bool) {

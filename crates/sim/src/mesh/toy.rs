@@ -9,7 +9,7 @@ use std::{
 
 use base::{NodeName, RegionName};
 use membership::{Card, Disbelief, Judge, Judged, NodeId};
-use parking_lot::Mutex;
+use parking_lot::RwLock;
 use prost::Message as _;
 use proto::isobar::mesh::v1::SignedCard;
 
@@ -26,7 +26,7 @@ const CARDS_MAX: usize = 200_000;
 pub(super) struct Toy {
     certificate: Arc<Vec<u8>>,
     key: u64,
-    shared: Arc<Mutex<Shared>>,
+    shared: Arc<RwLock<Shared>>,
 }
 
 #[derive(Debug, Default)]
@@ -78,8 +78,12 @@ impl Judge for Toy {
         Ok(Judged { id, node, region, card: signed.card })
     }
 
+    fn known(&self, signed: &[u8]) -> Option<Arc<Card>> {
+        self.shared.read().cards.get(signed).cloned()
+    }
+
     fn share(&mut self, card: Card) -> Arc<Card> {
-        let cards = &mut self.shared.lock().cards;
+        let cards = &mut self.shared.write().cards;
         if let Some(known) = cards.get(&card.signed) {
             return Arc::clone(known);
         }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use membership::{DATAGRAM_BYTES_MAX, Input, NodeId, STREAM_BYTES_MAX, Target, Transport, Way};
 
 use super::{
-    links::{HANDSHAKE_BYTES, IDLE, KEEP_ALIVE, KEEP_ALIVE_BYTES, LinkRef},
+    links::{End, HANDSHAKE_BYTES, IDLE, KEEP_ALIVE, KEEP_ALIVE_BYTES, LinkRef},
     measure::{HANDSHAKE, KEPT_ALIVE},
     network::{MS, Nanos, SECOND, on_wire},
     toy,
@@ -118,7 +118,8 @@ impl World {
         let Some(other_hello) = self.guarded(to, |mesh, _| mesh.hello()) else { return };
         self.replace(host, nodes[1]);
         self.replace(to, nodes[0]);
-        let link = self.links.open(host, to, way, self.now);
+        let end = |host, i: usize| End { host, node: nodes[i], id: ids[i], is_up: true };
+        let link = self.links.open([end(host, 0), end(to, 1)], way, self.now);
         self.measures.sent(HANDSHAKE, 2 * HANDSHAKE_BYTES);
         for (at, node) in [(host, nodes[1]), (to, nodes[0])] {
             if let Some(at) = self.host_mut(at) {
@@ -220,8 +221,7 @@ impl World {
         if other.is_up {
             self.expect_silence(link, 1 - side);
         }
-        let Some(other) = self.host(other.host) else { return };
-        let (node, id) = (other.node, other.id());
+        let (node, id) = (other.node, other.id);
         let Some(process) = self.process(end.host) else { return };
         if process.links.get(&node) == Some(&link) {
             process.links.remove(&node);
@@ -300,10 +300,7 @@ impl World {
 
     pub(super) fn arrive(&mut self, link: LinkRef, side: usize, bytes: Bytes) {
         let Some(known) = self.links.get(link).filter(|link| link.end(side).is_up) else { return };
-        let (host, other, rtt) = (known.end(side).host, known.end(1 - side).host, known.way * 2);
-        let Some((node, from)) = self.host(other).map(|other| (other.node, other.id())) else {
-            return;
-        };
+        let (host, other, rtt) = (known.end(side).host, known.end(1 - side), known.way * 2);
         let Some(on) = self.host_mut(host) else { return };
         if on.paused.is_some() {
             return on.buffer(link, bytes);
@@ -312,10 +309,10 @@ impl World {
         if bytes.first() == Some(&NOT_SUBSCRIBED)
             && let Some(process) = &mut on.process
         {
-            process.subscribed.remove(&node);
+            process.subscribed.remove(&other.node);
         }
         self.capture(&bytes);
-        self.give_soon(host, Input::Frame { from, bytes, rtt: Duration::from_nanos(rtt) });
+        self.give_soon(host, Input::Frame { from: other.id, bytes, rtt: Duration::from_nanos(rtt) });
     }
 
     /// Keeps a few frames of all that go by.

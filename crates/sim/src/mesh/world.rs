@@ -18,7 +18,7 @@ use super::{
     fault::{Act, Plan},
     host::{Host, Process},
     links::{LinkRef, Links},
-    load::{self, Engine},
+    load::{Engine, Serving},
     measure::Measures,
     network::{MS, Nanos, Network, SECOND, SHORTEST_WAY},
     toy::{self, Toy},
@@ -347,6 +347,9 @@ impl World {
         if done.has_panicked {
             return self.panicked(host);
         }
+        if !self.measures.is_over {
+            self.measures.load_frames += done.loads;
+        }
         let mut later = None;
         for output in done.outputs {
             match output {
@@ -456,9 +459,8 @@ impl World {
 
     pub(super) fn start(&mut self, host: u32, later: i64) {
         let (origin, now, seed) = (self.origin, self.now, self.rng.random());
-        let (nodes, regions, models) = (self.config.nodes, self.config.regions, self.config.models);
-        let seeds = self.seeds();
-        let Some(on) = self.host_mut(host).filter(|on| on.process.is_none()) else { return };
+        let (seeds, config) = (self.seeds(), &self.config);
+        let Some(on) = self.hosts.get_mut(host as usize).filter(|on| on.process.is_none()) else { return };
         on.life += 1;
         on.has_power = true;
         on.paused = None;
@@ -467,15 +469,13 @@ impl World {
             0 => EPOCH + now / MS,
             later => on.own.epoch.saturating_add_signed(later),
         };
-        // In large meshes many engines are called the same, so that there are not millions of descriptors to keep.
-        let name = if nodes > super::LARGE { "gpu".to_owned() } else { format!("gpu-{}", on.node) };
-        let descriptor = load::descriptor(&name, on.node % models);
+        let descriptor = Serving::new(config).descriptor(on.node);
         let (own, toy, clock) = (on.own.clone(), on.toy.clone(), on.clock(origin, now));
         let (life, kept) = (on.life, std::mem::take(&mut on.kept));
         let made = catch_unwind(AssertUnwindSafe(|| Mesh::new(own, descriptor, toy, clock, seed)));
         match made {
             Ok(Ok(mesh)) => {
-                on.process = Some(Box::new(Process::new(mesh, nodes, regions, now)));
+                on.process = Some(Box::new(Process::new(mesh, config, now)));
             }
             Ok(Err(error)) => return self.violated(format!("node {host} cannot start: {error}")),
             Err(_) => return self.panicked(host),
