@@ -269,7 +269,12 @@ impl Rate {
         bytes: usize,
         may_more: impl FnOnce() -> bool,
     ) -> Passage {
-        fill(&mut self.frames, now.saturating_duration_since(self.at), FRAMES_PER_S, FRAMES_BURST_S);
+        fill(
+            &mut self.frames,
+            now.saturating_duration_since(self.at),
+            FRAMES_PER_S,
+            FRAMES_BURST_S,
+        );
         fill(&mut self.bytes, now.saturating_duration_since(self.at), BYTES_PER_S, BYTES_BURST_S);
         self.at = self.at.max(now);
         let weight = f32::from(u16::try_from(bytes).unwrap_or(u16::MAX));

@@ -312,7 +312,10 @@ impl World {
             process.subscribed.remove(&other.node);
         }
         self.capture(&bytes);
-        self.give_soon(host, Input::Frame { from: other.id, bytes, rtt: Duration::from_nanos(rtt) });
+        self.give_soon(
+            host,
+            Input::Frame { from: other.id, bytes, rtt: Duration::from_nanos(rtt) },
+        );
     }
 
     /// Keeps a few frames of all that go by.

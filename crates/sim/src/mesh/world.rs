@@ -460,7 +460,9 @@ impl World {
     pub(super) fn start(&mut self, host: u32, later: i64) {
         let (origin, now, seed) = (self.origin, self.now, self.rng.random());
         let (seeds, config) = (self.seeds(), &self.config);
-        let Some(on) = self.hosts.get_mut(host as usize).filter(|on| on.process.is_none()) else { return };
+        let Some(on) = self.hosts.get_mut(host as usize).filter(|on| on.process.is_none()) else {
+            return;
+        };
         on.life += 1;
         on.has_power = true;
         on.paused = None;
