@@ -29,7 +29,8 @@ def test_a_small_mesh_prints_its_figures_and_the_same_again():
 
 
 def test_what_makes_no_sense_is_a_mistake_of_the_caller():
-    for wrong in (["--nodes", 1], ["--fault", "nonsense"], ["--nodes", 4, "--regions", 9]):
+    many = ["--nodes", 100_001]
+    for wrong in (["--nodes", 1], many, ["--fault", "nonsense"], ["--nodes", 4, "--regions", 9]):
         done = sim_mesh(*wrong)
         assert done.returncode == 2 and not done.stdout, wrong
         assert done.stderr.startswith("error:"), done.stderr

@@ -170,11 +170,41 @@ impl Pending {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Facts;
 
     const S: Duration = Duration::from_secs(1);
 
     fn pair(epoch: u64) -> Pair {
         Pair { id: NodeId([1; 16]), epoch, bump: 0 }
+    }
+
+    #[test]
+    fn it_is_counted_how_many_are_known_of_each_region() {
+        let card = |id: u8, bump, region: &str| {
+            let facts = Facts {
+                epoch: 1,
+                bump,
+                peers: String::new(),
+                gossip: String::new(),
+                zone: None,
+                descriptor: [0; 32],
+                release: String::new(),
+                protocol_max: 2,
+            };
+            let (node, region) = ("n".parse().unwrap(), region.parse().unwrap());
+            Arc::new(Card { id: NodeId([id; 16]), node, region, facts, signed: [].into() })
+        };
+        let [eu, us] = ["eu", "us"].map(|region| region.parse().unwrap());
+        let mut cards = Cards::default();
+        for (id, bump, region) in [(1, 0, "eu"), (2, 0, "eu"), (1, 1, "eu"), (3, 0, "us")] {
+            cards.keep(card(id, bump, region));
+        }
+        let count = |cards: &Cards| [cards.len(), cards.of_region(&eu), cards.of_region(&us)];
+        assert_eq!(count(&cards), [3, 2, 1], "a newer card is no other node");
+        assert!(cards.forget(NodeId([3; 16])).is_some() && cards.forget(NodeId([3; 16])).is_none());
+        assert_eq!(count(&cards), [2, 2, 0]);
+        assert!(cards.forget(NodeId([1; 16])).is_some());
+        assert_eq!(count(&cards), [1, 1, 0]);
     }
 
     #[test]

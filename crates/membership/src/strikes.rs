@@ -372,6 +372,18 @@ mod tests {
     }
 
     #[test]
+    fn a_relay_may_go_on_sending_ten_times_as_much() {
+        let now = base::clock::now();
+        let taken = |rate: &mut Rate, at: u64, is_relay| {
+            let now = now + Duration::from_secs(at);
+            (0..6000).filter(|_| rate.take(now, 0, || is_relay) == Passage::Taken).count()
+        };
+        let mut rate = Rate::new(now);
+        assert_eq!([0, 1, 11].map(|at| taken(&mut rate, at, true)), [4000, 2000, 4000]);
+        assert_eq!([12, 13].map(|at| taken(&mut rate, at, false)), [200, 200], "it is none now");
+    }
+
+    #[test]
     fn excess_counts_once_a_second() {
         let now = base::clock::now();
         let mut rate = Rate::new(now);

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use foca::{Member, Message, State, Timer};
+use rand::{RngExt as _, seq::IndexedRandom as _};
 
 use super::{Event, Mesh, Way};
 use crate::{
@@ -22,6 +23,8 @@ const WORN: u16 = 48;
 const INCARNATION_MAX: u16 = 128;
 /// To call down who was heard so recently counts against whoever does.
 const HEARD: Duration = Duration::from_secs(2);
+/// Links drawn by chance, before all are looked at.
+const DRAWS: usize = 4;
 /// Relays taken from one region.
 const RELAYS_OF_REGION_MAX: usize = 8;
 
@@ -401,18 +404,24 @@ impl<J: Judge> Mesh<J> {
         }
     }
 
-    /// Anybody of a pool that is linked.
+    /// Anybody of a pool that is linked, each as likely.
     pub(super) fn somebody(&mut self, pool: Pool) -> Option<Pair> {
-        let count = self.links.up.len();
-        if count == 0 {
-            return None;
+        let Self { links, region, relay, rng, .. } = self;
+        let members = match pool {
+            Pool::Region => region,
+            Pool::Relays => relay.as_ref()?,
+        };
+        let member = |id: &NodeId| members.seen(*id).filter(|s| s.is_active()).map(|s| s.pair(*id));
+        // Most that are linked are of the region: few are looked at.
+        let mut drawn = (0..DRAWS).filter_map(|_| {
+            let place = rng.random_range(0..links.up.len().max(1));
+            member(links.up.keys().nth(place)?)
+        });
+        if let Some(pair) = drawn.next() {
+            return Some(pair);
         }
-        let place = rand::RngExt::random_range(&mut self.rng, 0..count);
-        let members = self.members(pool)?;
-        let linked = |id: &NodeId| members.seen(*id).filter(|s| s.is_active()).map(|s| s.pair(*id));
-        let ids = self.links.up.keys();
-        // Most that are linked are of the pool: few are looked at.
-        ids.clone().skip(place).chain(ids.take(place)).find_map(linked)
+        let found: Vec<_> = links.up.keys().filter_map(member).collect();
+        found.choose(rng).copied()
     }
 
     /// Tells everybody linked that this node goes, and leaves.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Event, Mesh, Peer, card::ALL_COMES};
+use super::{Event, Mesh, Peer, card::ALL_COMES, relay::is_fellow};
 use crate::{
     Frame, Judge, NodeId, WireError, decode,
     strikes::{Offence, Passage},
@@ -22,7 +22,7 @@ impl<J: Judge> Mesh<J> {
             is_answer
                 || relaying.is_relay()
                 || relaying.is_of_ours(from)
-                || relay.as_ref().is_some_and(|relay| relay.is_active(from))
+                || is_fellow(relay.as_ref(), from)
         };
         match link.rate.take(now, weight, may_more) {
             Passage::Taken => {}

@@ -92,10 +92,15 @@ impl Relaying {
     }
 }
 
+/// Whether `id` is alive in the pool of relays.
+pub(super) fn is_fellow(relay: Option<&Members>, id: NodeId) -> bool {
+    relay.is_some_and(|relay| relay.is_active(id))
+}
+
 impl<J: Judge> Mesh<J> {
     /// Whether `id` is alive in the pool of relays, if this node is in it.
     pub(super) fn is_fellow(&self, id: NodeId) -> bool {
-        self.relay.as_ref().is_some_and(|relay| relay.is_active(id))
+        is_fellow(self.relay.as_ref(), id)
     }
 
     /// Somebody of a pool came or went.

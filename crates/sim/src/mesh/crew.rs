@@ -68,7 +68,14 @@ fn tell(process: &mut Process, clock: Instant, input: Input) -> Done {
                 Output::Event(Event::Load { id, frame, rtt }) => {
                     loads += u64::from(process.load(clock, id, &frame, rtt));
                 }
-                output => outputs.push(output),
+                output => {
+                    match &output {
+                        Output::Event(Event::Described { id, .. }) => process.described(*id, true),
+                        Output::Event(Event::Forgotten(id)) => process.described(*id, false),
+                        _ => {}
+                    }
+                    outputs.push(output);
+                }
             }
         }
         Done { outputs, loads, deadline: process.mesh.next_deadline(), has_panicked: false }

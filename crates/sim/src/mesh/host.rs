@@ -97,7 +97,7 @@ pub(super) struct Process {
     /// Since when it has asked for whose loads.
     pub(super) subscribed: BTreeMap<u32, Nanos>,
     pub(super) known: Bits,
-    pub(super) described: Bits,
+    described: Bits,
     serving: Serving,
     /// By region: when the newest figures were taken, and the free slots they say.
     pub(super) regions: Vec<Option<(Nanos, u32)>>,
@@ -123,6 +123,11 @@ impl Process {
 }
 
 impl Process {
+    /// From now on it is known what a node serves, or is not any more.
+    pub(super) fn described(&mut self, id: NodeId, is: bool) {
+        self.described.set(toy::index(id), is);
+    }
+
     /// As routing takes a load frame in. Returns whether it is known whose it is.
     pub(super) fn load(
         &mut self,

@@ -33,7 +33,6 @@ impl World {
             Event::Forgotten(id) => {
                 if let Some(process) = self.process(host) {
                     process.known.set(toy::index(id), false);
-                    process.described.set(toy::index(id), false);
                 }
             }
             Event::Region(view) => self.region(host, &view),
@@ -105,7 +104,6 @@ impl World {
     fn described(&mut self, host: u32, id: NodeId) {
         let node = toy::index(id);
         let Some(process) = self.process(host) else { return };
-        process.described.set(node, true);
         if !process.known.has(node) {
             self.violated(format!("node {host} was told what {node} serves before who that is"));
         }

@@ -32,12 +32,13 @@ fn the_same_seed_has_the_same_outcome() {
 
 #[test]
 fn the_outcome_is_the_same_on_however_many_cores() {
-    let config = config(80, 2, "join", 10);
+    let config = config(80, 2, "join", 15);
     let [one, four] = [1, 4].map(|threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| run(&config).unwrap().report)
     });
     assert_eq!(one, four);
+    assert!(one.load_age_p99_ms.is_some() && one.digest_age_p99_ms.is_some(), "{one:#?}");
 }
 
 #[test]

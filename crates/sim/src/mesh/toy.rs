@@ -171,8 +171,12 @@ mod tests {
         let signed = one.sign(&encode_card(&facts())).unwrap();
         let Judged { id, node, region, card } = two.judge(&signed).unwrap();
         assert_eq!((index(id), node.as_str(), card), (1, "n1", encode_card(&facts())));
-        let card = Card { id, node, region, facts: facts(), signed: signed.into() };
-        assert!(Arc::ptr_eq(&one.share(card.clone()), &two.share(card)));
+        assert!(two.known(&signed).is_none());
+        let card = Card { id, node, region, facts: facts(), signed: signed.clone().into() };
+        let shared = one.share(card.clone());
+        assert!(Arc::ptr_eq(&shared, &two.share(card)));
+        assert!(Arc::ptr_eq(&shared, &two.known(&signed).unwrap()));
+        assert!(two.known(&signed[1..]).is_none());
     }
 
     #[test]
