@@ -1,7 +1,7 @@
 //! What other regions have, from what several relays say of them, one of which may lie.
 //!
 //! Whoever speaks of a region is a voice: a relay of this region that hands on what one relay there says, or that relay itself.
-//! A voice keeps to one relay as long as that speaks, so that one that lies does not speak with every voice. Of each figure
+//! Each relay of this region listens to another one of theirs, so that one that lies does not speak with every voice. Of each figure
 //! the median counts (of two the lower), and no voice brings more than its share of the candidates, or larger ones than the others'.
 
 use std::{
@@ -21,8 +21,6 @@ use crate::{
 
 /// Older figures say nothing.
 const OLD: Duration = Duration::from_secs(3);
-/// A voice keeps to a relay for so long after its last word: two digests may be lost.
-const KEPT_TO: Duration = Duration::from_millis(1_500);
 /// Views are not closer than this: of all regions that have changed meanwhile at once.
 const GAP_MIN: Duration = Duration::from_millis(40);
 /// Whose claim is so many times the median has no candidates.
@@ -69,8 +67,6 @@ struct Voice {
     from: NodeId,
     /// Whose words they are.
     origin: NodeId,
-    /// Nobody else's are heard before.
-    kept_to: Instant,
     said: Option<Said>,
     /// Parts of a newer digest.
     pending: Option<Box<Pending>>,
@@ -123,7 +119,7 @@ impl Regions {
             return false;
         }
         let region = self.regions.entry(digest.region).or_default();
-        let Some(voice) = region.voice(now, from, digest.relay.unwrap_or(from)) else {
+        let Some(voice) = region.voice(from, digest.relay.unwrap_or(from)) else {
             return false;
         };
         let count = (digest.epoch, digest.sequence);
@@ -137,7 +133,7 @@ impl Regions {
             return false;
         }
         self.bytes += bytes;
-        if voice.part(now, count, sampled, digest.part, offers) {
+        if voice.part(count, sampled, digest.part, offers) {
             region.changed.get_or_insert(now);
         }
         self.next = self.next.into_iter().chain(region.due(self.viewed)).min();
@@ -195,25 +191,21 @@ impl Regions {
 }
 
 impl Region {
-    /// The voice of `from`, if it may speak of what `origin` says.
-    fn voice(&mut self, now: Instant, from: NodeId, origin: NodeId) -> Option<&mut Voice> {
+    /// The voice of `from`, which speaks of what `origin` says.
+    fn voice(&mut self, from: NodeId, origin: NodeId) -> Option<&mut Voice> {
         let place = self.voices.iter().position(|voice| voice.from == from);
         let place = match place {
             Some(place) => place,
             None if self.voices.len() < VOICES_MAX => {
-                self.voices.push(Voice::new(now, from, origin));
+                self.voices.push(Voice::new(from, origin));
                 self.voices.len() - 1
             }
             None => return None,
         };
         let voice = self.voices.get_mut(place)?;
-        if voice.origin != origin && voice.kept_to > now {
-            return None;
-        }
         if voice.origin != origin {
             // What the other said goes on counting until this one's first digest is complete.
             (voice.origin, voice.pending) = (origin, None);
-            voice.kept_to = now + KEPT_TO;
             if let Some(said) = &mut voice.said {
                 said.count = (0, 0);
             }
@@ -267,8 +259,8 @@ impl Region {
 }
 
 impl Voice {
-    fn new(now: Instant, from: NodeId, origin: NodeId) -> Self {
-        Self { from, origin, kept_to: now + KEPT_TO, said: None, pending: None }
+    fn new(from: NodeId, origin: NodeId) -> Self {
+        Self { from, origin, said: None, pending: None }
     }
 
     /// Whether this part of a digest is news.
@@ -288,7 +280,6 @@ impl Voice {
     /// Takes in a part that is news. Returns whether it completes its digest.
     fn part(
         &mut self,
-        now: Instant,
         count: (u64, u64),
         sampled: Instant,
         (part, parts): (u32, u32),
@@ -312,7 +303,6 @@ impl Voice {
         offers.sort_by(|a, b| a.key.cmp(&b.key));
         offers.dedup_by(|a, b| a.key == b.key);
         self.said = Some(Said { count, sampled, offers: offers.into() });
-        self.kept_to = now + KEPT_TO;
         true
     }
 
@@ -568,6 +558,20 @@ mod tests {
     }
 
     #[test]
+    fn a_voice_may_speak_for_another_relay_at_once() {
+        let now = base::clock::now();
+        let mut regions = Regions::default();
+        let say = |regions: &mut Regions, ms: u32, relay, sequence| {
+            let now = now + ms * MS;
+            assert!(regions.take(now, id(11), digest(relay, sequence, vec![offer(ms, &[])]), MS));
+            regions.views(now).first().map(|view| view.offers[0].free)
+        };
+        assert_eq!(say(&mut regions, 0, 1, 9), Some(0));
+        assert_eq!(say(&mut regions, 100, 2, 3), Some(100), "it counts by itself");
+        assert_eq!(say(&mut regions, 200, 1, 10), Some(200));
+    }
+
+    #[test]
     fn a_digest_counts_when_all_its_parts_are_there() {
         let now = base::clock::now();
         let mut regions = Regions::default();
@@ -605,23 +609,6 @@ mod tests {
         let offers = view([honest(), honest(), vec![ghost.clone()]]).offers;
         assert_eq!(offers, [offer(10, &[])], "nor is one only one does not know gone");
         assert!(view([honest(), vec![ghost]]).offers.is_empty());
-    }
-
-    #[test]
-    fn a_voice_keeps_to_one_relay_while_that_speaks() {
-        let now = base::clock::now();
-        let mut regions = Regions::default();
-        let mut heard = vec![];
-        for half in 0..12_u32 {
-            let now = now + half * 500 * MS;
-            if half < 4 {
-                regions.take(now, id(11), digest(1, half.into(), vec![]), MS);
-            }
-            // It lies, at every relay at once.
-            heard.push(regions.take(now, id(11), digest(2, half.into(), vec![]), MS));
-        }
-        let want: Vec<_> = (0..12).map(|half| half >= 6).collect();
-        assert_eq!(heard, want);
     }
 
     /// Of the calls that go to the region by its candidates, the share that goes to nodes named only by the third relay,

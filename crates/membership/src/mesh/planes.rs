@@ -357,7 +357,7 @@ impl<J: Judge> Mesh<J> {
             age: age(sampled),
         });
         self.digester.sum(now, others.chain(own));
-        let mut receivers: Vec<_> = self.relaying.partners().collect();
+        let mut receivers = self.relays_of_others();
         if self.region.active() >= DIGEST_ABOVE {
             receivers.extend(self.ordinary());
         }
@@ -366,6 +366,15 @@ impl<J: Judge> Mesh<J> {
                 self.say(now, to, &Frame::Digest(digest), Way::Datagram);
             }
         }
+    }
+
+    /// The relays of all other regions: each knows by itself whom it listens to, and need not wait for another when one dies.
+    fn relays_of_others(&self) -> Vec<NodeId> {
+        let Some(relay) = &self.relay else { return vec![] };
+        let active = relay.all().filter(|(_, seen)| seen.is_active()).map(|(id, _)| id);
+        let is_other =
+            |id: &NodeId| self.cards.get(*id).is_some_and(|card| card.region != self.own.region);
+        active.filter(is_other).collect()
     }
 
     /// The linked nodes of this region that are no relays.
@@ -404,10 +413,11 @@ impl<J: Judge> Mesh<J> {
                 }
             }
             None => {
-                if self.is_fellow(from) {
+                if self.is_fellow(from) && self.relaying.listens(now, &digest.region, from) {
                     self.hand_on(now, from, &digest, one_way);
                     digest.relay = Some(from);
-                    self.regions.take(now, from, digest, one_way);
+                    // As the others of the region hear it: by this relay's voice.
+                    self.regions.take(now, self.own.id, digest, one_way);
                 }
             }
             Some(relay) => {

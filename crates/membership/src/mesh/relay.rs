@@ -19,6 +19,8 @@ use crate::{
 /// somebody may come back.
 const BECOME: Duration = Duration::from_secs(2);
 const CEASE: Duration = Duration::from_secs(10);
+/// Somebody else is listened to where a relay says nothing for so long: one digest is lost.
+const SILENT: Duration = Duration::from_millis(600);
 /// Relays asked to take this one into their pool at once.
 const ANNOUNCE_MAX: usize = 8;
 /// A relay asks somebody for relays of other regions in so many rounds.
@@ -35,8 +37,18 @@ pub(super) struct Relaying {
     since: Option<Instant>,
     /// Pools of relays so far: timers of an older one are void.
     generation: u32,
+    /// Whose digests count first, by region: in each the relay of this one's rank.
     partners: BTreeMap<RegionName, NodeId>,
     are_partners_stale: bool,
+    /// Whose digests count now.
+    ears: BTreeMap<RegionName, Ear>,
+}
+
+/// The relay of another region that is listened to.
+#[derive(Debug)]
+struct Ear {
+    id: NodeId,
+    heard: Instant,
 }
 
 impl Relaying {
@@ -49,7 +61,23 @@ impl Relaying {
             generation: 0,
             partners: BTreeMap::new(),
             are_partners_stale: false,
+            ears: BTreeMap::new(),
         }
+    }
+
+    /// A relay of another region says what that has. Returns whether it is the one that is listened to: each relay of this
+    /// region has another, so that one that lies is heard by one of them.
+    pub(super) fn listens(&mut self, now: Instant, region: &RegionName, id: NodeId) -> bool {
+        let Some(ear) = self.ears.get_mut(region) else {
+            self.ears.insert(region.clone(), Ear { id, heard: now });
+            return true;
+        };
+        let is_it =
+            ear.id == id || self.partners.get(region) == Some(&id) || now >= ear.heard + SILENT;
+        if is_it {
+            *ear = Ear { id, heard: now };
+        }
+        is_it
     }
 
     pub(super) fn is_relay(&self) -> bool {
@@ -198,6 +226,7 @@ impl<J: Judge> Mesh<J> {
         self.say_farewell(now, Pool::Relays);
         self.relaying.is_relay = false;
         self.relaying.partners.clear();
+        self.relaying.ears.clear();
         self.relay = None;
         self.figures.clear();
         self.own_figures = None;
@@ -265,5 +294,40 @@ impl<J: Judge> Mesh<J> {
             Some((region.clone(), *partner))
         });
         self.relaying.partners = chosen.collect();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_relay_listens_to_its_partner_and_to_others_while_that_is_silent() {
+        let us: RegionName = "us".parse().unwrap();
+        let [partner, other, liar] = [1, 2, 3].map(|id| NodeId([id; 16]));
+        let began = base::clock::now();
+        let mut relaying = Relaying::new();
+        let hears = |relaying: &mut Relaying, ms: u64, id| {
+            relaying.listens(began + Duration::from_millis(ms), &us, id)
+        };
+        assert!(hears(&mut relaying, 0, other), "anybody, before there is a partner");
+        relaying.partners.insert("us".parse().unwrap(), partner);
+        assert!(hears(&mut relaying, 499, partner) && !hears(&mut relaying, 499, other));
+        // One lies all the time, to everybody.
+        let mut heard = 0;
+        for ms in (500..4_000).step_by(400) {
+            heard += (0..40).filter(|i| hears(&mut relaying, ms + i * 10, liar)).count();
+            assert!(hears(&mut relaying, ms + 399, partner));
+        }
+        assert_eq!(heard, 0);
+        let silent = 3_700 + 399;
+        assert!(
+            !hears(&mut relaying, silent + 599, other) && hears(&mut relaying, silent + 600, other)
+        );
+        assert!(!hears(&mut relaying, silent + 700, liar), "now it is the other");
+        assert!(
+            hears(&mut relaying, silent + 800, partner)
+                && !hears(&mut relaying, silent + 900, other)
+        );
     }
 }

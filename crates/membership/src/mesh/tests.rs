@@ -581,6 +581,31 @@ fn a_region_whose_relay_dies_is_still_heard_of() {
     check(&world);
 }
 
+#[test]
+fn whichever_relay_dies_its_region_is_never_out_of_sight() {
+    for rank in 0..3 {
+        let mut world = World::new(rank as u64);
+        world.loss = 0.01;
+        for i in 0..15 {
+            world.add(&format!("{}/n{i}", ["eu", "us", "ap"][i % 3]));
+        }
+        world.run(40 * S);
+        let relay = world.mesh(0).relaying.ours()[rank];
+        let relay = (0..15).find(|at| world.id(*at) == relay).unwrap();
+        // It is missed only when its links are.
+        world.pause(relay);
+        let mut oldest = Duration::ZERO;
+        for _ in 0..3_000 {
+            world.run(10 * MS);
+            for at in (0..15).filter(|at| *at != relay) {
+                let ages = world.mesh(at).status(world.now).regions;
+                oldest = ages.iter().map(|(_, age)| *age).fold(oldest, Duration::max);
+            }
+        }
+        assert!(oldest < 1_500 * MS, "rank {rank}: {oldest:?}");
+    }
+}
+
 /// What a node of version 1 said, byte by byte.
 fn recorded(hex: &str) -> Vec<u8> {
     let digits: Vec<_> = hex.trim().chars().map(|c| c.to_digit(16).unwrap()).collect();
