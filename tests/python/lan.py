@@ -260,8 +260,7 @@ class LanNode(Node):
         ca = Path(directory) / "ca"
         # The optimised binary: a dozen processes share two cores, and time is measured.
         command = host.enter(DEMO_BINARY, "node", "-c", config, "--dev-ca", ca, "--json")
-        environment = start_environment(ISOBAR_LOG="info")
-        options = {"env": environment, "cwd": self.directory}
+        options = {"env": start_environment("info"), "cwd": self.directory}
         Process.__init__(self, f"{name}-{self.starts}", self.directory, command, **options)
         self.name = name
 

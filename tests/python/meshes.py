@@ -36,7 +36,7 @@ DEV = ["--dev"]
 
 def environment(**more) -> dict:
     """What isobar is started with."""
-    return start_environment(**{"ISOBAR_LOG": "info", **more})
+    return start_environment("info", **more)
 
 
 def isobar(*arguments, cwd=None, text=None):

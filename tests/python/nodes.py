@@ -39,10 +39,10 @@ def free_port() -> int:
             return port
 
 
-def start_environment(**more) -> dict:
-    """What a process of ours is started with."""
+def start_environment(log: str, **more) -> dict:
+    """What a process of ours is started with; `more` may say otherwise."""
     kept = {name: value for name, value in os.environ.items() if name not in TEST_ONLY}
-    return {**kept, **more}
+    return {**kept, "ISOBAR_LOG": log, **more}
 
 
 def wait_for(what, check, timeout=LONG):
@@ -183,8 +183,7 @@ class Node(Process):
             "tenants": tenants, "allow": allow,
         }
         self.peer_list = peers
-        level = {"ISOBAR_LOG": "debug,h2=info,rustls=info"}
-        variables = start_environment(**{**level, **(environment or {})})
+        variables = start_environment("debug,h2=info,rustls=info", **(environment or {}))
         super().__init__(
             name,
             directory,

@@ -1,6 +1,6 @@
 //! What other regions have, from what several relays say of them, one of which may lie.
 //!
-//! Whoever speaks of a region is a voice: a relay of this region that hands on what one relay there says, or that relay itself.
+//! Whoever speaks of a region is a voice: a relay of this region that hands on what one relay there says, or speaks of its own.
 //! Each relay of this region listens to another one of theirs, so that one that lies does not speak with every voice. Of each figure
 //! the median counts (of two the lower), and no voice brings more than its share of the candidates, or larger ones than the others'.
 

@@ -220,14 +220,21 @@ impl Record {
 /// What one node may send: frames and bytes, each a bucket that fills with time.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rate {
-    frames: f32,
-    bytes: f32,
-    at: Instant,
-    /// Frames beyond those, for who may send more; and when there was need of them last.
-    more: f32,
-    more_at: Instant,
+    frames: Bucket,
+    bytes: Bucket,
+    /// Frames beyond those, for who may send more.
+    more: Bucket,
     /// The last second in which there was too much.
     struck: Option<Instant>,
+}
+
+/// What is left, and when that was last looked at.
+#[derive(Clone, Copy, Debug)]
+struct Bucket {
+    left: f32,
+    at: Instant,
+    per_s: f32,
+    most: f32,
 }
 
 /// What fits: the frames of an ordinary node, and those of a relay that hands on digests, beyond that.
@@ -252,11 +259,9 @@ pub(crate) enum Passage {
 impl Rate {
     pub(crate) fn new(now: Instant) -> Self {
         Self {
-            frames: FRAMES_PER_S * FRAMES_BURST_S,
-            bytes: BYTES_PER_S * BYTES_BURST_S,
-            at: now,
-            more: MORE_PER_S * FRAMES_BURST_S,
-            more_at: now,
+            frames: Bucket::full(now, FRAMES_PER_S, FRAMES_BURST_S),
+            bytes: Bucket::full(now, BYTES_PER_S, BYTES_BURST_S),
+            more: Bucket::full(now, MORE_PER_S, FRAMES_BURST_S),
             struck: None,
         }
     }
@@ -269,17 +274,10 @@ impl Rate {
         bytes: usize,
         may_more: impl FnOnce() -> bool,
     ) -> Passage {
-        fill(
-            &mut self.frames,
-            now.saturating_duration_since(self.at),
-            FRAMES_PER_S,
-            FRAMES_BURST_S,
-        );
-        fill(&mut self.bytes, now.saturating_duration_since(self.at), BYTES_PER_S, BYTES_BURST_S);
-        self.at = self.at.max(now);
         let weight = f32::from(u16::try_from(bytes).unwrap_or(u16::MAX));
-        if self.bytes >= weight && (self.one_frame() || may_more() && self.one_more(now)) {
-            self.bytes -= weight;
+        let is_light = self.bytes.has(now, weight);
+        if is_light && (self.frames.take(now, 1.0) || may_more() && self.more.take(now, 1.0)) {
+            self.bytes.left -= weight;
             return Passage::Taken;
         }
         let is_new = self.struck.is_none_or(|last| now >= last + Duration::from_secs(1));
@@ -289,25 +287,28 @@ impl Rate {
         }
         Passage::Dropped
     }
-
-    fn one_frame(&mut self) -> bool {
-        let is_there = self.frames >= 1.0;
-        self.frames -= if is_there { 1.0 } else { 0.0 };
-        is_there
-    }
-
-    fn one_more(&mut self, now: Instant) -> bool {
-        let passed = now.saturating_duration_since(self.more_at);
-        fill(&mut self.more, passed, MORE_PER_S, FRAMES_BURST_S);
-        self.more_at = self.more_at.max(now);
-        let is_there = self.more >= 1.0;
-        self.more -= if is_there { 1.0 } else { 0.0 };
-        is_there
-    }
 }
 
-fn fill(bucket: &mut f32, passed: Duration, per_s: f32, burst_s: f32) {
-    *bucket = (*bucket + passed.as_secs_f32() * per_s).min(per_s * burst_s);
+impl Bucket {
+    fn full(now: Instant, per_s: f32, burst_s: f32) -> Self {
+        let most = per_s * burst_s;
+        Self { left: most, at: now, per_s, most }
+    }
+
+    /// Whether so much is left now.
+    fn has(&mut self, now: Instant, weight: f32) -> bool {
+        let passed = now.saturating_duration_since(self.at).as_secs_f32();
+        self.left = (self.left + passed * self.per_s).min(self.most);
+        self.at = self.at.max(now);
+        self.left >= weight
+    }
+
+    /// Takes so much, if it is there.
+    fn take(&mut self, now: Instant, weight: f32) -> bool {
+        let has = self.has(now, weight);
+        self.left -= if has { weight } else { 0.0 };
+        has
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! What becomes of a mesh of thousands of nodes when networks lose, cut and delay, and nodes die, stop and lie?
 //!
-//! The production machines, [`membership::Mesh`] and [`membership::View`], on one heap of events: no sockets, no clock, and as many threads
-//! as the caller's pool has. The same [`Config`] has the same [`Outcome`], to the last digit.
+//! The production machines, [`membership::Mesh`] and [`membership::View`], on one heap of events: no sockets, no clock, and as
+//! many threads as the caller's pool has. The same [`Config`] has the same [`Outcome`], to the last digit.
 //!
 //! - `fault`: what can go wrong, and when. `acts`: how it is done.
 //! - `world`: the heap, and processes. `host`: one machine and its process.

@@ -459,7 +459,7 @@ impl<J: Judge> Mesh<J> {
         its_own.any(|candidate| candidate.slots > absurd_above(most))
     }
 
-    /// A partner's digest goes to everybody of this region that is linked, once, and as it came.
+    /// The digest of a relay that is listened to goes to everybody of this region that is linked, once, and as it came.
     fn hand_on(&mut self, now: Instant, from: NodeId, digest: &Digest, one_way: Duration) {
         let age = digest.age + one_way;
         let digest = Digest { relay: Some(from), age, ..digest.clone() };

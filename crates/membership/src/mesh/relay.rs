@@ -1,4 +1,4 @@
-//! Who speaks for the region, and with whom in others: whether this node is a relay, and who its partners are.
+//! Who speaks for the region, and who is listened to in others: whether this node is a relay, and who its partners are.
 
 use std::{
     collections::BTreeMap,
