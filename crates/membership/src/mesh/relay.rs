@@ -11,6 +11,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng, seq::IndexedRandom as 
 use super::{Mesh, Way};
 use crate::{
     Frame, Judge, NodeId, Pool,
+    links::Link,
     pool::Members,
     relays::{RELAYS, elect, weight},
 };
@@ -19,6 +20,8 @@ use crate::{
 /// somebody may come back.
 const BECOME: Duration = Duration::from_secs(2);
 const CEASE: Duration = Duration::from_secs(10);
+/// Who knows nobody of its region after so long a link hears of other regions only as a relay: it does not wait.
+const INTRODUCED: Duration = Duration::from_millis(500);
 /// Somebody else is listened to where a relay says nothing for so long: one digest is lost.
 const SILENT: Duration = Duration::from_millis(600);
 /// Relays asked to take this one into their pool at once.
@@ -172,7 +175,12 @@ impl<J: Judge> Mesh<J> {
             self.relaying.since = None;
         } else {
             let since = *self.relaying.since.get_or_insert(now);
-            if now >= since + if should { BECOME } else { CEASE } {
+            let wait = match should {
+                true if self.is_alone(now) => Duration::ZERO,
+                true => BECOME,
+                false => CEASE,
+            };
+            if now >= since + wait {
                 self.relaying.since = None;
                 if should { self.become_relay(now) } else { self.cease_relay(now) }
             }
@@ -186,6 +194,13 @@ impl<J: Judge> Mesh<J> {
                 self.ask_for_relays(now);
             }
         }
+    }
+
+    /// Whether this node has been told of others, and none of them is of its region.
+    fn is_alone(&self, now: Instant) -> bool {
+        let is_old = |link: &Link| now >= link.since + INTRODUCED;
+        self.links.up.values().any(is_old)
+            && self.cards.all().all(|card| card.region != self.own.region)
     }
 
     /// Who is not listened to does not speak for the region.

@@ -8,12 +8,16 @@ use super::{Liveness, MemberStatus, Mesh, Peer, Status, link::peer_of};
 use crate::{Card, Judge, NodeId, pool::Seen};
 
 impl<J: Judge> Mesh<J> {
-    /// Cards to keep for the next start: those of nodes that are alive, signed, at most `most`.
+    /// Cards to keep for the next start, signed, at most `most`: those of nodes that are alive, and of those of other regions
+    /// that are linked where this node is not among their relays.
     #[must_use]
     pub fn cards(&self, most: usize) -> Vec<Arc<Card>> {
         let is_alive = |card: &&Arc<Card>| {
             let members = self.members(self.pool_of(&card.region));
-            members.is_some_and(|members| members.is_active(card.id))
+            match members {
+                Some(members) => members.is_active(card.id),
+                None => self.links.is_up(card.id),
+            }
         };
         let (mut near, far): (Vec<_>, Vec<_>) = self
             .cards

@@ -606,6 +606,36 @@ fn whichever_relay_dies_its_region_is_never_out_of_sight() {
     }
 }
 
+#[test]
+fn who_is_alone_in_its_region_soon_hears_of_others() {
+    let mut took = Vec::new();
+    for seed in 0..20 {
+        let mut world = World::new(seed);
+        for i in 0..3 {
+            world.add(&format!("eu/n{i}"));
+        }
+        world.run(20 * S);
+        let lone = world.add("us/n3");
+        let began = world.now;
+        while world.mesh(lone).links.up.is_empty() {
+            world.run(10 * MS);
+        }
+        world.run(100 * MS);
+        assert!(world.mesh(lone).relay.is_none());
+        assert_eq!(
+            world.mesh(lone).cards(9).len(),
+            1,
+            "it finds the others again without its seed"
+        );
+        while world.mesh(lone).status(world.now).regions.is_empty() {
+            world.run(10 * MS);
+            assert!(world.now < began + 10 * S, "seed {seed}");
+        }
+        took.push(world.now - began);
+    }
+    assert!(took.iter().all(|took| *took < 2 * S), "{took:?}");
+}
+
 /// What a node of version 1 said, byte by byte.
 fn recorded(hex: &str) -> Vec<u8> {
     let digits: Vec<_> = hex.trim().chars().map(|c| c.to_digit(16).unwrap()).collect();
