@@ -419,7 +419,7 @@ def test_a_draining_node_tells_its_peers_and_takes_no_calls_of_theirs(mesh):
     held = stub_at(b).ServerStream(pb.StreamRequest(count=40, delay_ms=100), timeout=LONG)
     next(held)
     b.popen.send_signal(signal.SIGTERM)
-    wait_for("draining", lambda: b.get("/readyz")[0] == 503)
+    wait_for("draining", lambda: b.get("/readyz") == (503, "draining\n"))
     assert json.loads(b.get(f"/room?method={METHOD}")[1])["reason"] == "draining"
     present = 'isobar_peer_present{peer="b",region="us"}'
     wait_for("the peer to hear it", lambda: a.metric(present) == 0, 5)
@@ -440,7 +440,7 @@ def test_a_drain_ends_at_the_latest_with(mesh, how):
     next(held)
     began = time.monotonic()
     node.popen.send_signal(signal.SIGTERM)
-    wait_for("draining", lambda: node.get("/readyz")[0] == 503)
+    wait_for("draining", lambda: node.get("/readyz") == (503, "draining\n"))
     if how == "a second signal":
         time.sleep(1)
         assert node.popen.poll() is None, "it waits for the stream"

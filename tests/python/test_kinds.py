@@ -366,7 +366,7 @@ def test_draining_finishes_calls_in_progress(own_world):
         ]
         for thread in stopping:
             thread.start()
-        wait_for("draining", lambda: own_world.a.get("/readyz")[0] == 503)
+        wait_for("draining", lambda: own_world.a.get("/readyz") == (503, "draining\n"))
         feed.send(text="during")
         assert next(call).text == "during"
         feed.close()

@@ -6,6 +6,7 @@ import signal
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from lan import Lan, LanNode, callers, sim_engine
@@ -506,6 +507,71 @@ def test_a_rolling_restart_cuts_no_stream_and_an_engine_with_two_owners_stays_re
         for process in reversed(kept):
             process.kill()
         lan.end()
+
+
+@pytest.fixture
+def pair(tmp_path, request):
+    """a has an engine; b has none, is of the region that is asked for, and finds a by its seed."""
+    kept, lan = [], Lan(regions=2)
+    region = getattr(request, "param", EU)
+
+    def keep(process):
+        kept.append(process)
+        return process
+
+    try:
+        hosts = [lan.host(1), lan.host(REGIONS[region])]
+        # Room for all calls that wait at once.
+        engine = keep(sim_engine(hosts[0], tmp_path, "sim", "sim", slots=256))
+        a = keep(LanNode(hosts[0], tmp_path, "a", EU, engines=[engine.engine(slots=256)]))
+        b = keep(LanNode(hosts[1], tmp_path, "b", region, f"{hosts[0].address}:8445"))
+        a.is_ready()
+        b.is_ready()
+        yield SimpleNamespace(a=a, b=b, keep=keep, directory=tmp_path)
+    finally:
+        for process in reversed(kept):
+            process.kill()
+        lan.end()
+
+
+def reached_while_it_started(pair, node: LanNode, start) -> list:
+    """The calls that reached a node from its start until it was ready: clients have tried all along, each anew."""
+    flow = {"target": node.clients, "ca": pair.a.ca, "kind": "fresh", "model": "sim", "rate": 40}
+    traffic = callers(node.host, pair.directory, "traffic", [flow])
+    pair.keep(traffic)
+    wait_for("calls", lambda: len(traffic.calls()) > 10)
+    started = pair.keep(start()).is_ready()
+    wait_for("it to be ready", lambda: started.get("/readyz") == (200, "ok\n"), 5)
+    ready = time.monotonic()
+    wait_for("a call after that", lambda: traffic.calls(ready))
+    calls = traffic.finish()
+    return [c for c in calls if c.at < ready and "failed to connect" not in c.details]
+
+
+@pytest.mark.parametrize("pair", [EU, US], indirect=True)
+@pytest.mark.parametrize("finds_by", ["its seed", "cards it kept"])
+def test_a_node_that_has_just_started_refuses_nobody_for_not_knowing_the_others(pair, finds_by):
+    """In us it is alone, and hears of what eu has only when it has become a relay."""
+    wait_for("b to know a", lambda: "a" in pair.b.status().alive())
+    assert pair.b.stop() == 0
+    start = lambda: pair.b.again(**({} if finds_by == "its seed" else {"seed": None}))
+    calls = reached_while_it_started(pair, pair.b, start)
+    assert failures(calls) == []
+    assert len(calls) > 3
+
+
+def test_a_node_whose_seed_does_not_answer_goes_on_alone_after_a_while(pair):
+    assert pair.b.stop() == 0
+    assert pair.a.stop() == 0
+
+    def start():
+        node = pair.b.again().is_ready()
+        assert node.get("/readyz") == (503, "starting\n")
+        return node
+
+    calls = reached_while_it_started(pair, pair.b, start)
+    assert {call.code for call in calls} == {"NOT_FOUND"}
+    assert max(call.took for call in calls) > 1, "nobody waited"
 
 
 @pytest.mark.timeout(180)

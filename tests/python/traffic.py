@@ -36,7 +36,7 @@ class Ended:
 class Traffic(Process):
     """Calls to nodes until `finish`.
 
-    Each flow is a dict: `kind` ("unary", "stream", "answer" or "infer"), `target` (host:port, or several with commas between
+    Each flow is a dict: `kind` ("unary", "stream", "answer", "infer", or "fresh": each over a new connection), `target` (host:port, or several with commas between
     them: calls are spread over them), `ca` (a file; without it there is no TLS) and `rate` (per second; of streams: how many in
     all). Answers have so many `messages`, one every `delay_ms`. Unary calls are reported under `label`, if there is one, instead
     of their kind. `enter` is a command that starts another one elsewhere.
@@ -119,7 +119,12 @@ class Driver:
 
     async def arrivals(self, flow, channel):
         """Open loop: one call after the other is begun, however long they take."""
-        method = Unary(channel) if flow["kind"] == "unary" else Infer(channel, flow["model"])
+        kinds = {
+            "unary": lambda: Unary(channel),
+            "infer": lambda: Infer(channel, flow["model"]),
+            "fresh": lambda: Fresh(flow),
+        }
+        method = kinds[flow["kind"]]()
         tasks, due = set(), time.monotonic()
         while not self.stopping.is_set():
             due += 1 / flow["rate"]
@@ -211,6 +216,24 @@ class Infer:
 
     def begin(self, deadline):
         return self.method(self.message, timeout=deadline)
+
+
+class Fresh:
+    """An inference over a connection of its own."""
+
+    def __init__(self, flow):
+        self.flow, self.closing = flow, set()
+
+    def begin(self, deadline):
+        channel = open_channel(self.flow["target"], self.flow.get("ca"))
+        call = Infer(channel, self.flow["model"]).begin(deadline)
+        call.add_done_callback(lambda _: self.close(channel))
+        return call
+
+    def close(self, channel):
+        closing = asyncio.ensure_future(channel.close())
+        self.closing.add(closing)
+        closing.add_done_callback(self.closing.discard)
 
 
 class Bidi:

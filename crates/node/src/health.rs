@@ -1,17 +1,10 @@
 //! Health of the mesh, in gRPC's own terms: can anybody serve this service, or this model?
 //!
 //! The name asked for is a service or a model; none means this node. Busy is not unhealthy: a server without room serves.
-//! A node that drains serves nothing. A stranger is told whether this node serves, and nothing of what there is.
+//! A node that starts or drains serves nothing. A stranger is told whether this node serves, and nothing of what there is.
 //! Source: gRPC `doc/health-checking.md`.
 
-use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::BTreeMap, time::Duration};
 
 use balance::Standing;
 use futures_util::stream::{self, StreamExt as _};
@@ -22,7 +15,7 @@ use proto::grpc::health::v1::{
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, codegen::BoxStream};
 
-use crate::{offer::Has, router::Router, services::ANSWERED};
+use crate::{offer::Has, readiness::Stage, router::Router, services::ANSWERED};
 
 /// How often a watched status is looked at.
 const LOOK: Duration = Duration::from_millis(200);
@@ -35,8 +28,6 @@ const LISTED_MAX: usize = 1000;
 #[derive(Clone, Debug)]
 pub(crate) struct Health {
     pub(crate) router: Router,
-    /// Whether the node takes calls.
-    pub(crate) ready: Arc<AtomicBool>,
     /// Ends watches.
     pub(crate) drain: CancellationToken,
 }
@@ -66,12 +57,14 @@ impl Health {
             Some(Has::Yes) => Some(is_usable(Has::Yes)),
             Some(decides) if is_usable(decides) => Some(true),
             _ if self.router.has_undescribed() => Some(true),
+            // It does not know yet who is there.
+            None if !self.router.readiness.is_acquainted() => Some(false),
             decides => decides.map(|_| false),
         }
     }
 
     fn serving(&self, is_usable: bool) -> ServingStatus {
-        if is_usable && self.ready.load(Ordering::Relaxed) {
+        if is_usable && self.router.readiness.stage() == Stage::Ready {
             ServingStatus::Serving
         } else {
             ServingStatus::NotServing

@@ -10,7 +10,7 @@
 //!  7 own services health and reflection are answered for the whole mesh
 //!  8 memory       a node that holds back as much as it may is busy
 //!  9 model        a bounded look at the front of the body, where who serves it or who may call it depends on it
-//! 10 route        an engine of this node with room, else a peer's by free share, else a refusal
+//! 10 route        an engine of this node with room, else a peer's by free share, else a refusal, once the mesh is known
 //! 11 attempt      the call, relayed both ways
 //! 12 again        elsewhere, before the first byte of an answer, within the node's budget
 //! 13 ending       a reply that breaks off or lacks a status gets one; it says how pressed this node is
@@ -236,7 +236,7 @@ impl Ingress {
         let replay = Replay::new(body, true, parts.buffers.clone());
         parts.router.arrived();
 
-        let mut route = parts.router.route(&ask, &[])?;
+        let mut route = parts.router.route_in_time(&ask, &[]).await?;
         let (mut tried, mut retries) = (Vec::new(), 0);
         loop {
             let next = hop::next(&head, replay.body(), &parts.own, deadline, retries);
@@ -263,20 +263,23 @@ impl Ingress {
             if !failed.is_rejected || retries > 0 {
                 tried.push(route.place());
             }
+            // Its place is free for others while this call waits.
+            drop(route);
             retries += 1 + failed.retries_below;
             let may_retry =
                 retries <= RETRIES_MAX && failed.allows_another(idempotent, &replay, deadline);
-            let another = may_retry.then(|| {
-                parts.router.route(&ask, &tried).or_else(|why| {
-                    // Whoever has not acknowledged in time may only be slow, or a packet was lost: better than nobody.
-                    let others = tried.split_last().filter(|_| failed.is_unacknowledged());
-                    others.map_or(Err(why), |(_, others)| parts.router.route(&ask, others))
-                })
+            if !may_retry {
+                return Err(failed.answer);
+            }
+            let another = parts.router.route_in_time(&ask, &tried).await.or_else(|why| {
+                // Whoever has not acknowledged in time may only be slow, or a packet was lost: better than nobody.
+                let others = tried.split_last().filter(|_| failed.is_unacknowledged());
+                others.map_or(Err(why), |(_, others)| parts.router.route(&ask, others))
             });
             let another = match another {
-                Some(Ok(another)) if parts.router.take_retry() => another,
-                Some(Err(why)) => return Err(failed.without_another(why)),
-                Some(Ok(_)) | None => return Err(failed.answer),
+                Ok(another) if parts.router.take_retry() => another,
+                Ok(_) => return Err(failed.answer),
+                Err(why) => return Err(failed.without_another(why)),
             };
             tracing::debug!(outcome = failed.outcome.as_str(), ?to, "tried again elsewhere");
             parts.metrics.retried();

@@ -28,6 +28,7 @@ mod own;
 mod peers;
 mod probes;
 mod rca;
+mod readiness;
 mod record;
 mod reflection;
 mod refusal;

@@ -7,10 +7,7 @@ use std::{
     io,
     net::SocketAddr,
     path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Duration, UNIX_EPOCH},
 };
 
@@ -50,6 +47,7 @@ use crate::{
     peers::{Board, Listed, MakeTarget, PeerName, Peers},
     probes::Probes,
     rca::{self, Reports},
+    readiness::Readiness,
     record::{AccessLog, LogWriter},
     reflection::Reflection,
     refusal::Who,
@@ -166,8 +164,7 @@ pub struct Addresses {
 pub struct Node {
     addresses: Addresses,
     drain_timeout: Duration,
-    ready: Arc<AtomicBool>,
-    draining: CancellationToken,
+    readiness: Readiness,
     workers: Workers,
     control: Control,
     mesh: MeshHandle,
@@ -228,11 +225,10 @@ impl Node {
             admin: for_operators.address(),
         };
 
-        let draining = CancellationToken::new();
         let seeds = Seeds::new(&config.mesh.seeds, Names::default());
         let found = watch::Sender::new(seeds.known());
         let heard = found.subscribe();
-        let port = gossip_port(config, &plan, links.clone(), addresses, draining.clone(), heard)?;
+        let port = gossip_port(config, &plan, links.clone(), addresses, heard)?;
         let (gossip, mesh) = port.prepare().map_err(NodeError::Gossip)?;
         let plan = Arc::new(plan);
         let workers = start_workers(&plan, &mut ports, addresses).await?;
@@ -245,12 +241,10 @@ impl Node {
                 }
             });
         }
-        let ready = plan.ready.clone();
+        let readiness = plan.readiness.clone();
         let router = control.watch_engines(&plan);
-        let scrape = Scrape {
-            metrics: plan.metrics.clone(),
-            probes: Probes { ready: ready.clone(), router, tells_room: true },
-        };
+        let scrape =
+            Scrape { metrics: plan.metrics.clone(), probes: Probes { router, tells_room: true } };
         // The metrics port stays up while the node drains: that is when it is looked at.
         control.tasks.spawn(scrape.serve(metrics, CancellationToken::new()));
         let admin = Admin {
@@ -261,7 +255,7 @@ impl Node {
             place: Place {
                 zone: config.node.zone.clone(),
                 epoch: plan.epoch,
-                draining: draining.clone(),
+                draining: readiness.draining().clone(),
             },
             engines: plan.engines.clone(),
             board: plan.board.clone(),
@@ -285,10 +279,10 @@ impl Node {
         control.tasks.spawn(seeds.run(found, StdRng::seed_from_u64(plan.seed ^ SEEKING)));
         let running = thread.run(gossip.run(control.stop.clone()));
         control.gossip = Some(running.map_err(|error| NodeError::Gossip(error.to_string()))?);
-        ready.store(true, Ordering::Relaxed);
+        control.get_acquainted(&plan, config);
         let drain_timeout = config.node.drain_timeout.into();
         let own = plan.trust.identity().id().to_string();
-        Ok(Self { addresses, drain_timeout, ready, draining, workers, control, mesh, own })
+        Ok(Self { addresses, drain_timeout, readiness, workers, control, mesh, own })
     }
 
     /// Resolves when the node cannot go on: it is still to be drained.
@@ -313,9 +307,8 @@ impl Node {
     /// Says that it drains, then takes no new call, finishes those in progress within the drain timeout or until
     /// `at_once`, and stops.
     pub async fn drain(self, at_once: impl Future<Output = ()>) {
-        let Self { drain_timeout, ready, draining, workers, control, .. } = self;
-        ready.store(false, Ordering::Relaxed);
-        draining.cancel();
+        let Self { drain_timeout, readiness, workers, control, .. } = self;
+        readiness.drain();
         tokio::pin!(at_once);
         // Peers and load balancers hear it before clients are told to go elsewhere.
         let heard = HEARD_WITHIN.min(drain_timeout);
@@ -382,6 +375,19 @@ impl Control {
         let router = plan.router(&self.pool, &self.pool, true, CHECKING);
         self.tasks.spawn(collect::peers(router.peers.clone(), plan.catalog.clone()));
         router
+    }
+
+    /// Gets to know the others, if it may hear of any.
+    fn get_acquainted(&mut self, plan: &Plan, config: &Config) {
+        let (readiness, board) = (plan.readiness.clone(), plan.board.clone());
+        let may_hear = !config.mesh.seeds.is_empty()
+            || listed(config).next().is_some()
+            || config.node.state_dir.join(gossip::KEPT).exists();
+        if may_hear {
+            self.tasks.spawn(async move { readiness.get_acquainted(&board).await });
+        } else {
+            readiness.alone();
+        }
     }
 
     /// Keeps the node's certificate good, and the authority if it holds one.
@@ -510,7 +516,6 @@ fn gossip_port(
     plan: &Plan,
     links: Links,
     addresses: Addresses,
-    draining: CancellationToken,
     seeds: watch::Receiver<Found>,
 ) -> Result<Gossip, NodeError> {
     let id = plan.trust.identity().id().clone();
@@ -529,7 +534,7 @@ fn gossip_port(
         catalog: plan.catalog.clone(),
         engines: plan.engines.clone(),
         arrivals: plan.arrivals.clone(),
-        draining,
+        draining: plan.readiness.draining().clone(),
     };
     let seed = |(peer, address): (&PeerConfig, Authority)| {
         let (region, name) = (peer.region.clone(), peer.name.clone());
@@ -632,7 +637,7 @@ struct Plan {
     shows_mesh: bool,
     peers_tls: rustls::ServerConfig,
     keys: QuicKeys,
-    ready: Arc<AtomicBool>,
+    readiness: Readiness,
     arrivals: Arc<Arrivals>,
     /// One permit per stream of load reports.
     report_streams: Arc<Semaphore>,
@@ -686,7 +691,7 @@ impl Plan {
             renewals,
             peers_tls: identity.peer_server_config(&[])?,
             keys: QuicKeys::random(),
-            ready: Arc::new(AtomicBool::new(false)),
+            readiness: Readiness::default(),
             arrivals: Arc::default(),
             report_streams: Arc::new(Semaphore::new(rca::STREAMS_MAX)),
             epoch: own::epoch(&config.node.state_dir, clock::wall())?,
@@ -699,15 +704,16 @@ impl Plan {
     fn router(&self, to_engines: &Pool, to_peers: &Pool, with_peers: bool, worker: u8) -> Router {
         let channels =
             self.engines.iter().map(|e| (e.clone(), to_engines.channel(e.target.clone())));
-        let peers = if with_peers {
+        let (peers, readiness) = if with_peers {
             let identity = self.trust.identity().clone();
-            Peers::new(self.board.clone(), to_peers.clone()).shown(identity)
+            let peers = Peers::new(self.board.clone(), to_peers.clone()).shown(identity);
+            (peers, self.readiness.clone())
         } else {
-            Peers::none(self.trust.identity().id().clone())
+            (Peers::none(self.trust.identity().id().clone()), Readiness::of_one())
         };
         let budget = self.budgets[usize::from(with_peers)].clone();
         let rng = StdRng::seed_from_u64(self.seed ^ (u64::from(worker) << 32));
-        Router::new(Engines::new(channels), peers, rng, budget)
+        Router::new(Engines::new(channels), peers, readiness, rng, budget)
     }
 
     fn reflection(&self, scope: Scope, worker: &Worker) -> Reflection {
@@ -752,18 +758,10 @@ impl Plan {
             own: self.own.clone(),
             who: self.who.clone(),
             access: self.access.clone(),
-            probes: Probes {
-                ready: self.ready.clone(),
-                router: router.clone(),
-                tells_room: self.access.knows_anonymous(),
-            },
+            probes: Probes { router: router.clone(), tells_room: self.access.knows_anonymous() },
             services: Services {
                 reflection: self.reflection(Scope::Mesh, &worker),
-                health: Some(Health {
-                    router: router.clone(),
-                    ready: self.ready.clone(),
-                    drain: worker.drain.clone(),
-                }),
+                health: Some(Health { router: router.clone(), drain: worker.drain.clone() }),
                 reports: self.reports(router.clone(), &worker),
                 drain: worker.drain.clone(),
             },

@@ -230,6 +230,6 @@ mod tests {
     #[test]
     fn a_node_that_forwards_to_nobody_calls_nobody() {
         let peers = Peers::none("spiffe://mesh.test/node/eu/a".parse().unwrap());
-        assert!(peers.channel(0).is_none() && peers.board().unknown(&[]).is_none());
+        assert!(peers.channel(0).is_none() && peers.board().unknown(&[], false).is_none());
     }
 }

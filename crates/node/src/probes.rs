@@ -1,18 +1,13 @@
 //! Questions of load balancers, over plain HTTP: is the node alive, does it take calls, is there room for a model. The last
 //! says what the mesh has, so it is told only where anybody may ask that: not on every port.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
-};
-
 use bytes::Bytes;
 use http::{HeaderValue, Method, Response, StatusCode, Uri, header};
 use http_body_util::Full;
 use percent_encoding::percent_decode_str;
 use serde_json::json;
 
-use crate::{model::Wanted, offer::Ask, refusal::Refusal, router::Router};
+use crate::{model::Wanted, offer::Ask, readiness::Stage, refusal::Refusal, router::Router};
 
 /// Longest method that is asked for.
 const METHOD_BYTES_MAX: usize = 512;
@@ -23,8 +18,6 @@ const NOT_HERE: &str =
 /// Answers probes. Cloneable.
 #[derive(Clone, Debug)]
 pub(crate) struct Probes {
-    /// Whether the node takes calls. Never depends on load: a busy node is not a broken one.
-    pub(crate) ready: Arc<AtomicBool>,
     pub(crate) router: Router,
     /// Whether everybody who reaches the port may know what the mesh has.
     pub(crate) tells_room: bool,
@@ -36,22 +29,25 @@ impl Probes {
         if method != Method::GET && method != Method::HEAD {
             return None;
         }
+        // Never depends on load: a busy node is not a broken one.
+        let stage = self.router.readiness.stage();
         match uri.path() {
             "/livez" => Some(text(StatusCode::OK, "ok\n")),
-            "/readyz" if self.ready.load(Ordering::Relaxed) => Some(text(StatusCode::OK, "ok\n")),
-            "/readyz" => Some(text(StatusCode::SERVICE_UNAVAILABLE, "draining\n")),
-            "/room" if !self.tells_room => Some(text(StatusCode::NOT_FOUND, NOT_HERE)),
-            "/room" if !self.ready.load(Ordering::Relaxed) => {
-                let why = json!({ "room": false, "reason": "draining", "why": "this node drains" });
-                Some(json_answer(StatusCode::SERVICE_UNAVAILABLE, &why))
+            "/readyz" => {
+                let status = match stage {
+                    Stage::Ready => StatusCode::OK,
+                    Stage::Starting | Stage::Draining => StatusCode::SERVICE_UNAVAILABLE,
+                };
+                Some(text(status, format!("{}\n", stage.as_str())))
             }
-            "/room" => Some(self.room(uri.query().unwrap_or_default())),
+            "/room" if !self.tells_room => Some(text(StatusCode::NOT_FOUND, NOT_HERE)),
+            "/room" => Some(self.room(uri.query().unwrap_or_default(), stage)),
             _ => None,
         }
     }
 
     /// Whether anybody has room for `model=M`, or for `method=/package.Service/Method`.
-    fn room(&self, query: &str) -> Response<Full<Bytes>> {
+    fn room(&self, query: &str, stage: Stage) -> Response<Full<Bytes>> {
         // What is no UTF-8 is shown as such, and is the name of nothing.
         let value = |wanted: &str| {
             query.split('&').find_map(|pair| {
@@ -74,6 +70,11 @@ impl Probes {
                 return text(StatusCode::BAD_REQUEST, usage);
             }
         };
+        if stage != Stage::Ready {
+            let why = format!("this node is {}", stage.as_str());
+            let why = json!({ "room": false, "reason": stage.as_str(), "why": why });
+            return json_answer(StatusCode::SERVICE_UNAVAILABLE, &why);
+        }
         match self.router.room(&ask) {
             Ok(free) => json_answer(StatusCode::OK, &json!({ "room": true, "free_slots": free })),
             Err(refusal) => {

@@ -93,6 +93,7 @@ mod tests {
     use rand::{SeedableRng as _, rngs::StdRng};
 
     use super::*;
+    use crate::readiness::Readiness;
     use crate::{engines::Engines, peers::Peers};
 
     fn reports(streams: usize) -> Reports {
@@ -103,6 +104,7 @@ mod tests {
             router: Router::new(
                 engines,
                 Peers::none("spiffe://mesh.test/node/eu/a".parse().unwrap()),
+                Readiness::of_one(),
                 rng,
                 budget,
             ),

@@ -158,6 +158,17 @@ const SHOWN_CHARS_MAX: usize = 200;
 const MESSAGE_CHARS_MAX: usize = 600;
 
 impl Refusal {
+    /// Whether another node might have taken the call.
+    pub(crate) fn is_for_want_of_others(&self) -> bool {
+        matches!(
+            self,
+            Self::NoEngine { .. }
+                | Self::Full { .. }
+                | Self::Unusable { .. }
+                | Self::Unreadable { .. }
+        )
+    }
+
     /// Every slot is taken at engines with these loads.
     pub(crate) fn full(what: String, loads: &[Load]) -> Self {
         let drain_rate: f64 = loads.iter().map(|load| load.drain_rate).sum();

@@ -1,6 +1,6 @@
 //! Who takes the next attempt of a call, and whether there may be one.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use balance::{Place, RetryBudget, Server, Standing, choose};
 use base::{Load, clock};
@@ -12,17 +12,21 @@ use crate::{
     model::Wanted,
     offer::{Ask, Has},
     peers::{PeerCall, Peers},
+    readiness::Readiness,
     refusal::Refusal,
 };
 
 /// Attempts one call may have beyond the first.
 pub(crate) const RETRIES_MAX: u32 = 2;
+/// How often a call that waits for the node to know the mesh looks whether somebody takes it.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Chooses engines and peers for one worker's calls. Cloneable.
 #[derive(Clone, Debug)]
 pub(crate) struct Router {
     pub(crate) engines: Engines,
     pub(crate) peers: Peers,
+    pub(crate) readiness: Readiness,
     rng: Arc<Mutex<StdRng>>,
     budget: Arc<Mutex<RetryBudget>>,
 }
@@ -57,15 +61,18 @@ impl Router {
     pub(crate) fn new(
         engines: Engines,
         peers: Peers,
+        readiness: Readiness,
         rng: StdRng,
         budget: Arc<Mutex<RetryBudget>>,
     ) -> Self {
-        Self { engines, peers, rng: Arc::new(Mutex::new(rng)), budget }
+        Self { engines, peers, readiness, rng: Arc::new(Mutex::new(rng)), budget }
     }
 
-    /// Whether the model of a call decides who serves it.
+    /// Whether the model of a call decides who serves it. It may, as long as it is not known who there is.
     pub(crate) fn depends_on_model(&self) -> bool {
-        self.engines.depend_on_model() || self.peers.depend_on_model()
+        !self.readiness.is_acquainted()
+            || self.engines.depend_on_model()
+            || self.peers.depend_on_model()
     }
 
     /// A call came.
@@ -76,6 +83,22 @@ impl Router {
     /// Takes a retry out of the node's budget.
     pub(crate) fn take_retry(&self) -> bool {
         self.budget.lock().take(clock::now())
+    }
+
+    /// The same as [`Self::route`]. A node that has just started gets to know the others before it refuses for want of them.
+    pub(crate) async fn route_in_time(&self, ask: &Ask, tried: &[Place]) -> Result<Route, Refusal> {
+        loop {
+            // What is heard between the two counts.
+            let is_acquainted = self.readiness.is_acquainted();
+            match self.route(ask, tried) {
+                Err(refusal) if refusal.is_for_want_of_others() && !is_acquainted => {}
+                decided => return decided,
+            }
+            tokio::select! {
+                () = self.readiness.acquainted() => {}
+                () = tokio::time::sleep(LOOK) => {}
+            }
+        }
     }
 
     /// An engine of this node with room, else a peer with room, none of `tried`; else why not.
@@ -103,7 +126,7 @@ impl Router {
                     }
                 }
                 None => {
-                    let unknown = self.peers.board().unknown(&tried);
+                    let unknown = self.unknown(&tried);
                     // Where there are peers, that they do not let this node in says more than that they cannot be reached.
                     let is_peer = |(server, _): &(Server, Load)| {
                         matches!(server.place, Place::Peer { .. }) && !was_tried(server)
@@ -118,6 +141,11 @@ impl Router {
                 }
             }
         }
+    }
+
+    /// A peer of which nothing is known, to be tried. Those that will speak are waited for while this node starts.
+    fn unknown(&self, tried: &[Place]) -> Option<usize> {
+        self.peers.board().unknown(tried, !self.readiness.is_acquainted())
     }
 
     /// Whether peers would let this node in.
@@ -152,7 +180,7 @@ impl Router {
             .map(|(server, _)| server.free.floor())
             .sum();
         // A peer of which nothing is known is tried when nobody else has room.
-        if free >= 1.0 || self.peers.board().unknown(&[]).is_some() {
+        if free >= 1.0 || self.unknown(&[]).is_some() {
             Ok(free)
         } else {
             Err(self.refusal(ask, &servers))
@@ -210,12 +238,28 @@ mod tests {
     fn router() -> Router {
         let peers = Peers::none("spiffe://mesh.test/node/eu/a".parse().unwrap());
         let budget = Arc::new(Mutex::new(RetryBudget::new(clock::now())));
-        Router::new(Engines::new(std::iter::empty()), peers, StdRng::seed_from_u64(1), budget)
+        let readiness = Readiness::default();
+        let rng = StdRng::seed_from_u64(1);
+        Router::new(Engines::new(std::iter::empty()), peers, readiness, rng, budget)
     }
 
     fn ask() -> Ask {
         let wanted = Wanted::Model("llama".parse().unwrap());
         Ask { path: "/inference.GRPCInferenceService/ModelInfer".into(), wanted }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_has_just_started_waits_before_it_refuses() {
+        let router = router();
+        let waits = async |router: &Router| {
+            let ask = ask();
+            let routed = router.route_in_time(&ask, &[]);
+            tokio::time::timeout(Duration::from_secs(60), routed).await
+        };
+        assert!(waits(&router).await.is_err());
+        router.readiness.alone();
+        let refused = waits(&router).await;
+        assert!(matches!(&refused, Ok(Err(Refusal::NoEngine { .. }))), "{refused:?}");
     }
 
     #[test]

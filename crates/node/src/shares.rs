@@ -131,7 +131,7 @@ mod tests {
 
     /// Linked, and complete.
     fn knows(is_linked: bool, is_complete: bool) -> Acquaintance {
-        Acquaintance { is_linked, is_complete }
+        Acquaintance { is_linked, is_complete, is_current: true }
     }
 
     #[test]

@@ -170,6 +170,16 @@ impl Entry {
         self.listed.is_none() && self.card.is_none() && !self.is_legacy
     }
 
+    /// Whether it is a living member, by its own word.
+    pub(super) fn is_member(&self) -> bool {
+        self.card.is_some() && self.life == Life::Alive
+    }
+
+    /// Whether it says that it has engines.
+    pub(super) fn has_engines(&self) -> bool {
+        self.served.as_ref().is_some_and(|served| !served.descriptor.engines.is_empty())
+    }
+
     /// Whether nobody would miss it: no call is there, and no relay names it any more.
     pub(super) fn is_unused(&self, now: Instant) -> bool {
         self.in_flight == 0 && self.said.iter().all(|said| said.seen(now).is_none())

@@ -8,17 +8,19 @@ use std::{
 
 use balance::{Place, Server, Standing};
 use base::{EngineName, Load, RegionName, clock};
-use membership::{NodeId, RegionOffer, RegionView};
+use membership::{NodeId, Presence, RegionOffer, RegionView};
 
 use super::{
     board::{Board, PeerName},
     entry::{Entry, Life, load_of_region},
-    state::Region,
+    state::{Region, State},
 };
 use crate::offer::{Ask, Has, Offer};
 
 /// Peers metrics name; the rest are one.
 const NAMED_MAX: usize = 256;
+/// A node listens to all others of its region while they are few, and else to so many of each model.
+const HEARD_MANY: usize = 32;
 
 /// What metrics say of a peer.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -46,6 +48,8 @@ pub(crate) struct Acquaintance {
     pub(crate) is_linked: bool,
     /// What each member of the region serves is known.
     pub(crate) is_complete: bool,
+    /// How pressed those with engines are is known, of as many as this node listens to, and what other regions have.
+    pub(crate) is_current: bool,
 }
 
 impl Board {
@@ -167,8 +171,9 @@ impl Board {
     }
 
     /// The listed peers of which nothing is known, for when nobody known can take a call: one whose breaker allows it if any
-    /// does, rather one that cannot be heard than one that is silent, and of those the one with fewest of our calls.
-    pub(crate) fn unknown(&self, tried: &[Place]) -> Option<usize> {
+    /// does, rather one that cannot be heard than one that is silent, and of those the one with fewest of our calls. Those that
+    /// can be heard only if not `is_new`: they will speak.
+    pub(crate) fn unknown(&self, tried: &[Place], is_new: bool) -> Option<usize> {
         let state = self.state.lock();
         let now = clock::now();
         let was_tried = |place: usize| {
@@ -177,7 +182,9 @@ impl Board {
         let unknown = (0..self.listed).filter_map(|place| {
             let entry = state.get(place)?;
             let has_gossip = entry.listed?.has_gossip;
-            (!was_tried(place) && entry.is_unknown(now)).then_some((place, has_gossip, entry))
+            let will_speak = is_new && has_gossip;
+            (!will_speak && !was_tried(place) && entry.is_unknown(now))
+                .then_some((place, has_gossip, entry))
         });
         let order = |&(_, has_gossip, entry): &(usize, bool, &Entry)| {
             let is_down = has_gossip && entry.life == Life::Down;
@@ -221,13 +228,27 @@ impl Board {
         let state = self.state.lock();
         let is_linked = state.all().any(|(_, entry)| entry.is_linked == Some(true));
         let is_silent = |entry: &Entry| {
-            entry.name.region == self.own.region
-                && entry.card.is_some()
-                && entry.life == Life::Alive
-                && entry.served.is_none()
+            entry.name.region == self.own.region && entry.is_member() && entry.served.is_none()
         };
         let is_complete = !state.all().any(|(_, entry)| is_silent(entry));
-        Acquaintance { is_linked, is_complete }
+        let is_current = self.is_current(&state);
+        Acquaintance { is_linked, is_complete, is_current }
+    }
+
+    fn is_current(&self, state: &State) -> bool {
+        let now = clock::now();
+        let (mut heard, mut silent, mut far) = (0, 0, BTreeMap::<_, bool>::new());
+        for (_, entry) in state.all().filter(|(_, entry)| entry.is_member()) {
+            let region = &entry.name.region;
+            let is_heard = entry.view.presence(now) != Presence::Unknown;
+            if *region != self.own.region {
+                let is_known = is_heard || state.regions.contains_key(region);
+                *far.entry(region).or_default() |= is_known;
+            } else if entry.has_engines() {
+                *(if is_heard { &mut heard } else { &mut silent }) += 1;
+            }
+        }
+        far.into_values().all(|is_known| is_known) && (silent == 0 || heard >= HEARD_MANY)
     }
 }
 

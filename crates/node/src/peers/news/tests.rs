@@ -125,8 +125,9 @@ fn region(region: &str, sampled: Instant, free: u32, candidates: Vec<Candidate>)
 #[test]
 fn a_listed_peer_is_tried_until_it_is_heard_and_keeps_the_address_it_is_listed_with() {
     let board = Board::of_test(&["b", "c"]);
-    assert_eq!(board.unknown(&[]), Some(0));
-    assert_eq!(board.unknown(&[Place::Peer { node: 0, engine: None }]), Some(1));
+    assert_eq!(board.unknown(&[], true), None, "it will speak");
+    assert_eq!(board.unknown(&[], false), Some(0));
+    assert_eq!(board.unknown(&[Place::Peer { node: 0, engine: None }], false), Some(1));
     assert!(board.may_serve(&ask()) && board.has_undescribed());
     let b = id(&board, "b", "us");
     board.apply(&card(&board, "b", "us", 1, "elsewhere.test:1"));
@@ -134,7 +135,7 @@ fn a_listed_peer_is_tried_until_it_is_heard_and_keeps_the_address_it_is_listed_w
     board.apply(&Event::Reachable { id: b, is: true });
     board.apply(&described(b, descriptor(&["llama"], None)));
     board.apply(&Event::Load { id: b, frame: Box::new(load(4, 1)), rtt: RTT });
-    assert_eq!(board.unknown(&[]), Some(1));
+    assert_eq!(board.unknown(&[], false), Some(1));
     assert_eq!(place(&servers(&board)[0]), (0, Some(0)));
     assert!(board.has_models());
 }
@@ -146,9 +147,9 @@ fn a_listed_peer_that_speaks_before_it_says_what_it_serves_is_still_tried() {
     board.apply(&card(&board, "a", "us", 1, "a.test:8444"));
     board.apply(&Event::Reachable { id, is: true });
     board.apply(&Event::Load { id, frame: Box::new(load(4, 1)), rtt: RTT });
-    assert_eq!((servers(&board), board.unknown(&[])), (vec![], Some(0)));
+    assert_eq!((servers(&board), board.unknown(&[], false)), (vec![], Some(0)));
     board.apply(&described(id, descriptor(&["llama"], None)));
-    assert_eq!((servers(&board).len(), board.unknown(&[])), (1, None));
+    assert_eq!((servers(&board).len(), board.unknown(&[], false)), (1, None));
 }
 
 #[test]
@@ -199,7 +200,7 @@ fn a_forgotten_peer_that_is_listed_is_unknown_again_and_its_calls_in_progress_do
     let begun = board.began(place, way, engine, &ask(), now).unwrap();
     let at = super::super::board::At { place, generation: begun.generation };
     board.apply(&Event::Forgotten(b));
-    assert_eq!(board.unknown(&[]), Some(0));
+    assert_eq!(board.unknown(&[], false), Some(0));
     let begun = board.began(place, way, None, &ask(), now).unwrap();
     assert_ne!(begun.generation, at.generation);
     let over = super::super::board::Over { at, engine, began: now, counted: true };
@@ -333,6 +334,47 @@ fn a_node_of_version_1_is_greeted_by_its_process_and_needs_no_card() {
     // Its clock went back.
     board.apply(&Event::Legacy { peer, epoch: 0 });
     assert!(servers(&board).is_empty());
+}
+
+#[test]
+fn a_node_knows_how_pressed_others_are_once_it_has_heard_of_each_engine_and_region() {
+    let board = Board::of_test(&[]);
+    let is_current = || board.acquaintance().is_current;
+    assert!(is_current(), "there is nobody");
+    board.apply(&card(&board, "b", "eu", 1, "b.test:1"));
+    let b = id(&board, "b", "eu");
+    board.apply(&described(b, descriptor(&["llama"], None)));
+    assert!(!is_current());
+    board.apply(&Event::Reachable { id: b, is: true });
+    board.apply(&Event::Load { id: b, frame: Box::new(load(4, 1)), rtt: RTT });
+    assert!(is_current());
+    board.apply(&card(&board, "c", "us", 1, "c.test:1"));
+    assert!(!is_current());
+    board.apply(&region("us", clock::now(), 0, vec![]));
+    assert!(is_current());
+    // One that is gone says nothing any more.
+    board.apply(&card(&board, "d", "eu", 1, "d.test:1"));
+    let d = id(&board, "d", "eu");
+    board.apply(&described(d, descriptor(&["llama"], None)));
+    assert!(!is_current());
+    board.apply(&Event::Down { id: d, left: false });
+    assert!(is_current());
+}
+
+#[test]
+fn of_a_large_region_a_node_hears_some_only() {
+    let board = Board::of_test(&[]);
+    for number in 0..65 {
+        let name = format!("n{number}");
+        board.apply(&card(&board, &name, "eu", 1, "n.test:1"));
+        board.apply(&described(id(&board, &name, "eu"), descriptor(&["llama"], None)));
+    }
+    for number in 0..32 {
+        assert!(!board.acquaintance().is_current, "{number} of 32");
+        let id = id(&board, &format!("n{number}"), "eu");
+        board.apply(&Event::Load { id, frame: Box::new(load(4, 1)), rtt: RTT });
+    }
+    assert!(board.acquaintance().is_current);
 }
 
 #[test]
