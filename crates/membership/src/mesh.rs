@@ -282,7 +282,6 @@ impl<J: Judge> Mesh<J> {
     }
 
     fn round(&mut self, now: Instant) {
-        self.acquit(now);
         self.rounds += 1;
         self.tend_links(now);
         self.tend_seeds(now);

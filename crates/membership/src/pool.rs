@@ -235,6 +235,14 @@ impl Members {
         drop(self.foca.announce(to, &mut self.wanted));
     }
 
+    /// A packet by which this node tells a member that it is suspected.
+    pub(crate) fn warning(&self, to: Pair, incarnation: u16) -> Vec<u8> {
+        let (src, src_incarnation) = (self.own(), self.incarnation);
+        let header = foca::Header { src, src_incarnation, dst: to, message: Message::Gossip };
+        let updates = vec![Member::new(to, incarnation, State::Suspect)];
+        Packet { header, updates }.write()
+    }
+
     /// This node has a new card.
     pub(crate) fn rename(&mut self, own: Pair) {
         if self.foca.change_identity(own, &mut self.wanted).is_err() {

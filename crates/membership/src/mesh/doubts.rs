@@ -7,9 +7,9 @@ use std::{
 
 use foca::{Member, State};
 
-use super::Mesh;
+use super::{Mesh, Way};
 use crate::{
-    Judge, NodeId, Pair, Pool,
+    Frame, Judge, NodeId, Pair, Pool,
     pool::{Seen, suspect_for},
     timers::Due,
 };
@@ -24,8 +24,6 @@ const REFUTE_MIN: Duration = Duration::from_millis(1500);
 const ALONE: Duration = Duration::from_secs(30);
 /// Who has heard somebody so recently is not cut off.
 const COMPANY: Duration = Duration::from_secs(3);
-/// Who was heard so recently is not dead.
-const JUST: Duration = Duration::from_secs(1);
 /// The news that a suspected node is down, or lives, may be missed: somebody who stays suspected is looked after this often.
 const OPEN: Duration = Duration::from_secs(5);
 /// Deaths, suspicions and misses remembered.
@@ -261,22 +259,14 @@ impl<J: Judge> Mesh<J> {
         self.timers.set(now + OPEN, Due::Doubt(pool, id));
     }
 
-    /// Who is suspected and was just heard lives, for this node at least: it may never have heard of the suspicion, and nobody tells it
-    /// for ever. The others judge by what they hear themselves.
-    pub(super) fn acquit(&mut self, now: Instant) {
-        for pool in [Pool::Region, Pool::Relays] {
-            let Some(members) = self.members(pool) else { continue };
-            let heard = self.links.up.iter().filter(|(_, link)| now < link.heard + JUST);
-            let lives = heard.filter_map(|(id, _)| {
-                let seen = members.seen(*id).filter(|seen| seen.state == State::Suspect)?;
-                let is_ours = self.doubts.suspicions.contains_key(&(pool, *id));
-                let next = seen.incarnation.checked_add(1).filter(|_| !is_ours)?;
-                Some(Member::new(seen.pair(*id), next, State::Alive))
-            });
-            for update in lives.collect::<Vec<_>>() {
-                self.call(now, pool, update, false);
-            }
-        }
+    /// Tells `id` that it is suspected, if this node can: it knows best whether it lives, and its own word convinces everybody.
+    pub(super) fn warn(&mut self, now: Instant, pool: Pool, id: NodeId, seen: Seen) {
+        let is_linked = self.links.get(id).is_some_and(|link| !link.is_legacy());
+        let Some(members) = self.members(pool).filter(|_| is_linked && !self.is_leaving) else {
+            return;
+        };
+        let packet = members.warning(seen.pair(id), seen.incarnation);
+        self.say(now, id, &Frame::Swim(pool, packet), Way::Stream);
     }
 
     /// Whether this node hears nobody of a pool, although there are several.

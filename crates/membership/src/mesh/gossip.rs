@@ -350,6 +350,7 @@ impl<J: Judge> Mesh<J> {
         let suspected = |seen: Option<Seen>| seen.is_some_and(|s| s.state == State::Suspect);
         if let Some(seen) = after.filter(|seen| seen.state == State::Suspect) {
             self.watch(now, pool, id, seen);
+            self.warn(now, pool, id, seen);
         }
         if self.pool_of_node(id) != pool {
             return;

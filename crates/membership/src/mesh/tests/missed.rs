@@ -115,3 +115,23 @@ fn whoever_stays_suspected_is_looked_after() {
     let after = down.expect("it is down in the end") - start;
     assert!(after > 3 * S && after < 15 * S, "{after:?}");
 }
+
+/// It knows best. Nobody else says that it lives: one who has died would be said to live by whoever heard it last.
+#[test]
+fn whoever_is_suspected_is_told_so_by_those_it_is_linked_with_and_answers_for_itself() {
+    let mut world = grown(6);
+    let (third, state) = (world.id(3), |world: &World, at: usize| {
+        let seen = *world.mesh(at).region.seen(world.id(3)).unwrap();
+        (seen.state, seen.incarnation)
+    });
+    let mesh = world.nodes[0].mesh.as_mut().unwrap();
+    let pair = mesh.region.seen(third).unwrap().pair(third);
+    mesh.region.apply(Member::new(pair, 0, State::Suspect), false);
+    mesh.settle(world.now, Pool::Region);
+    assert_eq!(state(&world, 0), (State::Suspect, 0));
+    world.run(S);
+    assert!([0, 1, 2, 4, 5].iter().all(|at| state(&world, *at) == (State::Alive, 1)));
+    world.kill(3);
+    world.run(2 * S);
+    assert!([0, 1, 2, 4, 5].iter().all(|at| state(&world, *at) == (State::Suspect, 1)));
+}
