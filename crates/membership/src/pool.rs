@@ -237,9 +237,17 @@ impl Members {
 
     /// A packet by which this node tells a member that it is suspected.
     pub(crate) fn warning(&self, to: Pair, incarnation: u16) -> Vec<u8> {
+        self.gossip(to, vec![Member::new(to, incarnation, State::Suspect)])
+    }
+
+    /// A packet by which this node tells a member that it lives itself.
+    pub(crate) fn word(&self, to: Pair) -> Vec<u8> {
+        self.gossip(to, Vec::new())
+    }
+
+    fn gossip(&self, to: Pair, updates: Vec<Member<Pair>>) -> Vec<u8> {
         let (src, src_incarnation) = (self.own(), self.incarnation);
         let header = foca::Header { src, src_incarnation, dst: to, message: Message::Gossip };
-        let updates = vec![Member::new(to, incarnation, State::Suspect)];
         Packet { header, updates }.write()
     }
 

@@ -1,7 +1,7 @@
 //! Who may be dead: own evidence, suspicions that stand for a while, and deaths only one node speaks of.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
@@ -26,6 +26,8 @@ const ALONE: Duration = Duration::from_secs(30);
 const COMPANY: Duration = Duration::from_secs(3);
 /// The news that a suspected node is down, or lives, may be missed: somebody who stays suspected is looked after this often.
 const OPEN: Duration = Duration::from_secs(5);
+/// A suspected node is not told so more often.
+const WARN: Duration = Duration::from_secs(1);
 /// Deaths, suspicions and misses remembered.
 const DOUBTS_MAX: usize = 4096;
 
@@ -35,6 +37,8 @@ pub(super) struct Doubts {
     suspicions: BTreeMap<(Pool, NodeId), Suspicion>,
     /// Who is suspected, by anybody: looked after until that is over.
     open: BTreeMap<(Pool, NodeId), Open>,
+    /// Of those, who is to be told.
+    unwarned: BTreeSet<(Pool, NodeId)>,
     /// Who was called down by one node only, which, and when.
     held: BTreeMap<(Pool, NodeId), (NodeId, Instant)>,
     /// Who could not be reached, and when.
@@ -57,6 +61,8 @@ struct Open {
     pair: Pair,
     incarnation: u16,
     since: Instant,
+    /// When the node was last told of it by this one.
+    warned: Option<Instant>,
 }
 
 impl Doubts {
@@ -223,9 +229,11 @@ impl<J: Judge> Mesh<J> {
 
     /// `id` is suspected, by whomever: it is not forgotten.
     pub(super) fn watch(&mut self, now: Instant, pool: Pool, id: NodeId, seen: Seen) {
-        let open = Open { pair: seen.pair(id), incarnation: seen.incarnation, since: now };
+        let (pair, incarnation) = (seen.pair(id), seen.incarnation);
+        self.doubts.unwarned.insert((pool, id));
+        let open = Open { pair, incarnation, since: now, warned: None };
         if let Some(before) = self.doubts.open.get_mut(&(pool, id)) {
-            *before = open;
+            *before = Open { warned: before.warned, ..open };
         } else if self.doubts.open.len() < DOUBTS_MAX {
             self.doubts.open.insert((pool, id), open);
             self.timers.set(now + suspect_for(pool) + OPEN, Due::Doubt(pool, id));
@@ -240,15 +248,13 @@ impl<J: Judge> Mesh<J> {
             self.doubts.open.remove(&(pool, id));
             return;
         };
-        let Open { pair, incarnation, since } = open;
+        let Open { pair, incarnation, since, .. } = open;
         let stands = (seen.pair(id), seen.incarnation) == (pair, incarnation);
         let is_old = now >= since + suspect_for(pool) + OPEN;
         let is_unreached = self.doubts.unreached.get(&id).is_some_and(|at| *at >= since);
         if self.links.is_up(id) {
             // Its own word, if it gave it, was missed.
-            if let Some(next) = seen.incarnation.checked_add(1) {
-                self.call(now, pool, Member::new(seen.pair(id), next, State::Alive), false);
-            }
+            self.warn(now, pool, id);
         } else if !self.is_leaving {
             if stands && is_old && is_unreached {
                 self.suspect(now, pool, pair, incarnation, now);
@@ -259,13 +265,29 @@ impl<J: Judge> Mesh<J> {
         self.timers.set(now + OPEN, Due::Doubt(pool, id));
     }
 
-    /// Tells `id` that it is suspected, if this node can: it knows best whether it lives, and its own word convinces everybody.
-    pub(super) fn warn(&mut self, now: Instant, pool: Pool, id: NodeId, seen: Seen) {
+    /// Tells those that are suspected anew so, as far as this node can. They know best whether they live, and their own word
+    /// convinces everybody.
+    pub(super) fn warn_all(&mut self, now: Instant) {
+        for (pool, id) in std::mem::take(&mut self.doubts.unwarned) {
+            self.warn(now, pool, id);
+        }
+    }
+
+    fn warn(&mut self, now: Instant, pool: Pool, id: NodeId) {
         let is_linked = self.links.get(id).is_some_and(|link| !link.is_legacy());
         let Some(members) = self.members(pool).filter(|_| is_linked && !self.is_leaving) else {
             return;
         };
+        let seen = members.seen(id).filter(|seen| seen.state == State::Suspect);
+        let open = self.doubts.open.get(&(pool, id));
+        let Some((seen, open)) = seen.zip(open) else { return };
+        if open.warned.is_some_and(|at| now < at + WARN) {
+            return;
+        }
         let packet = members.warning(seen.pair(id), seen.incarnation);
+        if let Some(open) = self.doubts.open.get_mut(&(pool, id)) {
+            open.warned = Some(now);
+        }
         self.say(now, id, &Frame::Swim(pool, packet), Way::Stream);
     }
 

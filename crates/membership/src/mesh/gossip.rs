@@ -25,6 +25,8 @@ const INCARNATION_MAX: u16 = 128;
 const HEARD: Duration = Duration::from_secs(2);
 /// Links drawn by chance, before all are looked at.
 const DRAWS: usize = 4;
+/// Others who are told at once that a suspicion is refuted; they pass it on.
+const TOLD: usize = 3;
 /// Relays taken from one region.
 const RELAYS_OF_REGION_MAX: usize = 8;
 
@@ -63,11 +65,28 @@ impl<J: Judge> Mesh<J> {
         if is_empty && !members.is_news(&said) && members.is_active(from) {
             return;
         }
+        let is_suspected = packet.updates.iter().any(|update| *update.id() == members.own());
+        let before = members.incarnation();
         members.receive(&packet);
+        let is_new = members.incarnation() > before;
         if has_left {
             members.leaves(from);
         }
         self.settle(now, pool);
+        if is_suspected {
+            self.answer(now, pool, packet.header.src, is_new);
+        }
+    }
+
+    /// Says to who suspects this node that it lives, and to some others if that is news.
+    fn answer(&mut self, now: Instant, pool: Pool, to: Pair, is_new: bool) {
+        let others = if is_new { TOLD } else { 0 };
+        let others: Vec<_> = (0..others).filter_map(|_| self.somebody(pool)).collect();
+        for to in [to].into_iter().chain(others) {
+            let Some(members) = self.members(pool) else { return };
+            let frame = Frame::Swim(pool, members.word(to));
+            self.say(now, to.id, &frame, Way::Stream);
+        }
     }
 
     /// Who takes this node for a relay although it is none is told so.
@@ -152,8 +171,13 @@ impl<J: Judge> Mesh<J> {
             self.cards.get(*other).map(|card| &card.region) == region
         };
         match pool {
-            Pool::Region => !members.is_full(),
-            Pool::Relays => members.all().filter(is_of_region).count() < RELAYS_OF_REGION_MAX,
+            _ if members.is_full() => false,
+            Pool::Region => true,
+            // Those that are none any more take no place.
+            Pool::Relays => {
+                let active = members.all().filter(|(_, seen)| seen.is_active());
+                active.filter(is_of_region).count() < RELAYS_OF_REGION_MAX
+            }
         }
     }
 
@@ -337,6 +361,7 @@ impl<J: Judge> Mesh<J> {
         for (to, packet) in wanted.sends {
             self.carry(now, pool, to, packet);
         }
+        self.warn_all(now);
         if is_worn {
             self.want_card(now);
         }
@@ -350,7 +375,6 @@ impl<J: Judge> Mesh<J> {
         let suspected = |seen: Option<Seen>| seen.is_some_and(|s| s.state == State::Suspect);
         if let Some(seen) = after.filter(|seen| seen.state == State::Suspect) {
             self.watch(now, pool, id, seen);
-            self.warn(now, pool, id, seen);
         }
         if self.pool_of_node(id) != pool {
             return;

@@ -198,7 +198,7 @@ impl<J: Judge> Mesh<J> {
 
     /// Whether this node has been told of others, and none of them is of its region.
     fn is_alone(&self, now: Instant) -> bool {
-        let is_old = |link: &Link| now >= link.since + INTRODUCED;
+        let is_old = |link: &Link| !link.is_legacy() && now >= link.since + INTRODUCED;
         self.links.up.values().any(is_old)
             && self.cards.all().all(|card| card.region != self.own.region)
     }
