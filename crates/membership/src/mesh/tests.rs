@@ -607,6 +607,23 @@ fn whichever_relay_dies_its_region_is_never_out_of_sight() {
 }
 
 #[test]
+fn a_region_may_lose_more_relays_than_it_has_places_for() {
+    let mut world = World::new(3);
+    world.add("us/u0");
+    for i in 0..3 {
+        world.add(&format!("eu/e{i}"));
+    }
+    world.run(20 * S);
+    for lost in 1..12 {
+        world.add(&format!("eu/e{}", lost + 2));
+        world.run(5 * S);
+        world.kill(lost);
+        world.run(25 * S);
+    }
+    assert_eq!(world.mesh(0).relay.as_ref().unwrap().active(), 3);
+}
+
+#[test]
 fn who_is_alone_in_its_region_soon_hears_of_others() {
     let mut took = Vec::new();
     for seed in 0..20 {

@@ -136,3 +136,33 @@ fn whoever_is_suspected_is_told_so_by_those_it_is_linked_with_and_answers_for_it
     world.run(2 * S);
     assert!([0, 1, 2, 4, 5].iter().all(|at| state(&world, *at) == (State::Suspect, 1)));
 }
+
+#[test]
+fn whoever_is_suspected_again_and_again_is_told_once_a_second() {
+    let mut world = grown(4);
+    let (start, third) = (world.now, world.id(3));
+    let mesh = world.nodes[0].mesh.as_mut().unwrap();
+    let pair = mesh.region.seen(third).unwrap().pair(third);
+    let told = |mesh: &mut Mesh<Toy>, now: Instant, incarnations: std::ops::Range<u16>| {
+        for incarnation in incarnations {
+            mesh.region.apply(Member::new(pair, incarnation, State::Suspect), false);
+            mesh.settle(now, Pool::Region);
+        }
+        let sent = std::iter::from_fn(|| mesh.poll_output());
+        let said = sent.filter_map(|output| match output {
+            Output::Send { to, bytes, .. } if to == third => decode(&bytes).ok(),
+            _ => None,
+        });
+        let warns = |packet: &Packet| {
+            packet.updates == [Member::new(pair, 0, State::Suspect)]
+                || packet.updates == [Member::new(pair, 20, State::Suspect)]
+        };
+        said.filter(|frame| {
+            matches!(frame, Frame::Swim(_, packet) if Packet::read(packet).is_ok_and(|p| warns(&p)))
+        })
+        .count()
+    };
+    assert_eq!(told(mesh, start, 0..10), 1);
+    assert_eq!(told(mesh, start + 999 * MS, 10..20), 0);
+    assert_eq!(told(mesh, start + S, 20..30), 1);
+}
