@@ -31,6 +31,17 @@ fn the_same_seed_has_the_same_outcome() {
 }
 
 #[test]
+fn large_meshes_are_simulated_as_long_as_there_is_something_to_see() {
+    let lasts = |nodes, faults| {
+        let config = Config { time: None, ..config(nodes, 10, faults, 0) };
+        config.duration().as_secs()
+    };
+    assert_eq!([lasts(LARGE, "none"), lasts(LARGE, "crash")], [90, 90]);
+    assert_eq!([lasts(LARGE + 1, "none"), lasts(LARGE + 1, "join")], [13, 13]);
+    assert_eq!([lasts(10_000, "crash"), lasts(10_000, "join,partition")], [30, 30]);
+}
+
+#[test]
 fn the_outcome_is_the_same_on_however_many_cores() {
     let config = config(80, 2, "join", 15);
     let [one, four] = [1, 4].map(|threads| {
