@@ -120,6 +120,11 @@ impl Digester {
         self.next
     }
 
+    /// It is not time yet.
+    pub(crate) fn put_off(&mut self, until: Instant) {
+        self.next = until;
+    }
+
     /// Sums up all members that are alive, this one included.
     pub(crate) fn sum<'a>(&mut self, now: Instant, members: impl IntoIterator<Item = Sample<'a>>) {
         let members: Vec<_> = members.into_iter().filter(Sample::counts).collect();

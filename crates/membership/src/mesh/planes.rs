@@ -8,7 +8,7 @@ use std::{
 
 use base::{Load, RegionName};
 
-use super::{Event, Mesh, Peer, Way, link::peer_of};
+use super::{Event, Mesh, Peer, SUMMED_EVERY, Way, link::peer_of};
 use crate::{
     Descriptor, Digest, Frame, Judge, LoadFrame, NodeId, Pool, WireError, descriptors::Arrived,
     digest::Sample, encode, links::Link, pool::Members, strikes::Offence, subscribe::Known,
@@ -22,6 +22,8 @@ const REFUSED_FOR: Duration = Duration::from_secs(30);
 const ABSURD_MIN: u32 = 1024;
 /// What is held against the owner of a descriptor.
 pub(super) const ABSURD: &str = "an engine of more slots than any can have";
+/// A relay that does not know enough to sum its region up looks again after this.
+const SOON: Duration = Duration::from_millis(50);
 /// In a region of so many everybody listens to everybody, and needs no digest of it.
 const DIGEST_ABOVE: usize = 64;
 
@@ -337,11 +339,30 @@ impl<J: Judge> Mesh<J> {
 
     /// Whether somebody wants to know what this node sums up.
     pub(super) fn sums_up(&self) -> bool {
-        self.relaying.is_relay()
-            && (!self.relaying.is_lonely() || self.region.active() >= DIGEST_ABOVE)
+        self.relaying.is_relay() && (self.has_listeners() || self.region.active() >= DIGEST_ABOVE)
+    }
+
+    /// Whether there are others in the pool of relays than those of this region.
+    fn has_listeners(&self) -> bool {
+        self.relay.as_ref().is_some_and(|relay| relay.active() >= self.relaying.ours().len())
+    }
+
+    /// Whether figures have yet to come: its own, which are taken while somebody wants to know, or a new relay's of others, which
+    /// it has asked all of them for.
+    fn is_incomplete(&self, now: Instant) -> bool {
+        let mut active = self.region.all().filter(|(_, seen)| seen.is_active());
+        self.own_figures.is_none()
+            || (self.relaying.is_new(now) && active.any(|(id, _)| !self.figures.contains_key(&id)))
     }
 
     fn digest(&mut self, now: Instant) {
+        if !self.sums_up() {
+            return self.digester.put_off(now + SUMMED_EVERY);
+        }
+        // A part is not the whole, and nobody could tell.
+        if self.is_incomplete(now) {
+            return self.digester.put_off(now + SOON);
+        }
         let age = |sampled: &Instant| now.saturating_duration_since(*sampled);
         let others = self.figures.iter().filter(|(id, _)| self.region.is_active(**id));
         let others = others.filter_map(|(id, (frame, sampled))| {

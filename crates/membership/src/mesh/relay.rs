@@ -22,6 +22,8 @@ const BECOME: Duration = Duration::from_secs(2);
 const CEASE: Duration = Duration::from_secs(10);
 /// Who knows nobody of its region after so long a link hears of other regions only as a relay: it does not wait.
 const INTRODUCED: Duration = Duration::from_millis(500);
+/// A new relay is given so long to hear from all of its region before it sums it up.
+const NEW: Duration = Duration::from_millis(1_500);
 /// Somebody else is listened to where a relay says nothing for so long: one digest is lost.
 const SILENT: Duration = Duration::from_millis(600);
 /// Relays asked to take this one into their pool at once.
@@ -36,6 +38,8 @@ pub(super) struct Relaying {
     ours: Vec<NodeId>,
     is_stale: bool,
     is_relay: bool,
+    /// When it last became one.
+    became: Option<Instant>,
     /// Since when this node is what it should not be.
     since: Option<Instant>,
     /// Pools of relays so far: timers of an older one are void.
@@ -60,6 +64,7 @@ impl Relaying {
             ours: Vec::new(),
             is_stale: true,
             is_relay: false,
+            became: None,
             since: None,
             generation: 0,
             partners: BTreeMap::new(),
@@ -85,6 +90,11 @@ impl Relaying {
 
     pub(super) fn is_relay(&self) -> bool {
         self.is_relay
+    }
+
+    /// Whether it has become a relay only just now.
+    pub(super) fn is_new(&self, now: Instant) -> bool {
+        self.became.is_some_and(|at| now < at + NEW)
     }
 
     /// Whether `id` is a relay of this region.
@@ -223,6 +233,7 @@ impl<J: Judge> Mesh<J> {
 
     fn become_relay(&mut self, now: Instant) {
         self.relaying.is_relay = true;
+        self.relaying.became = Some(now);
         self.relaying.generation = self.relaying.generation.wrapping_add(1);
         let rng = SmallRng::seed_from_u64(self.rng.random());
         self.relay = Some(Members::new(Pool::Relays, self.card.pair(), rng));

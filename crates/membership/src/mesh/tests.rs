@@ -624,6 +624,30 @@ fn a_region_may_lose_more_relays_than_it_has_places_for() {
 }
 
 #[test]
+fn the_first_word_of_a_region_is_of_all_it_has() {
+    for seed in 0..20 {
+        let mut world = World::new(seed);
+        for i in 0..1 + seed % 3 {
+            world.add(&format!("eu/n{i}"));
+        }
+        world.run(seed as u32 * 200 * MS);
+        let lone = world.add("us/n9");
+        world.run(10 * S);
+        let views = world.nodes[lone].events.iter().filter_map(|(at, event)| match event {
+            Event::Region(view) if view.region.as_str() == "eu" => Some((at, view)),
+            _ => None,
+        });
+        let views: Vec<_> = views.collect();
+        let (at, last) = views.last().unwrap();
+        let slots = |view: &RegionView| view.offers.iter().map(|o| o.slots).sum::<u32>();
+        assert!(slots(last) > 0, "{last:?}");
+        for (when, view) in &views {
+            assert_eq!(slots(view), slots(last), "seed {seed}, {:?} before", **at - **when);
+        }
+    }
+}
+
+#[test]
 fn who_is_alone_in_its_region_soon_hears_of_others() {
     let mut took = Vec::new();
     for seed in 0..20 {
