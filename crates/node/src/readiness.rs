@@ -100,7 +100,11 @@ impl Readiness {
             tokio::time::sleep(LOOK).await;
         }
         let after_ms = clock::now().saturating_duration_since(began).as_millis();
-        tracing::info!(after_ms, is_linked = first.linked.is_some(), "this node knows the mesh");
+        tracing::info!(
+            after_ms,
+            is_linked = first.linked.is_some(),
+            "this node has got to know the mesh, or waits no longer"
+        );
         self.acquainted.cancel();
     }
 }

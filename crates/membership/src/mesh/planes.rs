@@ -342,9 +342,9 @@ impl<J: Judge> Mesh<J> {
         self.relaying.is_relay() && (self.has_listeners() || self.region.active() >= DIGEST_ABOVE)
     }
 
-    /// Whether there are others in the pool of relays than those of this region.
+    /// Whether there are relays of other regions.
     fn has_listeners(&self) -> bool {
-        self.relay.as_ref().is_some_and(|relay| relay.active() >= self.relaying.ours().len())
+        self.fellows_elsewhere().next().is_some()
     }
 
     /// Whether figures have yet to come: its own, which are taken while somebody wants to know, or a new relay's of others, which
@@ -378,7 +378,7 @@ impl<J: Judge> Mesh<J> {
             age: age(sampled),
         });
         self.digester.sum(now, others.chain(own));
-        let mut receivers = self.relays_of_others();
+        let mut receivers: Vec<_> = self.fellows_elsewhere().collect();
         if self.region.active() >= DIGEST_ABOVE {
             receivers.extend(self.ordinary());
         }
@@ -390,12 +390,12 @@ impl<J: Judge> Mesh<J> {
     }
 
     /// The relays of all other regions: each knows by itself whom it listens to, and need not wait for another when one dies.
-    fn relays_of_others(&self) -> Vec<NodeId> {
-        let Some(relay) = &self.relay else { return vec![] };
-        let active = relay.all().filter(|(_, seen)| seen.is_active()).map(|(id, _)| id);
-        let is_other =
+    fn fellows_elsewhere(&self) -> impl Iterator<Item = NodeId> {
+        let all = self.relay.iter().flat_map(|relay| relay.all());
+        let active = all.filter(|(_, seen)| seen.is_active()).map(|(id, _)| id);
+        let is_elsewhere =
             |id: &NodeId| self.cards.get(*id).is_some_and(|card| card.region != self.own.region);
-        active.filter(is_other).collect()
+        active.filter(is_elsewhere)
     }
 
     /// The linked nodes of this region that are no relays.

@@ -624,6 +624,35 @@ fn a_region_may_lose_more_relays_than_it_has_places_for() {
 }
 
 #[test]
+fn a_region_whose_relays_start_anew_one_after_another_is_never_out_of_sight() {
+    let mut world = World::new(5);
+    for i in 0..6 {
+        world.add(&format!("eu/n{i}"));
+    }
+    let lone = world.add("us/n9");
+    world.run(20 * S);
+    for rank in 0..3 {
+        let relay = world.mesh(0).relaying.ours()[rank];
+        let at = (0..6).find(|at| world.id(*at) == relay).unwrap();
+        let name = format!("eu/n{at}");
+        world.input(at, Input::Leave);
+        let mut oldest = Duration::ZERO;
+        for step in 0..600 {
+            world.run(10 * MS);
+            match step {
+                30 => world.kill(at),
+                100 => drop(world.add(&name)),
+                _ => {}
+            }
+            let ages = world.mesh(lone).status(world.now).regions;
+            oldest = ages.iter().map(|(_, age)| *age).fold(oldest, Duration::max);
+        }
+        assert!(oldest < 1_200 * MS, "rank {rank}: {oldest:?}");
+        world.run(20 * S);
+    }
+}
+
+#[test]
 fn the_first_word_of_a_region_is_of_all_it_has() {
     for seed in 0..20 {
         let mut world = World::new(seed);

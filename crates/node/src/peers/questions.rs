@@ -41,7 +41,7 @@ pub(crate) struct Askable {
     pub(crate) described: (u64, u32),
 }
 
-/// How well a node knows its region.
+/// How well a node knows the mesh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Acquaintance {
     /// There is a link with somebody.
