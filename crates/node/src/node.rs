@@ -273,6 +273,8 @@ impl Node {
         {
             control.tasks.spawn(renewal::watch_client_certificate(served, files));
         }
+        let trust = plan.trust.clone();
+        control.tasks.spawn(async move { trust.judge_offers().await });
         if !is_fixed {
             control.keep_identity(&plan, config, links, found.subscribe());
         }

@@ -240,22 +240,37 @@ impl Renewer {
     /// Takes in what a SPIRE agent hands out.
     async fn watch_agent(&self, socket: Option<&str>) {
         let wanted = self.trust.identity().id().clone();
-        let take = |found: NodeIdentity| self.take_from_agent(found);
+        let (newest, newer) = watch::channel(None);
+        let take = |found: NodeIdentity| self.take_from_agent(found, &newest);
         let failed = |error: &SpireError| self.failing(&error.to_string());
-        spire::watch(socket, &wanted, take, failed).await;
+        tokio::select! {
+            () = spire::watch(socket, &wanted, take, failed) => {}
+            () = self.keep_roots(newer) => {}
+        }
     }
 
-    /// The agent keeps certificate and key; the roots are kept for clients.
-    fn take_from_agent(&self, found: NodeIdentity) {
+    fn take_from_agent(&self, found: NodeIdentity, newest: &watch::Sender<Option<NodeIdentity>>) {
         if found.is_same(&self.trust.identity().current()) {
             *self.books.failing.lock() = None;
             return;
         }
-        if let Err(error) = found.store_roots(&self.dir) {
-            tracing::warn!(%error, "the roots cannot be written down for clients");
-        }
+        newest.send_replace(Some(found.clone()));
         if let Err(why) = self.show(found) {
             self.failing(&why);
+        }
+    }
+
+    /// The agent keeps certificate and key; the roots are kept for clients, beside everything else.
+    async fn keep_roots(&self, mut newer: watch::Receiver<Option<NodeIdentity>>) {
+        while newer.changed().await.is_ok() {
+            let Some(newest) = newer.borrow_and_update().clone() else { continue };
+            let dir = self.dir.clone();
+            let stored = tokio::task::spawn_blocking(move || newest.store_roots(&dir)).await;
+            if let Err(why) =
+                stored.map_err(|e| e.to_string()).and_then(|s| s.map_err(|e| e.to_string()))
+            {
+                tracing::warn!(why, "the roots cannot be written down for clients");
+            }
         }
     }
 

@@ -16,12 +16,12 @@ use std::{
 };
 
 use base::clock;
-use identity::{Identity, IdentityError, SignedRevocations, SpiffeId};
+use identity::{Identity, IdentityError, RevocationError, SignedRevocations, SpiffeId};
 use parking_lot::Mutex;
 use prost::Message as _;
 use proto::isobar::mesh::v1::KeptRevocations;
 use rustls::pki_types::CertificateDer;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use transport::{Lease, Lessor};
 
@@ -35,6 +35,9 @@ pub(crate) struct Trust {
     /// The lists as they are handed on, the newest first. Of two authorities each may have revoked somebody the other does not
     /// know of: until one of them has put both on one list, both lists go around.
     lists: watch::Sender<Lists>,
+    /// Lists that others handed on, to be judged.
+    offers: mpsc::Sender<Offer>,
+    offered: Mutex<Option<mpsc::Receiver<Offer>>>,
     /// Where they are kept.
     kept: Option<PathBuf>,
     open: Arc<Mutex<Open>>,
@@ -45,6 +48,13 @@ pub(crate) struct Trust {
 /// Signed lists of revocations, each of which says something that the newer ones do not.
 pub(crate) type Lists = Arc<[Arc<SignedRevocations>]>;
 
+/// A list somebody handed on, and who waits for the verdict.
+type Offer = (SignedRevocations, oneshot::Sender<Result<bool, RevocationError>>);
+
+/// Lists that wait to be judged; whoever brings more waits.
+const OFFERS_MAX: usize = 16;
+/// Who hands a list on is not kept waiting for longer, for nothing else is heard of it meanwhile.
+const JUDGED_WITHIN: Duration = Duration::from_millis(500);
 /// The file of the lists, beside the node's identity.
 pub(crate) const KEPT: &str = "revocations.pb";
 /// Lists that go around at most; a mesh has a few authorities.
@@ -111,9 +121,12 @@ impl Trust {
         for list in &lists {
             identity.revoke(list.claimed(), clock::wall());
         }
+        let (offers, offered) = mpsc::channel(OFFERS_MAX);
         Self {
             identity,
             lists: watch::Sender::new(lists.into()),
+            offers,
+            offered: Mutex::new(Some(offered)),
             kept,
             open: Arc::default(),
             refused: Default::default(),
@@ -140,18 +153,48 @@ impl Trust {
         Port::ALL.into_iter().zip(&self.refused).map(|(p, n)| (p, n.load(Ordering::Relaxed)))
     }
 
-    /// Takes a list somebody handed on, if it says anything new; closes the connections of those on it. Returns whether it did.
+    /// Has a list that came over a link judged by [`Self::judge_offers`]: whoever speaks with others does not verify signatures
+    /// meanwhile. Returns whether it was taken.
     ///
     /// # Errors
     /// It is not signed by an authority of ours; nothing has changed.
-    pub(crate) fn adopt(
-        &self,
-        signed: SignedRevocations,
-    ) -> Result<bool, identity::RevocationError> {
-        let (known, now) = (self.identity.revocations(), clock::wall());
-        if signed.version() <= known.version() && known.covers(signed.claimed(), now) {
+    pub(crate) async fn offer(&self, signed: SignedRevocations) -> Result<bool, RevocationError> {
+        if self.knows(&signed) {
             return Ok(false);
         }
+        let (tell, verdict) = oneshot::channel();
+        let judged = async {
+            self.offers.send((signed, tell)).await.ok()?;
+            verdict.await.ok()
+        };
+        // Otherwise it is judged when its turn comes, and nobody is blamed for it.
+        tokio::time::timeout(JUDGED_WITHIN, judged).await.ok().flatten().unwrap_or(Ok(false))
+    }
+
+    /// Judges what is offered, one after the other, for ever.
+    pub(crate) async fn judge_offers(&self) {
+        let Some(mut offered) = self.offered.lock().take() else { return };
+        while let Some((signed, tell)) = offered.recv().await {
+            // Who offered it may be gone.
+            drop(tell.send(self.adopt(signed)));
+        }
+    }
+
+    /// Whether a list says nothing new.
+    fn knows(&self, signed: &SignedRevocations) -> bool {
+        let known = self.identity.revocations();
+        signed.version() <= known.version() && known.covers(signed.claimed(), clock::wall())
+    }
+
+    /// Takes a list, if it says anything new; closes the connections of those on it. Returns whether it did.
+    ///
+    /// # Errors
+    /// It is not signed by an authority of ours; nothing has changed.
+    pub(crate) fn adopt(&self, signed: SignedRevocations) -> Result<bool, RevocationError> {
+        if self.knows(&signed) {
+            return Ok(false);
+        }
+        let now = clock::wall();
         let current = self.identity.current();
         let list = signed.verify(current.roots(), &self.identity.id().trust_domain, now)?;
         tracing::info!(version = list.version(), members = list.len(), "a list of revocations");
@@ -398,6 +441,22 @@ mod tests {
         assert_eq!(told.borrow_and_update().len(), 1);
         drop((of_b, of_c));
         assert_eq!(trust.connections(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_hands_a_list_on_does_not_judge_it_and_does_not_wait_for_long() {
+        let mesh = Mesh::new();
+        let trust = mesh.trust();
+        let (older, newer) = (mesh.revoke("b"), mesh.revoke("c"));
+        assert!(!trust.offer(older).await.unwrap(), "nobody judges yet");
+        assert!(trust.identity().revocations().is_empty());
+        let offering = async { (trust.offer(newer.clone()).await, trust.offer(newer).await) };
+        let (first, again) = tokio::select! {
+            () = trust.judge_offers() => panic!("it judges for ever"),
+            told = offering => told,
+        };
+        assert!(first.unwrap() && !again.unwrap());
+        assert_eq!(trust.identity().revocations().len(), 2);
     }
 
     #[tokio::test]

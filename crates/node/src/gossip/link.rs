@@ -306,9 +306,9 @@ impl Common {
 
     /// The other end handed a list on. One that we cannot believe, for its root may be newer than ours, is left; whoever hands
     /// on several has something else in mind.
-    fn take(&self, signed: &[u8], disbelieved: &mut u32) -> Result<(), String> {
+    async fn take(&self, signed: &[u8], disbelieved: &mut u32) -> Result<(), String> {
         let signed = SignedRevocations::decode(signed).map_err(|error| error.to_string())?;
-        let Err(error) = self.trust.adopt(signed) else { return Ok(()) };
+        let Err(error) = self.trust.offer(signed).await else { return Ok(()) };
         tracing::warn!(%error, "a list of revocations is not believed");
         *disbelieved += 1;
         if *disbelieved < DISBELIEVED_MAX { Ok(()) } else { Err(error.to_string()) }
@@ -398,7 +398,7 @@ impl Working<'_> {
             if bytes.first() == Some(&REVOCATIONS)
                 && let Ok(Frame::Revocations(signed)) = decode(&bytes)
             {
-                match self.common.take(&signed, &mut disbelieved) {
+                match self.common.take(&signed, &mut disbelieved).await {
                     Ok(()) => continue,
                     Err(why) => return Ok(why),
                 }

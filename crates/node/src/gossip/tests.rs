@@ -103,6 +103,8 @@ impl World {
         let (prepared, mesh) = gossip.prepare().unwrap();
         let (stop, mut tasks) = (CancellationToken::new(), JoinSet::new());
         tasks.spawn(prepared.run(stop.clone()));
+        let judging = trust.clone();
+        tasks.spawn(async move { judging.judge_offers().await });
         Running { mesh, board, trust, address, draining, stop, tasks }
     }
 }
