@@ -269,22 +269,22 @@ impl Connection {
     }
 
     /// While calls are in flight: asks for an ACK now and then, because a quiet call is not an idle connection; gives the
-    /// connection up when nothing comes; gives up calls nobody reads when they hold what the other calls need.
+    /// connection up when nothing comes; gives up calls nobody reads when they hold what the other calls need. When the calls have
+    /// ended and nothing came meanwhile, it goes on until something does: else calls that are given up sooner than a connection
+    /// would keep a dead one for ever.
     async fn run_upkeep(&self) {
         let tick = self.limits.ping_interval.min(self.unread.interval());
         let mut pinged = base::clock::now();
         let mut received = 0;
         let mut silent_for = Duration::ZERO;
         loop {
-            while self.in_flight() == 0 {
+            while self.in_flight() == 0 && (silent_for.is_zero() || self.limits.silence.is_none()) {
                 silent_for = Duration::ZERO;
                 self.busy.notified().await;
             }
             tokio::time::sleep(tick).await;
             let now = base::clock::now();
-            if self.in_flight() > 0
-                && now.saturating_duration_since(pinged) >= self.limits.ping_interval
-            {
+            if now.saturating_duration_since(pinged) >= self.limits.ping_interval {
                 pinged = now;
                 // A peer that takes none owes us credit, and an ACK, anyway.
                 self.say(&frame::ping()).await;

@@ -78,6 +78,23 @@ impl Relay {
 }
 
 #[tokio::test]
+async fn a_dead_connection_is_given_up_although_its_calls_were_before() {
+    let world = World::new(Way::H3, echo());
+    let relay = Relay::new(world.address).await;
+    let tls = crate::PeerTls::new(world.client_tls());
+    let target = crate::Target::peer("b", relay.address.to_string().parse().unwrap(), tls);
+    let channel = world.pool.channel(target);
+    drop(soon(channel.send(request("/p.S/M", full("x")))).await.unwrap());
+    relay.cut();
+    let call = || channel.send(request("/p.S/M", full("x")));
+    assert!(tokio::time::timeout(Duration::from_millis(250), call()).await.is_err());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    // The next one is not sent there: nobody can be dialled.
+    let error = soon(call()).await.unwrap_err();
+    assert!(!matches!(error, TransportError::Silent(_)), "{error}");
+}
+
+#[tokio::test]
 async fn a_connection_on_which_nothing_comes_is_given_up_within_seconds() {
     let world = World::new(Way::H3, echo());
     let relay = Relay::new(world.address).await;
