@@ -274,6 +274,8 @@ impl Connection {
     /// would keep a dead one for ever.
     async fn run_upkeep(&self) {
         let tick = self.limits.ping_interval.min(self.unread.interval());
+        // Short beside a call that is given up, so that its silence is seen.
+        let tick = self.limits.silence.map_or(tick, |silence| tick.min(silence / 8));
         let mut pinged = base::clock::now();
         let mut received = 0;
         let mut silent_for = Duration::ZERO;
