@@ -58,7 +58,7 @@ def wait_for(what, check, timeout=LONG):
 
 
 def wait_for_peers(node, *peers):
-    """Waits until `node` knows how pressed each of `peers` is, and that it does."""
+    """Waits until `node` knows how pressed each of `peers` is, and is ready."""
     names = [f'isobar_peer_present{{peer="{p.name}",region="{p.region}"}}' for p in peers]
     wait_for("load of the peers", lambda: all(node.metric(name) == 1 for name in names))
     wait_for("its readiness", lambda: node.get("/readyz") == (200, "ok\n"))

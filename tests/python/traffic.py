@@ -36,10 +36,12 @@ class Ended:
 class Traffic(Process):
     """Calls to nodes until `finish`.
 
-    Each flow is a dict: `kind` ("unary", "stream", "answer", "infer", or "fresh": each over a new connection), `target` (host:port, or several with commas between
-    them: calls are spread over them), `ca` (a file; without it there is no TLS) and `rate` (per second; of streams: how many in
-    all). Answers have so many `messages`, one every `delay_ms`. Unary calls are reported under `label`, if there is one, instead
-    of their kind. `enter` is a command that starts another one elsewhere.
+    Each flow is a dict: `kind` ("unary", "stream", "answer", "infer", or "fresh": each over a new
+    connection), `target` (host:port, or several with commas between them: calls are spread over
+    them), `ca` (a file; without it there is no TLS) and `rate` (per second; of streams: how many in
+    all). Answers have so many `messages`, one every `delay_ms`. Unary calls are reported under
+    `label`, if there is one, instead of their kind. `enter` is a command that starts another one
+    elsewhere.
     """
 
     def __init__(

@@ -77,13 +77,19 @@ impl Relay {
     }
 }
 
-#[tokio::test]
-async fn a_dead_connection_is_given_up_although_its_calls_were_before() {
-    let world = World::new(Way::H3, echo());
+/// A channel that leads through a relay.
+async fn through_relay(world: &World) -> (Relay, crate::Channel) {
     let relay = Relay::new(world.address).await;
     let tls = crate::PeerTls::new(world.client_tls());
     let target = crate::Target::peer("b", relay.address.to_string().parse().unwrap(), tls);
     let channel = world.pool.channel(target);
+    (relay, channel)
+}
+
+#[tokio::test]
+async fn a_dead_connection_is_given_up_although_its_calls_were_before() {
+    let world = World::new(Way::H3, echo());
+    let (relay, channel) = through_relay(&world).await;
     drop(soon(channel.send(request("/p.S/M", full("x")))).await.unwrap());
     relay.cut();
     let call = || channel.send(request("/p.S/M", full("x")));
@@ -97,10 +103,7 @@ async fn a_dead_connection_is_given_up_although_its_calls_were_before() {
 #[tokio::test]
 async fn a_connection_on_which_nothing_comes_is_given_up_within_seconds() {
     let world = World::new(Way::H3, echo());
-    let relay = Relay::new(world.address).await;
-    let tls = crate::PeerTls::new(world.client_tls());
-    let target = crate::Target::peer("b", relay.address.to_string().parse().unwrap(), tls);
-    let channel = world.pool.channel(target);
+    let (relay, channel) = through_relay(&world).await;
     let (_feed, body) = fed();
     let mut streaming = soon(channel.send(request("/p.S/Bidi", body))).await.unwrap().into_body();
     relay.cut();
