@@ -153,10 +153,9 @@ fn whoever_is_suspected_again_and_again_is_told_once_a_second() {
             Output::Send { to, bytes, .. } if to == third => decode(&bytes).ok(),
             _ => None,
         });
-        let warns = |packet: &Packet| {
-            packet.updates == [Member::new(pair, 0, State::Suspect)]
-                || packet.updates == [Member::new(pair, 20, State::Suspect)]
-        };
+        let is_doubt =
+            |update: &Member<crate::Pair>| *update.id() == pair && update.state() == State::Suspect;
+        let warns = |packet: &Packet| packet.updates.iter().any(is_doubt);
         said.filter(|frame| {
             matches!(frame, Frame::Swim(_, packet) if Packet::read(packet).is_ok_and(|p| warns(&p)))
         })
