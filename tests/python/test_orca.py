@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from nodes import BINARY, LONG, Node, SimEngine, text_input, wait_for, wait_for_peers
+from nodes import BINARY, LONG, ROOT, Node, SimEngine, text_input, wait_for, wait_for_peers
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from xds.data.orca.v3 import orca_load_report_pb2
 from xds.service.orca.v3 import orca_pb2, orca_pb2_grpc
@@ -94,16 +94,22 @@ def stream(stub, tokens):
     assert len(list(call)) == tokens
 
 
-def trailer(node, tokens):
-    """The report in the trailers of such an answer: gRPC's own libraries keep it to themselves."""
-    at = ["call", node.clients, "--ca", node.ca, "--json"]
+def ended(node, tokens, *flags):
+    """Exit code and trailers of such a call: gRPC's own libraries keep the report in them to themselves."""
+    at = ["call", node.clients, "--ca", node.ca, "--json", *flags]
     method = "inference.GRPCInferenceService/ModelStreamInfer"
     done = subprocess.run(
         [BINARY, *at, method, "-d", json.dumps(text_input("hello", tokens))],
         capture_output=True, text=True, timeout=LONG,
     )
-    assert done.returncode == 0, done.stderr
-    [encoded] = json.loads(done.stdout)["calls"][0]["trailers"]["endpoint-load-metrics-bin"]
+    return done.returncode, json.loads(done.stdout)["calls"][0]["trailers"]
+
+
+def trailer(node, tokens):
+    """The report in the trailers of such a call."""
+    code, trailers = ended(node, tokens)
+    assert code == 0
+    [encoded] = trailers["endpoint-load-metrics-bin"]
     padded = encoded + "=" * (-len(encoded) % 4)
     return orca_load_report_pb2.OrcaLoadReport.FromString(base64.b64decode(padded))
 
@@ -176,3 +182,9 @@ def test_a_node_tells_peers_of_its_own_engines_and_strangers_nothing(pair):
         known = stub.StreamCoreMetrics(asked(1), timeout=LONG, metadata=[("x-api-key", key)])
         assert next(known).application_utilization == 0
         known.cancel()
+    # A refusal says as much to who is known, and no more than why to who is not.
+    proto = ("--proto", ROOT / "proto/inference/grpc_service.proto", "-I", ROOT / "proto")
+    for flags, may_know in ((proto, False), ((*proto, "-H", f"x-api-key: {key}"), True)):
+        code, trailers = ended(c, 3, *flags)
+        assert code == 1
+        assert ("endpoint-load-metrics-bin" in trailers) == may_know, trailers

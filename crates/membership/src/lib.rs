@@ -24,6 +24,7 @@ mod wire;
 
 pub use card::{Card, Disbelief, Facts, Judge, Judged};
 pub use id::{NodeId, Pair};
+pub use links::LINKS_MAX;
 pub use mesh::{
     Candidate, Event, Input, Liveness, MemberStatus, Mesh, Output, Own, Peer, RegionOffer,
     RegionView, Seed, Status, Target, Transport, Way,

@@ -11,8 +11,10 @@ use rand::{RngExt as _, rngs::SmallRng};
 
 use crate::{Descriptor, NodeId, Peer, Pool, Seed, Target, Transport, strikes::Rate};
 
-/// Links an ordinary node has at most; those nobody needs make room.
-pub(crate) const LINKS_MAX: usize = 320;
+/// Links at most: those of a relay, which is linked with every node of its region, and some that others want.
+pub const LINKS_MAX: usize = 2_048;
+/// Links an ordinary node has at most, unless it needs more; those nobody needs make room.
+pub(crate) const ORDINARY_MAX: usize = 320;
 /// A link nobody needs, on which nothing goes, is closed after this.
 pub(crate) const IDLE: Duration = Duration::from_secs(30);
 /// Dials in progress at once.

@@ -45,8 +45,6 @@ pub(crate) use self::{
     thread::Thread,
 };
 
-/// Links at most: those the machine wants, and some that others do.
-const LINKS_MAX: usize = 384;
 /// What links have said and was not taken in yet; they wait when it is full.
 const NEWS_MAX: usize = 512;
 /// Questions for people that wait.

@@ -99,7 +99,9 @@ impl OnEnd for Held {
             }
             None => {}
         }
-        trailers.insert(orca::REPORT, self.parts.report());
+        if self.record.is_known() {
+            trailers.insert(orca::REPORT, self.parts.report());
+        }
     }
 
     fn ended(&mut self, end: End<'_>) {
@@ -129,7 +131,8 @@ impl Ingress {
             Err(answer) => (answer.into_reply(&parts.who, &mut record), None, None),
         };
         let served_by = reply.headers().get(hop::SERVED_BY).cloned();
-        if grpc::status_code(reply.headers()).is_some() {
+        // Strangers learn nothing of what stands here.
+        if record.is_known() && grpc::status_code(reply.headers()).is_some() {
             reply.headers_mut().insert(orca::REPORT, parts.report());
         }
         let held = Held { parts: parts.clone(), record, served, served_by };

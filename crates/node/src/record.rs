@@ -109,6 +109,7 @@ pub(crate) struct Record {
     began: Instant,
     answered: Option<Instant>,
     retries: u32,
+    known: bool,
     ended: bool,
     line: Option<Line>,
 }
@@ -156,6 +157,7 @@ impl Record {
             began: clock::now(),
             answered: None,
             retries: 0,
+            known: false,
             ended: false,
             line,
         }
@@ -163,9 +165,15 @@ impl Record {
 
     /// The call is made on behalf of `tenant`.
     pub(crate) fn tenant(&mut self, tenant: &TenantName) {
+        self.known = true;
         if let Some(line) = &mut self.line {
             line.tenant = Some(tenant.clone());
         }
+    }
+
+    /// Whether it is known on whose behalf the call is made.
+    pub(crate) fn is_known(&self) -> bool {
+        self.known
     }
 
     /// The call asks for `model`.

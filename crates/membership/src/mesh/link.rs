@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::{Event, Mesh, Output, Peer, Target, Transport, Way, card::Taken, planes::ABSURD};
 use crate::{
     Card, Frame, Hello, Judge, NodeId, Pool,
-    links::{Begin, IDLE, LINKS_MAX, Link, backoff},
+    links::{Begin, IDLE, Link, ORDINARY_MAX, backoff},
     pool::Members,
     strikes::Offence,
 };
@@ -343,7 +343,7 @@ impl<J: Judge> Mesh<J> {
         let excess = if self.relaying.is_relay() {
             0
         } else {
-            self.links.up.len().saturating_sub(LINKS_MAX)
+            self.links.up.len().saturating_sub(ORDINARY_MAX)
         };
         let idle = free.iter().take_while(|(used, _)| now >= *used + IDLE).count();
         for (_, id) in free.into_iter().take(idle.max(excess)) {

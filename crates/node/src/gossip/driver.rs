@@ -11,8 +11,8 @@ use base::clock;
 use bytes::Bytes;
 use identity::NodeIdentity;
 use membership::{
-    Event, Frame, Hello, Input, Mesh, NodeId, Output, Pair, Peer, Pool, Seed, Transport, Way,
-    encode,
+    Event, Frame, Hello, Input, LINKS_MAX, Mesh, NodeId, Output, Pair, Peer, Pool, Seed, Transport,
+    Way, encode,
 };
 use tokio::{
     sync::{Semaphore, mpsc, watch},
@@ -24,7 +24,7 @@ use transport::Links;
 use crate::{peers::Board, seeds::Found};
 
 use super::{
-    LINKS_MAX, NodeJudge, StatusAsk, Voice,
+    NodeJudge, StatusAsk, Voice,
     dial::Dial,
     kept,
     link::{Answer, Common, News, Reins, SUPERSEDED, Up},

@@ -5,7 +5,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use futures_util::FutureExt as _;
-use membership::{Hello, Peer};
+use membership::{Hello, LINKS_MAX, Peer};
 use tokio::{sync::oneshot, task::JoinSet};
 use transport::{Incoming, Link, Links};
 
@@ -15,10 +15,7 @@ use crate::{
     trust::Port as TrustPort,
 };
 
-use super::{
-    LINKS_MAX,
-    link::{Common, News},
-};
+use super::link::{Common, News};
 
 /// Handshakes in progress at most, and above how many the other end must first prove its address.
 const HANDSHAKES_MAX: usize = 64;

@@ -12,7 +12,6 @@ use membership::{
 use rand::{Rng as _, RngExt as _};
 
 use super::{
-    load::SLOTS,
     network::{MS, Nanos},
     world::{What, World},
 };
@@ -200,7 +199,7 @@ fn false_offers() -> Vec<RegionOffer> {
             model: Some("model-0".parse().ok()?),
             protocol: "kserve-v2".to_owned(),
             free: 1 << 20,
-            slots: SLOTS,
+            slots: 1 << 20,
             drain_rate: 1e6,
             wait: (Duration::ZERO, Duration::ZERO),
             kv_free: Some(1.0),

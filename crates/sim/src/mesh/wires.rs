@@ -1,9 +1,11 @@
 //! Links are dialled, end, and carry frames: what the sockets of `node` do for the machine, in the world of the simulation.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
-use membership::{DATAGRAM_BYTES_MAX, Input, NodeId, STREAM_BYTES_MAX, Target, Transport, Way};
+use membership::{
+    DATAGRAM_BYTES_MAX, Input, LINKS_MAX, NodeId, STREAM_BYTES_MAX, Target, Transport, Way,
+};
 
 use super::{
     links::{End, HANDSHAKE_BYTES, IDLE, KEEP_ALIVE, KEEP_ALIVE_BYTES, LinkRef},
@@ -113,6 +115,14 @@ impl World {
         });
         if doubled {
             return self.dial_failed(dial, "doubled: there is a link already");
+        }
+        for (at, other) in [(host, nodes[1]), (to, nodes[0])] {
+            let is_full = |links: &BTreeMap<u32, LinkRef>| {
+                links.len() >= LINKS_MAX && !links.contains_key(&other)
+            };
+            if self.process(at).is_some_and(|process| is_full(&process.links)) {
+                return self.dial_failed(dial, "too many links");
+            }
         }
         let Some(hello) = self.guarded(host, |mesh, _| mesh.hello()) else { return };
         let Some(other_hello) = self.guarded(to, |mesh, _| mesh.hello()) else { return };

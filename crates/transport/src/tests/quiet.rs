@@ -14,7 +14,7 @@ use http::Response;
 use http_body::Frame;
 use tokio::{
     io::AsyncReadExt as _,
-    net::UdpSocket,
+    net::{TcpListener, TcpStream, UdpSocket},
     sync::{Notify, mpsc},
 };
 use tonic::Code as Grpc;
@@ -101,6 +101,53 @@ async fn a_dead_connection_is_given_up_although_its_calls_were_before() {
 }
 
 #[tokio::test]
+async fn a_dead_http2_connection_is_given_up_although_each_of_its_calls_was_before() {
+    let world = World::new(Way::H2, echo());
+    let front = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let relay = front.local_addr().unwrap();
+    let cut = Arc::new(AtomicBool::new(false));
+    let (opened, mut opens) = mpsc::unbounded_channel();
+    let (server, is_cut) = (world.address, cut.clone());
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        loop {
+            let (mut client, _) = front.accept().await.unwrap();
+            opened.send(()).unwrap();
+            if is_cut.load(Ordering::Relaxed) {
+                held.push(client);
+                continue;
+            }
+            let is_cut = is_cut.clone();
+            tokio::spawn(async move {
+                let mut server = TcpStream::connect(server).await.unwrap();
+                let cut = async {
+                    while !is_cut.load(Ordering::Relaxed) {
+                        tokio::time::sleep(Duration::from_millis(5)).await;
+                    }
+                };
+                tokio::select! {
+                    _ = tokio::io::copy_bidirectional(&mut client, &mut server) => {}
+                    () = cut => std::future::pending().await,
+                }
+            });
+        }
+    });
+    let channel = world.pool.channel(world.at("b", relay));
+    let call = || channel.send(request("/p.S/M", full("x")));
+    drop(soon(call()).await.unwrap());
+    assert_eq!(opens.recv().await, Some(()));
+    cut.store(true, Ordering::Relaxed);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    soon(async {
+        while opens.try_recv().is_err() {
+            let reply = tokio::time::timeout(Duration::from_millis(250), call()).await;
+            assert!(!matches!(reply, Ok(Ok(_))));
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_connection_on_which_nothing_comes_is_given_up_within_seconds() {
     let world = World::new(Way::H3, echo());
     let (relay, channel) = through_relay(&world).await;
@@ -171,11 +218,11 @@ async fn a_tcp_connection_that_says_nothing_is_closed_and_delays_no_drain() {
     for way in [Way::H2c, Way::H2] {
         let limits = Limits { handshake_timeout: Duration::from_millis(300), ..Limits::clients() };
         let world = World::with(way, limits, Limits::peers(), echo());
-        let mut silent = tokio::net::TcpStream::connect(world.address).await.unwrap();
+        let mut silent = TcpStream::connect(world.address).await.unwrap();
         assert_eq!(soon(silent.read(&mut [0; 16])).await.unwrap(), 0, "{way:?}");
 
         let world = World::new(way, echo());
-        let mut silent = tokio::net::TcpStream::connect(world.address).await.unwrap();
+        let mut silent = TcpStream::connect(world.address).await.unwrap();
         // The server has accepted it once it has answered a later one.
         collect(
             soon(world.channel().send(request("/p.S/M", full("x")))).await.unwrap().into_body(),
