@@ -25,7 +25,7 @@ ECDSA_P256_SHA256 = 0x0403
 REGION, RELAYS = mesh_pb.POOL_REGION, mesh_pb.POOL_RELAYS
 
 # Kinds of packets, and states of members.
-PING, ACK, GOSSIP_KIND = 1, 2, 9
+PING, ACK, ANNOUNCE, GOSSIP_KIND = 1, 2, 7, 9
 ALIVE, SUSPECT, DOWN = 1, 2, 3
 UPDATES_MAX = 36
 
@@ -55,6 +55,11 @@ def packet(kind: int, src: Pair, dst: Pair, updates=(), number=0, incarnation=0)
     header = bytes([kind, number]) + src.write() + struct.pack(">H", incarnation) + dst.write()
     said = [pair.write() + struct.pack(">HB", count, state) for pair, count, state in updates]
     return header + struct.pack(">H", len(said)) + b"".join(said)
+
+
+def announce(src: Pair, dst: Pair) -> bytes:
+    """What asks to be a member; it has no place for updates."""
+    return packet(ANNOUNCE, src, dst)[:-2]
 
 
 def sign(card: bytes, credentials: Credentials, chain=None):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from byzantine import (
-    ALIVE, DOWN, GOSSIP_KIND, PING, RELAYS, SUSPECT, Double, Pair, bogus, frame, gossip, node_id,
+    ALIVE, DOWN, GOSSIP_KIND, PING, RELAYS, SUSPECT, Double, Pair, announce, bogus, frame, gossip, node_id,
     packet, sign, swim,
 )
 from meshes import Meshes, done
@@ -422,8 +422,20 @@ def test_a_relay_that_lies_about_others_draws_no_call_that_fails(honest):
     """A million free slots in us, to be had from somebody else at an address where nobody is. The relay is not named: what
     others have it knows from them, and one of them may have lied to it alone."""
     double = honest.double(region="us")
+
+    def free_in_us(name):
+        models = [region["models"] for region in honest.status(name).said["regions"] if region["region"] == "us"]
+        return {model["free"] for model in itertools.chain(*models)}
+
+    def is_heard():
+        enter = lambda line, _: [swim(announce(double.pair, line.pair), RELAYS), digest(double, "us", 4, node="c")]
+        tell(double, enter, gap_s=0.3)
+        return any(4 in free_in_us(name) for name in "ab")
+
+    wait_for("what it says to count", is_heard, 30)
     since = time.monotonic()
     tell(double, lambda *_: [digest(double, "us", 1_000_000, node="c")], times=16, gap_s=0.5)
+    assert not any(1_000_000 in free_in_us(name) for name in "ab")
     calls = honest.traffic.calls(since)
     served = {call.served_by for call in calls if call.code == "OK"}
     assert "b.eu/service-b" in served, "what is near is not forgotten for what is promised"

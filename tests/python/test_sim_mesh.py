@@ -3,7 +3,7 @@
 import json
 import subprocess
 
-from nodes import BINARY, LONG
+from nodes import BINARY, DEMO_BINARY, LONG
 
 FIGURES = {
     "load_age_p50_ms", "load_age_p99_ms", "digest_age_p99_ms", "detect_p50_s", "detect_p99_s", "false_downs",
@@ -11,9 +11,9 @@ FIGURES = {
 }
 
 
-def sim_mesh(*options):
-    command = [BINARY, "sim", "mesh", *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=LONG)
+def sim_mesh(*options, binary=BINARY, timeout=LONG):
+    command = [binary, "sim", "mesh", *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
 def test_a_small_mesh_prints_its_figures_and_the_same_again():
@@ -26,6 +26,20 @@ def test_a_small_mesh_prints_its_figures_and_the_same_again():
     assert said["false_downs"] == 0 and said["panics"] == 0
     assert 0 < said["load_age_p50_ms"] <= said["load_age_p99_ms"]
     assert 0 < said["detect_p50_s"] <= said["detect_p99_s"]
+
+
+def test_a_region_may_be_larger_than_anybody_is_linked_with_but_its_relays():
+    """What only large meshes have: subscriptions to a sample, a region's own digest, probes that are rare."""
+    options = ("--nodes", 450, "--seed", 1, "--seconds", 40, "--fault", "crash", "--json")
+    done = sim_mesh(*options, binary=DEMO_BINARY, timeout=10 * LONG)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["false_downs"] == said["false_quarantines"] == said["undetected"] == 0
+    assert said["load_age_p99_ms"] <= 250
+    assert said["own_digest_age_p99_ms"] <= 600
+    assert said["digest_error_p99_percent"] <= 5, "relays know all of the region"
+    assert said["detect_p99_s"] <= 7
+    assert said["bytes_per_s_per_node"] <= 60_000
 
 
 def test_what_makes_no_sense_is_a_mistake_of_the_caller():

@@ -339,7 +339,7 @@ impl<J: Judge> Mesh<J> {
 
     /// Whether somebody wants to know what this node sums up.
     pub(super) fn sums_up(&self) -> bool {
-        self.relaying.is_relay() && (self.has_listeners() || self.region.active() >= DIGEST_ABOVE)
+        self.relaying.is_relay() && (self.has_listeners() || self.is_summed_up())
     }
 
     /// Whether there are relays of other regions.
@@ -379,7 +379,7 @@ impl<J: Judge> Mesh<J> {
         });
         self.digester.sum(now, others.chain(own));
         let mut receivers: Vec<_> = self.fellows_elsewhere().collect();
-        if self.region.active() >= DIGEST_ABOVE {
+        if self.is_summed_up() {
             receivers.extend(self.ordinary());
         }
         for to in receivers.into_iter().filter(|id| self.links.is_up(*id)).collect::<Vec<_>>() {
@@ -396,6 +396,11 @@ impl<J: Judge> Mesh<J> {
         let is_elsewhere =
             |id: &NodeId| self.cards.get(*id).is_some_and(|card| card.region != self.own.region);
         active.filter(is_elsewhere)
+    }
+
+    /// Whether this region is so large that its own nodes hear of it by its relays.
+    fn is_summed_up(&self) -> bool {
+        self.region.active() >= DIGEST_ABOVE
     }
 
     /// The linked nodes of this region that are no relays.
@@ -429,7 +434,8 @@ impl<J: Judge> Mesh<J> {
                 self.strike(now, from, Offence::Lie, why);
             }
             None if is_of_region => {
-                if self.relaying.is_of_ours(from) {
+                // Where everybody hears everybody, a relay that says it nevertheless would be the only one to say so.
+                if self.is_summed_up() && self.relaying.is_of_ours(from) {
                     self.regions.take(now, from, digest, one_way);
                 }
             }

@@ -18,6 +18,7 @@ fn passes(config: &Config) -> Report {
 
 fn heals(config: &Config) -> Report {
     let report = passes(config);
+    assert_eq!(report.false_downs, 0, "{report:#?}");
     assert!(report.convergence_after_heal_s.is_some_and(|took| took <= 30.0), "{report:#?}");
     report
 }
@@ -130,8 +131,9 @@ fn a_partition_heals() {
 #[test]
 fn liars_are_found_out_and_nobody_else() {
     let report = passes(&config(24, 2, "byzantine", 45));
-    assert!(report.quarantines > 0, "{report:#?}");
-    assert_eq!(report.false_quarantines, 0, "{report:#?}");
+    assert!(report.quarantines > 20, "{report:#?}");
+    assert_eq!((report.false_quarantines, report.false_downs), (0, 0), "{report:#?}");
+    assert!(report.digest_error_p99_percent.unwrap() < 10.0, "{report:#?}");
 }
 
 #[test]

@@ -251,6 +251,18 @@ fn a_relay_that_speaks_of_others_is_not_named_for_what_they_may_have_told_it() {
 }
 
 #[test]
+fn a_small_region_goes_by_what_its_nodes_say_and_not_by_what_one_relay_says_of_them() {
+    let mut world = mesh_of(3);
+    world.run(5 * S);
+    assert!(world.mesh(0).relaying.is_of_ours(world.id(1)));
+    insist(&mut world, 5, |world, round| {
+        let candidates = vec![candidate("nobody", 1_000_000)];
+        Frame::Digest(digest(world, round, 1_000_000, candidates))
+    });
+    assert!(world.when(0, |event| matches!(event, Event::Region(_))).is_none());
+}
+
+#[test]
 fn a_digest_of_which_a_part_is_more_than_all_is_a_lie() {
     let mut world = two_regions();
     let took = insist(&mut world, 5, |world, round| {
