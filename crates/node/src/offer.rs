@@ -27,6 +27,13 @@ impl Ask {
         path.split_once('/').map_or(path, |(service, _)| service)
     }
 
+    /// The offer of an engine with the one model the call asks for; `None`: it asks for none, or not by name.
+    pub(crate) fn named(&self) -> Option<Offer> {
+        let Wanted::Model(model) = &self.wanted else { return None };
+        let is_kserve = self.path.starts_with(KSERVE_SERVICE);
+        is_kserve.then(|| Offer { protocol: Protocol::KserveV2, models: vec![model.clone()] })
+    }
+
     /// The call in words, for messages.
     pub(crate) fn what(&self) -> String {
         match &self.wanted {
@@ -37,7 +44,7 @@ impl Ask {
 }
 
 /// What one engine serves.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Offer {
     pub(crate) protocol: Protocol,
     /// Empty: it is sent any.

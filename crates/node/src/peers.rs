@@ -2,6 +2,7 @@
 
 mod board;
 mod entry;
+mod hearsay;
 mod news;
 mod questions;
 mod state;

@@ -13,17 +13,12 @@ use base::{ASSUMED_SLOTS, EngineName, Load};
 use http::uri::Authority;
 use membership::{Candidate, Descriptor, Figures, NodeId, Presence, RegionOffer, Seen, View};
 
-use super::PeerName;
+use super::{PeerName, hearsay::Hearsay};
 use crate::offer::{Ask, Offer};
 
-/// What a relay says of a node counts in full for so long, then less and less, and nothing after that.
-const SAID_FULL_UNTIL: Duration = Duration::from_secs(1);
-const SAID_GONE_AT: Duration = Duration::from_secs(3);
 /// A relay may name a node for so long after the node was last heard: it counts only when it is that much newer than what this
 /// node saw of the node by itself.
 const SAID_LATE_BY: Duration = Duration::from_secs(5);
-/// Engines that relays speak of are numbered from here, those of descriptors below.
-const SAID_FROM: usize = 1 << 16;
 
 /// What is known of one other node.
 #[derive(Debug)]
@@ -49,8 +44,7 @@ pub(super) struct Entry {
     doubted: Option<Instant>,
     pub(super) view: View,
     pub(super) served: Option<Arc<Served>>,
-    said: Vec<Said>,
-    said_next: usize,
+    hearsay: Hearsay,
     pub(super) breaker: Breaker,
     /// Calls of this node in progress there.
     pub(super) in_flight: u32,
@@ -119,21 +113,6 @@ impl Served {
     }
 }
 
-/// What relays say of a node's room for one model.
-#[derive(Debug)]
-struct Said {
-    number: usize,
-    offer: Offer,
-    figures: Figures,
-}
-
-impl Said {
-    fn seen(&self, now: Instant) -> Option<Seen> {
-        let seen = self.figures.seen(now, SAID_FULL_UNTIL, SAID_GONE_AT);
-        (seen.confidence > 0.0).then_some(seen)
-    }
-}
-
 impl Entry {
     pub(super) fn new(id: NodeId, name: PeerName, generation: u64) -> Self {
         Self {
@@ -151,8 +130,7 @@ impl Entry {
             doubted: None,
             view: View::default(),
             served: None,
-            said: Vec::new(),
-            said_next: SAID_FROM,
+            hearsay: Hearsay::default(),
             breaker: Breaker::default(),
             in_flight: 0,
         }
@@ -182,7 +160,7 @@ impl Entry {
 
     /// Whether nobody would miss it: no call is there, and no relay names it any more.
     pub(super) fn is_unused(&self, now: Instant) -> bool {
-        self.in_flight == 0 && self.said.iter().all(|said| said.seen(now).is_none())
+        self.in_flight == 0 && self.hearsay.newest(now).is_none()
     }
 
     /// A link with it works.
@@ -203,24 +181,20 @@ impl Entry {
         self.doubted = Some(now);
     }
 
-    /// A relay named it among those that have room.
+    /// A relay named it among those that have room. Returns whether there is more to remember; `may_grow`: there may be.
     pub(super) fn hear(
         &mut self,
-        offer: &Offer,
-        of_region: &RegionOffer,
+        (offer, of_region): &(Offer, RegionOffer),
         candidate: &Candidate,
         sampled: Instant,
-        now: Instant,
-    ) {
-        self.said.retain(|said| said.seen(now).is_some());
-        let load = load_of(of_region, candidate);
-        if let Some(said) = self.said.iter_mut().find(|said| said.offer == *offer) {
-            said.figures.sampled_at(sampled, Duration::ZERO, load);
-        } else {
-            let figures = Figures::new(load, sampled);
-            self.said.push(Said { number: self.said_next, offer: offer.clone(), figures });
-            self.said_next += 1;
-        }
+        may_grow: bool,
+    ) -> bool {
+        self.hearsay.hear(offer, load_of(of_region, candidate), sampled, may_grow)
+    }
+
+    /// Clears away what relays said too long ago. Returns how much is left.
+    pub(super) fn sweep(&mut self, now: Instant) -> usize {
+        self.hearsay.sweep(now)
     }
 
     /// Whether this node should leave it alone, whatever is known of its room.
@@ -232,17 +206,13 @@ impl Entry {
     fn goes_by_hearsay(&self, now: Instant) -> bool {
         let speaks = matches!(self.view.presence(now), Presence::Present | Presence::Draining);
         let is_banned = self.quarantined.is_some_and(|until| now < until);
-        !speaks && self.life == Life::Alive && !is_banned && self.hearsay(now).next().is_some()
+        let is_told = self.hearsay.newest(now).is_some_and(|at| Some(at) >= self.counts_since());
+        is_told && !speaks && self.life == Life::Alive && !is_banned
     }
 
-    /// What relays say that is newer than what this node saw.
-    fn hearsay(&self, now: Instant) -> impl Iterator<Item = (&Said, Seen)> {
-        let last = self.doubted.max(self.view.heard());
-        let counts = move |said: &Said| {
-            last.is_none_or(|last| said.figures.sampled() >= last + SAID_LATE_BY)
-        };
-        let current = move |said| Some((said, Said::seen(said, now)?));
-        self.said.iter().filter(move |said| counts(said)).filter_map(current)
+    /// What relays say must be so much newer than what this node saw.
+    fn counts_since(&self) -> Option<Instant> {
+        self.doubted.max(self.view.heard()).map(|last| last + SAID_LATE_BY)
     }
 
     /// Whether its engine with this load may be sent calls.
@@ -296,9 +266,8 @@ impl Entry {
         }
         if self.goes_by_hearsay(now) {
             let standing = self.standing_by_hearsay(now);
-            for (said, seen) in self.hearsay(now) {
-                let Some(fit) = said.offer.fit(ask, &[]) else { continue };
-                hand(said.number, fit, standing, seen);
+            for room in self.hearsay.room(ask, self.counts_since(), now) {
+                hand(room.number, room.fit, standing, room.seen);
             }
             return;
         }
@@ -325,9 +294,7 @@ impl Entry {
     /// The load of each of its engines, as far as it takes calls.
     pub(super) fn loads(&self, now: Instant) -> Vec<Load> {
         if self.goes_by_hearsay(now) {
-            // One engine may serve many models, and is told of once for each.
-            let most = self.hearsay(now).map(|(_, seen)| seen.load).max_by_key(|load| load.slots);
-            return most.into_iter().collect();
+            return self.hearsay.largest(now).into_iter().collect();
         }
         if self.view.presence(now) != Presence::Present || self.is_out() {
             return Vec::new();
@@ -364,16 +331,15 @@ impl Entry {
         let described = described
             .filter(|(_, offer, services)| offer.fit(ask, services).is_some())
             .map(|(engine, ..)| engine);
-        let said = self.said.iter().filter(|said| said.offer.fit(ask, &[]).is_some());
-        described.chain(said.map(|said| said.number)).collect()
+        described.chain(self.hearsay.numbers(ask)).collect()
     }
 
     /// What is known of one engine.
     pub(super) fn figures(&mut self, engine: usize) -> Option<&mut Figures> {
-        if engine < SAID_FROM {
-            return self.view.figures(engine);
+        if Hearsay::is_numbered(engine) {
+            return self.hearsay.figures(engine);
         }
-        self.said.iter_mut().find(|said| said.number == engine).map(|said| &mut said.figures)
+        self.view.figures(engine)
     }
 
     /// The engine called `name`, and what is known of it.

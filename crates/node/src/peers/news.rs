@@ -9,6 +9,7 @@ use base::clock;
 use http::uri::Authority;
 use inference::Protocol;
 use membership::{Card, Descriptor, Event, LoadFrame, NodeId, Presence, RegionOffer, RegionView};
+use parking_lot::MutexGuard;
 
 use super::{
     board::{Board, PeerName},
@@ -19,6 +20,8 @@ use crate::offer::Offer;
 
 /// Regions of which anything is known. Further ones are left out.
 const REGIONS_MAX: usize = 256;
+/// Offers of a region that are taken in while calls wait.
+const AT_ONCE: usize = 32;
 
 impl Board {
     /// Takes in what membership says.
@@ -125,9 +128,30 @@ impl Board {
         if offers.iter().any(|(offer, _)| !offer.models.is_empty()) {
             self.has_models.store(true, Ordering::Relaxed);
         }
+        self.state.lock().sweep(now);
+        for few in offers.chunks(AT_ONCE) {
+            let mut state = self.state.lock();
+            self.heard_of(&mut state, view, few, now);
+            // Whoever has a call to route goes first.
+            MutexGuard::unlock_fair(state);
+        }
         let mut state = self.state.lock();
-        for (offer, of_region) in &offers {
-            for candidate in &of_region.candidates {
+        if state.regions.contains_key(&view.region) || state.regions.len() < REGIONS_MAX {
+            let region = Region { sampled: view.sampled, offers };
+            state.regions.insert(view.region.clone(), region);
+        }
+    }
+
+    /// Relays name nodes that have room.
+    fn heard_of(
+        &self,
+        state: &mut State,
+        view: &RegionView,
+        offers: &[(Offer, RegionOffer)],
+        now: Instant,
+    ) {
+        for offer in offers {
+            for candidate in &offer.1.candidates {
                 let node = candidate.node.clone();
                 let name = PeerName { node, region: view.region.clone() };
                 let id = self.id(&name);
@@ -136,7 +160,6 @@ impl Board {
                     continue;
                 }
                 let Some((place, entry)) = state.entry(id, &name, now) else { continue };
-                entry.hear(offer, of_region, candidate, view.sampled, now);
                 let leads = entry.is_heard_of() || entry.address.is_none();
                 state.routable.insert(place);
                 if is_new {
@@ -145,11 +168,8 @@ impl Board {
                 if leads {
                     state.lead(place, address(&candidate.peers));
                 }
+                state.hear(place, offer, candidate, view.sampled);
             }
-        }
-        if state.regions.contains_key(&view.region) || state.regions.len() < REGIONS_MAX {
-            let region = Region { sampled: view.sampled, offers };
-            state.regions.insert(view.region.clone(), region);
         }
     }
 

@@ -8,7 +8,7 @@ use std::{
 
 use base::RegionName;
 use http::uri::Authority;
-use membership::{Descriptor, NodeId, RegionOffer};
+use membership::{Candidate, Descriptor, NodeId, RegionOffer};
 
 use super::{
     board::{At, PeerName},
@@ -20,6 +20,9 @@ use crate::offer::Offer;
 const HEARD_OF_MAX: usize = 256;
 /// Nodes on the board at all; membership keeps to fewer members.
 const ENTRIES_MAX: usize = 18_000;
+/// What relays say of nodes, model by model: what is more is left out. What is too old is cleared away this often.
+const HEARSAY_MAX: usize = 32_768;
+const HEARSAY_SWEPT_EVERY: Duration = Duration::from_secs(1);
 /// A place stays empty for so long: nobody who was told of it before takes the next for the one before.
 const PLACE_RESTS: Duration = Duration::from_secs(30);
 /// What a region was said to have is not what it has any more after this.
@@ -41,6 +44,9 @@ pub(super) struct State {
     /// What nodes serve, by where their descriptor is in memory: many have the same.
     served: BTreeMap<usize, Weak<Served>>,
     pub(super) regions: BTreeMap<RegionName, Region>,
+    /// What relays say of nodes, at most: some of it may be gone since it was last cleared away.
+    hearsay: usize,
+    hearsay_swept: Option<Instant>,
 }
 
 /// What a region has.
@@ -141,6 +147,28 @@ impl State {
         let served = Arc::new(Served::new(descriptor.clone()));
         self.served.insert(address, Arc::downgrade(&served));
         served
+    }
+
+    /// A relay named a node, the one at `place`, among those that have room.
+    pub(super) fn hear(
+        &mut self,
+        place: usize,
+        offer: &(Offer, RegionOffer),
+        candidate: &Candidate,
+        sampled: Instant,
+    ) {
+        let may_grow = self.hearsay < HEARSAY_MAX;
+        let Some(entry) = self.get_mut(place) else { return };
+        let grew = entry.hear(offer, candidate, sampled, may_grow);
+        self.hearsay += usize::from(grew);
+    }
+
+    /// Clears away what relays said too long ago, now and then.
+    pub(super) fn sweep(&mut self, now: Instant) {
+        if self.hearsay_swept.is_none_or(|last| now >= last + HEARSAY_SWEPT_EVERY) {
+            self.hearsay_swept = Some(now);
+            self.hearsay = self.entries.iter_mut().flatten().map(|entry| entry.sweep(now)).sum();
+        }
     }
 
     /// Room for one more of which relays alone speak.

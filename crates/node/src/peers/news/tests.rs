@@ -108,8 +108,12 @@ fn candidate(node: &str, free: u32) -> Candidate {
 }
 
 fn region(region: &str, sampled: Instant, free: u32, candidates: Vec<Candidate>) -> Event {
-    let offer = RegionOffer {
-        model: Some("llama".parse().unwrap()),
+    region_of(region, sampled, vec![offer("llama", free, candidates)])
+}
+
+fn offer(model: &str, free: u32, candidates: Vec<Candidate>) -> RegionOffer {
+    RegionOffer {
+        model: Some(model.parse().unwrap()),
         protocol: "kserve-v2".into(),
         free,
         slots: 128,
@@ -117,9 +121,35 @@ fn region(region: &str, sampled: Instant, free: u32, candidates: Vec<Candidate>)
         wait: (Duration::ZERO, Duration::ZERO),
         kv_free: None,
         candidates,
-    };
+    }
+}
+
+fn region_of(region: &str, sampled: Instant, offers: Vec<RegionOffer>) -> Event {
     let region: RegionName = region.parse().unwrap();
-    Event::Region(Arc::new(RegionView { region, sampled, offers: vec![offer] }))
+    Event::Region(Arc::new(RegionView { region, sampled, offers }))
+}
+
+#[test]
+fn what_relays_say_of_thousands_of_models_is_remembered_up_to_a_bound() {
+    let board = Board::of_test(&[]);
+    let now = clock::now();
+    for round in 0..10 {
+        let candidates: Vec<_> = (0..8).map(|n| candidate(&format!("c-{round}-{n}"), 8)).collect();
+        let offers = (0..1_000).map(|m| offer(&format!("m-{round}-{m}"), 64, candidates.clone()));
+        board.apply(&region_of("eu", now, offers.collect()));
+    }
+    let ask = |model: &str| Ask {
+        path: "/inference.GRPCInferenceService/ModelInfer".to_owned(),
+        wanted: Wanted::Model(model.parse().unwrap()),
+    };
+    assert_eq!(board.servers(&ask("m-0-1")).len(), 8);
+    assert_eq!(board.servers(&ask("m-0-999")).len(), 0, "a node is named for no more than 512");
+    assert_eq!(board.servers(&ask("m-9-1")).len(), 0, "nor are all together for more than 32,768");
+    // What is not said again makes room.
+    let later = now + Duration::from_secs(4);
+    board.state.lock().sweep(later);
+    board.apply(&region_of("eu", later, vec![offer("m-9-1", 64, vec![candidate("d", 8)])]));
+    assert_eq!(board.servers(&ask("m-9-1")).len(), 1);
 }
 
 #[test]
