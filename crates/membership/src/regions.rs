@@ -126,12 +126,13 @@ impl Regions {
         if !voice.wants(count, digest.part) {
             return false;
         }
-        let offers = digest.offers.into_iter().map(|offer| Offer::new(offer, &mut self.keys));
+        let offers = digest.offers.into_iter().map(|offer| Offer::new(offer, &self.keys));
         let offers: Vec<_> = offers.collect();
         let bytes = offers.iter().map(Offer::bytes).sum::<usize>();
         if bytes > PART_BYTES_MAX {
             return false;
         }
+        self.keys.extend(offers.iter().map(|offer| Arc::clone(&offer.key)));
         self.bytes += bytes;
         if voice.part(count, sampled, digest.part, offers) {
             region.changed.get_or_insert(now);
@@ -321,13 +322,9 @@ impl Voice {
 
 impl Offer {
     #[expect(clippy::cast_possible_truncation, reason = "figures lose digits nobody reads")]
-    fn new(offer: RegionOffer, keys: &mut BTreeSet<Arc<Key>>) -> Self {
+    fn new(offer: RegionOffer, keys: &BTreeSet<Arc<Key>>) -> Self {
         let key = Key { model: offer.model, protocol: offer.protocol };
-        let key = keys.get(&key).cloned().unwrap_or_else(|| {
-            let key = Arc::new(key);
-            keys.insert(Arc::clone(&key));
-            key
-        });
+        let key = keys.get(&key).cloned().unwrap_or_else(|| Arc::new(key));
         let ms = |wait: Duration| u32::try_from(wait.as_millis()).unwrap_or(u32::MAX);
         Self {
             key,
@@ -702,6 +699,7 @@ mod tests {
             wide.push(RegionOffer { model, ..offer(1, &eight) });
         }
         assert!(!regions.take(now, id(12), digest(2, 1, wide.clone()), MS), "no datagram");
+        assert_eq!(regions.keys.len(), 1, "what is not taken is not remembered");
         wide.truncate(10);
         let mut refused = 0;
         for i in 0..REGIONS_MAX {

@@ -222,8 +222,9 @@ impl Record {
 pub(crate) struct Rate {
     frames: Bucket,
     bytes: Bucket,
-    /// Frames beyond those, for who may send more.
+    /// Frames and bytes beyond those, for who may send more.
     more: Bucket,
+    more_bytes: Bucket,
     /// The last second in which there was too much.
     struck: Option<Instant>,
 }
@@ -241,6 +242,10 @@ struct Bucket {
 const FRAMES_PER_S: f32 = 200.0;
 const MORE_PER_S: f32 = 1800.0;
 const BYTES_PER_S: f32 = 1e6;
+const MORE_BYTES_PER_S: f32 = 2e6;
+/// What a relay hands on, all digests together: less than it may send, for it has more to say.
+const HANDED_ON_PER_S: f32 = 1000.0;
+const HANDED_ON_BYTES_PER_S: f32 = 1.5e6;
 /// Two seconds of frames, four of bytes: all cards of a region come at once.
 const FRAMES_BURST_S: f32 = 2.0;
 const BYTES_BURST_S: f32 = 4.0;
@@ -262,6 +267,7 @@ impl Rate {
             frames: Bucket::full(now, FRAMES_PER_S, FRAMES_BURST_S),
             bytes: Bucket::full(now, BYTES_PER_S, BYTES_BURST_S),
             more: Bucket::full(now, MORE_PER_S, FRAMES_BURST_S),
+            more_bytes: Bucket::full(now, MORE_BYTES_PER_S, BYTES_BURST_S),
             struck: None,
         }
     }
@@ -275,9 +281,12 @@ impl Rate {
         may_more: impl FnOnce() -> bool,
     ) -> Passage {
         let weight = f32::from(u16::try_from(bytes).unwrap_or(u16::MAX));
+        let may_more = std::cell::LazyCell::new(may_more);
         let is_light = self.bytes.has(now, weight);
-        if is_light && (self.frames.take(now, 1.0) || may_more() && self.more.take(now, 1.0)) {
-            self.bytes.left -= weight;
+        let fits = is_light || *may_more && self.more_bytes.has(now, weight);
+        if fits && (self.frames.take(now, 1.0) || *may_more && self.more.take(now, 1.0)) {
+            let bytes = if is_light { &mut self.bytes } else { &mut self.more_bytes };
+            bytes.left -= weight;
             return Passage::Taken;
         }
         let is_new = self.struck.is_none_or(|last| now >= last + Duration::from_secs(1));
@@ -286,6 +295,31 @@ impl Rate {
             return Passage::Struck;
         }
         Passage::Dropped
+    }
+}
+
+/// What a relay hands on goes through here: as much as it may send whoever hears it, whatever it is sent itself.
+#[derive(Debug)]
+pub(crate) struct Outlet {
+    frames: Bucket,
+    bytes: Bucket,
+}
+
+impl Outlet {
+    pub(crate) fn new(now: Instant) -> Self {
+        Self {
+            frames: Bucket::full(now, HANDED_ON_PER_S, 1.0),
+            bytes: Bucket::full(now, HANDED_ON_BYTES_PER_S, 1.0),
+        }
+    }
+
+    /// Whether a frame of `bytes` passes.
+    pub(crate) fn passes(&mut self, now: Instant, bytes: usize) -> bool {
+        let weight = f32::from(u16::try_from(bytes).unwrap_or(u16::MAX));
+        self.bytes.has(now, weight) && self.frames.take(now, 1.0) && {
+            self.bytes.left -= weight;
+            true
+        }
     }
 }
 
@@ -369,6 +403,7 @@ mod tests {
         assert_eq!(taken(&mut Rate::new(now), 5000, 100, true), 4000);
         let mut rate = Rate::new(now);
         assert_eq!(taken(&mut rate, 400, 60_000, false), 66);
+        assert_eq!(taken(&mut rate, 400, 60_000, true), 133, "a relay, beyond those");
         assert_eq!(rate.take(now + Duration::from_secs(1), 60_000, || false), Passage::Taken);
     }
 
@@ -382,6 +417,21 @@ mod tests {
         let mut rate = Rate::new(now);
         assert_eq!([0, 1, 11].map(|at| taken(&mut rate, at, true)), [4000, 2000, 4000]);
         assert_eq!([12, 13].map(|at| taken(&mut rate, at, false)), [200, 200], "it is none now");
+    }
+
+    #[test]
+    fn whatever_a_relay_hands_on_is_less_than_it_may_send() {
+        let (now, mut outlet) = (base::clock::now(), None);
+        for bytes in [1_100, 60_000] {
+            let outlet = outlet.insert(Outlet::new(now));
+            let mut rate = Rate::new(now);
+            for ms in 0..60_000 {
+                let now = now + Duration::from_millis(ms);
+                if outlet.passes(now, bytes) {
+                    assert_eq!(rate.take(now, bytes, || true), Passage::Taken, "{bytes} {ms}");
+                }
+            }
+        }
     }
 
     #[test]

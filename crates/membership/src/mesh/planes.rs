@@ -440,11 +440,13 @@ impl<J: Judge> Mesh<J> {
                 }
             }
             None => {
-                if self.is_fellow(from) && self.relaying.listens(now, &digest.region, from) {
-                    self.hand_on(now, from, &digest, one_way);
-                    digest.relay = Some(from);
+                let count = (digest.epoch, digest.sequence);
+                if self.is_fellow(from) && self.relaying.listens(now, &digest.region, from, count) {
                     // As the others of the region hear it: by this relay's voice.
-                    self.regions.take(now, self.own.id, digest, one_way);
+                    digest.relay = Some(from);
+                    if self.regions.take(now, self.own.id, digest.clone(), one_way) {
+                        self.hand_on(now, digest, one_way);
+                    }
                 }
             }
             Some(relay) => {
@@ -487,10 +489,12 @@ impl<J: Judge> Mesh<J> {
     }
 
     /// The digest of a relay that is listened to goes to everybody of this region that is linked, once, and as it came.
-    fn hand_on(&mut self, now: Instant, from: NodeId, digest: &Digest, one_way: Duration) {
-        let age = digest.age + one_way;
-        let digest = Digest { relay: Some(from), age, ..digest.clone() };
+    fn hand_on(&mut self, now: Instant, mut digest: Digest, one_way: Duration) {
+        digest.age += one_way;
         let bytes: bytes::Bytes = encode(&Frame::Digest(digest)).into();
+        if !self.outlet.passes(now, bytes.len()) {
+            return;
+        }
         let linked = self.links.up.keys().copied().filter(|id| self.region.is_active(*id));
         for to in linked.collect::<Vec<_>>() {
             self.send(now, to, bytes.clone(), Way::Datagram);

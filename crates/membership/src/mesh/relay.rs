@@ -28,6 +28,8 @@ const NEW: Duration = Duration::from_millis(1_500);
 const SILENT: Duration = Duration::from_millis(600);
 /// Relays asked to take this one into their pool at once.
 const ANNOUNCE_MAX: usize = 8;
+/// Digests of one region are heard no closer than this: half as far apart as they are sent.
+const APART: Duration = Duration::from_millis(200);
 /// A relay asks somebody for relays of other regions in so many rounds.
 const ASK_ROUNDS: u64 = 30;
 
@@ -56,6 +58,9 @@ pub(super) struct Relaying {
 struct Ear {
     id: NodeId,
     heard: Instant,
+    /// Its newest digest, and when the first part of that came.
+    count: (u64, u64),
+    began: Instant,
 }
 
 impl Relaying {
@@ -73,19 +78,35 @@ impl Relaying {
         }
     }
 
-    /// A relay of another region says what that has. Returns whether it is the one that is listened to: each relay of this
-    /// region has another, so that one that lies is heard by one of them.
-    pub(super) fn listens(&mut self, now: Instant, region: &RegionName, id: NodeId) -> bool {
+    /// A relay of another region says what that has, in a digest with this epoch and sequence. Returns whether it is the one that
+    /// is listened to: each relay of this region has another, so that one that lies is heard by one of them; and whether it is
+    /// time for another digest.
+    pub(super) fn listens(
+        &mut self,
+        now: Instant,
+        region: &RegionName,
+        id: NodeId,
+        count: (u64, u64),
+    ) -> bool {
         let Some(ear) = self.ears.get_mut(region) else {
-            self.ears.insert(region.clone(), Ear { id, heard: now });
+            let ear = Ear { id, heard: now, count, began: now };
+            self.ears.insert(region.clone(), ear);
             return true;
         };
         let is_it =
             ear.id == id || self.partners.get(region) == Some(&id) || now >= ear.heard + SILENT;
-        if is_it {
-            *ear = Ear { id, heard: now };
+        if !is_it {
+            return false;
         }
-        is_it
+        (ear.id, ear.heard) = (id, now);
+        if ear.count == count {
+            return true;
+        }
+        let is_time = now >= ear.began + APART;
+        if is_time {
+            (ear.count, ear.began) = (count, now);
+        }
+        is_time
     }
 
     pub(super) fn is_relay(&self) -> bool {
@@ -334,7 +355,7 @@ mod tests {
         let began = base::clock::now();
         let mut relaying = Relaying::new();
         let hears = |relaying: &mut Relaying, ms: u64, id| {
-            relaying.listens(began + Duration::from_millis(ms), &us, id)
+            relaying.listens(began + Duration::from_millis(ms), &us, id, (1, ms))
         };
         assert!(hears(&mut relaying, 0, other), "anybody, before there is a partner");
         relaying.partners.insert("us".parse().unwrap(), partner);
@@ -355,5 +376,8 @@ mod tests {
             hears(&mut relaying, silent + 800, partner)
                 && !hears(&mut relaying, silent + 900, other)
         );
+        assert!(!hears(&mut relaying, silent + 999, partner), "another digest so soon");
+        let part = began + Duration::from_millis(silent + 999);
+        assert!(relaying.listens(part, &us, partner, (1, silent + 800)), "a part of the last one");
     }
 }

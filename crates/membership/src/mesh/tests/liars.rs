@@ -299,6 +299,26 @@ fn what_is_handed_on_goes_from_another_region_into_this_one() {
 }
 
 #[test]
+fn digests_that_come_too_often_are_not_handed_on() {
+    let mut world = two_regions();
+    let candidates: Vec<_> = (0..8).map(|n| candidate(&format!("u{n}"), 8)).collect();
+    for is_new in [false, true] {
+        let before = world.sent;
+        world.run(5 * S);
+        let usual = world.sent - before;
+        for round in 0..2_500 {
+            let round = if is_new { 10 + round } else { 1 };
+            let digest = digest(&world, round, 64, candidates.clone());
+            world.forge(1, 0, &Frame::Digest(digest));
+            world.run(2 * MS);
+        }
+        let sent = world.sent - before - usual;
+        assert!(sent < usual + 25 * 1_000, "{is_new}: {sent}, usually {usual}");
+    }
+    assert!((0..4).all(|at| quarantined(&world, at).is_empty()));
+}
+
+#[test]
 fn a_flood_is_named() {
     let mut world = mesh_of(3);
     world.run(5 * S);
