@@ -98,6 +98,8 @@ pub struct Mesh<J> {
     doomed: BTreeMap<NodeId, Instant>,
     seeds: Seeds,
     next_seed: Instant,
+    /// When those who were once known are dialled again, while there is no link.
+    next_known: Instant,
     /// All cards of the region were had from somebody; when they were last asked for.
     has_all: bool,
     asked_all: Option<Instant>,
@@ -159,6 +161,7 @@ impl<J: Judge> Mesh<J> {
             doomed: BTreeMap::new(),
             seeds: Seeds::default(),
             next_seed: now,
+            next_known: now,
             has_all: false,
             asked_all: None,
             began: now,

@@ -10,7 +10,7 @@ use base::RegionName;
 use foca::{Member, State};
 use rand::seq::IndexedRandom as _;
 
-use super::{Event, Mesh, Own, Peer, Way, gossip::LEAP_MAX};
+use super::{Event, Mesh, Own, Peer, Target, Way, gossip::LEAP_MAX, link::peer_of};
 use crate::{
     ASKED_MAX, Card, Disbelief, Facts, Frame, Judge, NodeId, PROTOCOL_VERSION, Pair, Pool,
     cards::{OTHERS_MAX, Pending},
@@ -519,6 +519,10 @@ impl<J: Judge> Mesh<J> {
         if let Some(card) = self.cards.forget(id) {
             self.bodies.release(&card.facts.descriptor);
             self.figures.remove(&id);
+            if self.links.up.is_empty() {
+                let (peer, address) = (peer_of(&card), card.facts.gossip.clone());
+                self.keep_place(self.next_known, Target::Member { peer, address });
+            }
             self.event(Event::Forgotten(id));
         }
     }

@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use rand::{RngExt as _, seq::IndexedRandom as _};
+use rand::{
+    RngExt as _,
+    seq::{IndexedRandom as _, IteratorRandom as _},
+};
 
 use super::{Mesh, Output, Peer, Target, Way};
 use crate::{
@@ -14,6 +17,9 @@ use crate::{
 const SEED_EVERY: Duration = Duration::from_secs(30);
 /// Seeds dialled at once while nobody is found.
 const SEEDS_AT_ONCE: usize = 8;
+/// Who has no link any more dials so many of those it knows this often, whatever became of them: seeds may be gone for good.
+const KNOWN_EVERY: Duration = Duration::from_secs(5);
+const KNOWN_AT_ONCE: usize = 8;
 /// Places kept from an earlier life.
 const KEPT_MAX: usize = 16;
 
@@ -37,6 +43,12 @@ impl<J: Judge> Mesh<J> {
                 self.ask_a_seed(now);
             }
             return;
+        }
+        if now >= self.next_known {
+            self.next_known = now + KNOWN_EVERY.mul_f64(self.rng.random_range(0.8..1.2));
+            let others = self.cards.all().map(|card| card.id).filter(|id| *id != self.own.id);
+            let some = others.sample(&mut self.rng, KNOWN_AT_ONCE);
+            some.into_iter().for_each(|id| self.plan_dial(now, id, None));
         }
         let own = (&self.own.gossip, self.own.id);
         // Listed nodes are dialled by their names.
@@ -107,13 +119,17 @@ impl<J: Judge> Mesh<J> {
         for signed in cards.iter().take(4 * KEPT_MAX) {
             let Ok(judged) = self.judge.judge(signed) else { continue };
             let Ok(facts) = crate::decode_card(&judged.card) else { continue };
-            let kept = self.seeds.places.iter().filter(|place| place.is_kept).count();
-            if kept >= KEPT_MAX || judged.id == self.own.id {
-                continue;
-            }
             let peer = Peer { id: judged.id, node: judged.node, region: judged.region };
-            let target = Target::Member { peer, address: facts.gossip };
-            self.seeds.places.push(Place::new(now, target, true));
+            self.keep_place(now, Target::Member { peer, address: facts.gossip });
+        }
+    }
+
+    /// Where somebody was, to be asked until anybody is linked.
+    pub(super) fn keep_place(&mut self, due: Instant, target: Target) {
+        let kept = self.seeds.places.iter().filter(|place| place.is_kept).count();
+        let is_own = target.peer().is_some_and(|peer| peer.id == self.own.id);
+        if kept < KEPT_MAX && !is_own {
+            self.seeds.places.push(Place::new(due, target, true));
         }
     }
 }

@@ -437,6 +437,42 @@ fn who_claims_absurd_capacity_is_cut_to_its_descriptor_and_quarantined() {
 }
 
 #[test]
+fn those_who_all_lost_each_other_find_each_other_again_without_a_seed() {
+    for n in [3, 5] {
+        let mut world = mesh_of(n);
+        world.run(10 * S);
+        world.kill(0);
+        world.run(20 * S);
+        for a in 1..n {
+            for b in a + 1..n {
+                world.part(&[a], &[b]);
+            }
+        }
+        world.run(60 * S);
+        let is_down = |at: usize, other| world.sees(at, other) == Liveness::Down;
+        assert!((2..n).all(|other| is_down(1, other)), "{n}");
+        world.heal();
+        world.run(30 * S);
+        assert!(world.converged(&(1..n).collect::<Vec<_>>()), "{n}");
+        check(&world);
+    }
+}
+
+#[test]
+fn who_has_forgotten_everybody_while_it_was_alone_finds_them_again() {
+    let mut world = mesh_of(3);
+    world.run(10 * S);
+    world.kill(0);
+    world.run(20 * S);
+    world.part(&[1], &[2]);
+    world.run(2 * 3600 * S);
+    assert_eq!(world.mesh(1).cards.all().count(), 0);
+    world.heal();
+    world.run(60 * S);
+    assert!(world.converged(&[1, 2]));
+}
+
+#[test]
 fn forged_cards_are_not_believed() {
     let mut world = mesh_of(3);
     world.run(5 * S);
