@@ -27,6 +27,10 @@ const RENEWAL_GAP: Duration = Duration::from_secs(1);
 const RENEWAL_GAP_MAX: Duration = Duration::from_secs(10);
 /// So many make it wait.
 const RENEWALS_FEW: u32 = 5;
+/// From these bumps on it waits so long at least: a process has 65,535 cards, and whoever makes it take new ones must not be able
+/// to use them up before somebody has seen it.
+const SCARCE: [(u16, Duration); 2] =
+    [(16_384, Duration::from_secs(60)), (49_152, Duration::from_secs(600))];
 /// Cards go in frames of about this, so that other frames come between.
 const FRAME_BYTES: usize = 60 << 10;
 /// All cards are given to one node, and asked for, no more often than this.
@@ -62,14 +66,16 @@ impl Renewal {
         Self { descriptor, due: None, last: None, burst: 0, beyond: 0 }
     }
 
-    /// When the next card may be made.
-    fn earliest(&self, now: Instant) -> Instant {
+    /// When the next card may be made after the one with this bump.
+    fn earliest(&self, now: Instant, bump: u16) -> Instant {
         let gap = if self.burst < RENEWALS_FEW {
             RENEWAL_GAP_FEW
         } else {
             let factor = 1 << (self.burst - RENEWALS_FEW).min(4);
             (RENEWAL_GAP * factor).min(RENEWAL_GAP_MAX)
         };
+        let scarce = SCARCE.iter().filter(|(from, _)| bump >= *from).map(|(_, gap)| *gap);
+        let gap = scarce.fold(gap, Duration::max);
         self.last.map_or(now, |last| now.max(last + gap))
     }
 
@@ -123,7 +129,7 @@ impl<J: Judge> Mesh<J> {
     pub(super) fn want_card(&mut self, now: Instant) -> bool {
         let is_new = self.renewal.due.is_none();
         if is_new {
-            let due = self.renewal.earliest(now);
+            let due = self.renewal.earliest(now, self.card.facts.bump);
             self.renewal.due = Some(due);
             self.timers.set(due, crate::timers::Due::Renewal);
         }
@@ -529,5 +535,24 @@ impl<J: Judge> Mesh<J> {
 
     pub(super) fn note(&mut self, fact: String) {
         self.event(Event::Note(fact));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cards_do_not_run_out_for_months_however_many_are_asked_for() {
+        let began = base::clock::now();
+        let (mut now, mut renewal) = (began, Renewal::new([0; 32]));
+        for bump in 0..u16::MAX {
+            now = renewal.earliest(now, bump);
+            renewal.made(now);
+            let took = (now - began).as_secs();
+            assert!(bump != 5 || took < 2, "the first ones come at once");
+            assert!(bump != 1_000 || took < 3 * 3600);
+        }
+        assert!((now - began).as_secs() > 120 * 24 * 3600);
     }
 }
