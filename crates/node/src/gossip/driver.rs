@@ -36,6 +36,8 @@ use super::{
 const BATCH: usize = 64;
 /// How often what is not waited for is looked at: certificates, seeds, links whose task is gone.
 const LOOK: Duration = Duration::from_millis(200);
+/// A seed at whose address this node itself answered is no seed for so long: one address may stand for several nodes.
+const SELF_FOR: Duration = Duration::from_secs(10);
 /// How often cards are written down.
 const KEEP: Duration = Duration::from_secs(30);
 /// Later than this by its own clock, the loop must not think badly of others.
@@ -86,8 +88,8 @@ pub(super) struct Driver {
     dialled: BTreeMap<NodeId, Dial>,
     /// Nodes of version 1, with which there may be a link each way.
     legacy: BTreeMap<NodeId, Legacy>,
-    /// Addresses at which this node itself answered.
-    selves: BTreeSet<String>,
+    /// Addresses at which this node itself answered, and when.
+    selves: BTreeMap<String, Instant>,
     /// What is to be told to the machine once it has no more outputs.
     inputs: VecDeque<Input>,
     teller: Teller,
@@ -162,7 +164,7 @@ impl Driver {
             renewing: BTreeSet::new(),
             dialled: BTreeMap::new(),
             legacy: BTreeMap::new(),
-            selves: BTreeSet::new(),
+            selves: BTreeMap::new(),
             inputs: VecDeque::new(),
             teller: Teller::default(),
             keeping: JoinSet::new(),
@@ -252,8 +254,11 @@ impl Driver {
             self.seen.identity = identity;
             self.handle(Input::Renewed);
         }
+        let known = self.selves.len();
+        self.selves.retain(|_, since| now < *since + SELF_FOR);
         // Nobody looks any more where there is nothing to look up.
-        if self.parts.seeds.has_changed().unwrap_or(false) {
+        let is_news = self.parts.seeds.has_changed().unwrap_or(false);
+        if is_news || self.selves.len() < known {
             self.tell_seeds();
             self.settle();
         }
@@ -281,9 +286,9 @@ impl Driver {
     /// Tells the machine where others may be found.
     fn tell_seeds(&mut self) {
         let found = self.parts.seeds.borrow_and_update().addresses.clone();
-        let others = found
-            .into_iter()
-            .filter(|address| *address != self.parts.own_gossip && !self.selves.contains(address));
+        let others = found.into_iter().filter(|address| {
+            *address != self.parts.own_gossip && !self.selves.contains_key(address)
+        });
         let seeds = others.map(|address| Seed { address, peer: None, is_listed: false });
         let seeds = self.parts.listed.iter().cloned().chain(seeds).collect();
         self.tell(Input::Seeds(seeds));
@@ -309,7 +314,8 @@ impl Driver {
         match news {
             News::Up(up) => self.up(*up),
             News::DialFailed { dial, why, is_self } => {
-                if is_self && self.selves.insert(dial.address().to_owned()) {
+                if is_self {
+                    self.selves.insert(dial.address().to_owned(), clock::now());
                     self.tell_seeds();
                 }
                 self.dial_failed(dial, why);

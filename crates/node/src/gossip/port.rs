@@ -18,7 +18,7 @@ use crate::{
 use super::link::{Common, News};
 
 /// Handshakes in progress at most, and above how many the other end must first prove its address.
-const HANDSHAKES_MAX: usize = 64;
+const HANDSHAKES_MAX: usize = 512;
 const PROVE_ABOVE: usize = 16;
 /// Strangers who may ask for a certificate at once, and as many nodes. Further ones are turned down.
 const ENROLMENTS_MAX: usize = 32;

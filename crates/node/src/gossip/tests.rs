@@ -9,7 +9,7 @@ use membership::{
     decode, encode,
 };
 use rand::{SeedableRng as _, rngs::StdRng};
-use tokio::task::JoinSet;
+use tokio::{net::UdpSocket, task::JoinSet};
 use transport::{Link, LinkTransport, QuicKeys};
 
 use super::*;
@@ -195,6 +195,35 @@ async fn nodes_find_each_other_through_one_seed() {
             node.until_presence(other, Presence::Present).await;
         }
     }
+}
+
+#[tokio::test]
+async fn an_address_that_led_back_to_the_node_itself_may_lead_to_another_later() {
+    let front = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let back = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let address = front.local_addr().unwrap();
+    let world = World::new();
+    let (a, b) = (world.start("a", 1, &[address]), world.start("b", 1, &[]));
+    let (leads_to, led_to) = watch::channel(a.address);
+    let relaying = tokio::spawn(async move {
+        let (mut there, mut here, mut client) = ([0; 2048], [0; 2048], None);
+        loop {
+            tokio::select! {
+                Ok((length, from)) = front.recv_from(&mut there) => {
+                    client = Some(from);
+                    let to = *led_to.borrow();
+                    back.send_to(&there[..length], to).await.unwrap();
+                }
+                Ok((length, _)) = back.recv_from(&mut here) => if let Some(client) = client {
+                    front.send_to(&here[..length], client).await.unwrap();
+                },
+            }
+        }
+    });
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    leads_to.send(b.address).unwrap();
+    a.until("b", is_alive).await;
+    relaying.abort();
 }
 
 #[tokio::test]
