@@ -15,6 +15,10 @@ use crate::{
 /// A TCP connection on which nothing came for so long is probed this often; the kernel gives up after nine probes.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
+/// What the other end has not acknowledged for so long never arrives. The kernel would wait for a quarter of an hour, and sends no
+/// keep-alive meanwhile.
+#[cfg(target_os = "linux")]
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(20);
 
 /// Whom to call.
 #[derive(Clone, Debug)]
@@ -276,11 +280,8 @@ impl Dialer {
             .await
             .map_err(|error| failure(target, format!("TCP: {error}")))?;
         stream.set_nodelay(true).map_err(|error| failure(target, error))?;
-        // The kernel notices a dead host; HTTP/2 pings would make gRPC servers close the connection.
-        let probes =
-            TcpKeepalive::new().with_time(KEEPALIVE_AFTER).with_interval(KEEPALIVE_INTERVAL);
-        if let Err(error) = SockRef::from(&stream).set_tcp_keepalive(&probes) {
-            tracing::debug!(%error, "no TCP keep-alive");
+        if let Err(error) = watch(&stream) {
+            tracing::debug!(%error, "the kernel does not look after a TCP connection");
         }
         let (limits, tasks) = (&self.limits, &self.tasks);
         let Some(tls) = &target.tls else {
@@ -327,4 +328,13 @@ pub(crate) async fn resolve(authority: &Authority) -> Result<Vec<SocketAddr>, Tr
         Ok(Err(error)) => Err(failed(format!("its name cannot be resolved: {error}"))),
         Err(_) => Err(failed("its name was not resolved in time".to_owned())),
     }
+}
+/// The kernel notices a dead host; HTTP/2 pings would make gRPC servers close the connection.
+fn watch(stream: &TcpStream) -> io::Result<()> {
+    let socket = SockRef::from(stream);
+    let probes = TcpKeepalive::new().with_time(KEEPALIVE_AFTER).with_interval(KEEPALIVE_INTERVAL);
+    socket.set_tcp_keepalive(&probes)?;
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX))?;
+    Ok(())
 }
