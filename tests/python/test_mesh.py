@@ -257,9 +257,9 @@ def test_a_node_that_is_killed_gets_no_call_any_more_and_is_soon_down_everywhere
     time.sleep(NO_NEW_CALL_AFTER_S)
     linked = {node.name for node in watchers if "b" in node.status().linked()}
     assert linked == set(), "somebody may still be sent there"
-    # What was under way there is given up: an acknowledgement is waited for for a quarter of a second, a connection for one.
-    time.sleep(1.25)
-    broken = {name: town.nodes[name].broken_attempts() for name in ("a", "e")}
+    # What is under way there is given up sooner or later; nothing else may come to that.
+    under_way = {name: town.nodes[name].metric('isobar_peer_calls_in_flight{peer="b"}') for name in ("a", "e")}
+    broken = {name: town.nodes[name].broken_attempts() + under_way[name] for name in ("a", "e")}
     watch, noticed = Watch(watchers, 0.25), {}
     while len(noticed) < len(watchers) and time.monotonic() < killed + DOWN_ELSEWHERE_S:
         watch.until(time.monotonic() + 0.5)
@@ -267,7 +267,7 @@ def test_a_node_that_is_killed_gets_no_call_any_more_and_is_soon_down_everywhere
         noticed = {name: at - killed for name, at in noticed.items() if at}
     time.sleep(max(0.0, killed + 6 - time.monotonic()))
     for name in ("a", "e"):
-        assert town.nodes[name].broken_attempts() == broken[name], "somebody was sent to the dead"
+        assert town.nodes[name].broken_attempts() <= broken[name], "somebody was sent to the dead"
     print("noticed after", {name: round(after, 1) for name, after in noticed.items()})
     assert noticed.keys() == {node.name for node in watchers}, "the others have not noticed"
     for node in watchers:
@@ -503,10 +503,31 @@ def test_a_rolling_restart_cuts_no_stream_and_an_engine_with_two_owners_stays_re
         assert max(gaps) < 5, f"nobody reached the engine for {max(gaps):.1f} s"
         served = {call.served_by for call in calls if call.code == "OK"}
         assert served == {"a.eu/shared", "b.eu/shared"}
+        wait_for("both to have their share", lambda: shares() == [32, 32])
+        one_dies_and_the_other_takes_over(lan.host(1), tmp_path, nodes, kept)
     finally:
         for process in reversed(kept):
             process.kill()
         lan.end()
+
+
+def one_dies_and_the_other_takes_over(host, directory, nodes, kept):
+    """b is killed while c sends calls to both."""
+    flow = {"kind": "unary", "rate": 50, "target": nodes["c"].clients, "ca": nodes["a"].ca}
+    traffic = callers(host, directory, "death", [flow])
+    kept.append(traffic)
+    traffic.begun()
+    time.sleep(1)
+    nodes["b"].kill()
+    killed = time.monotonic()
+    wait_for("a to have it all", lambda: nodes["c"].status().members["a"].slots == 64, DOWN_IN_REGION_S)
+    print(f"the other owner has all slots after {time.monotonic() - killed:.1f} s")
+    time.sleep(1)
+    calls = traffic.finish()
+    assert failures(calls) == []
+    good = sorted(call.at + call.took for call in calls)
+    gaps = [later - earlier for earlier, later in zip(good, good[1:], strict=False)]
+    assert max(gaps) < 5, f"nobody reached the engine for {max(gaps):.1f} s"
 
 
 @pytest.fixture
