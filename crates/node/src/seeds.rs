@@ -251,6 +251,7 @@ mod tests {
     use std::{net::Ipv4Addr, sync::Arc};
 
     use parking_lot::Mutex;
+    use rand::SeedableRng as _;
     use tokio::{net::UdpSocket, task::JoinSet};
 
     use super::*;
@@ -333,6 +334,21 @@ mod tests {
         zone.lock().clear();
         seeds.look().await;
         assert_eq!(seeds.known().addresses.len(), 4);
+    }
+
+    #[tokio::test]
+    async fn a_name_that_appears_later_is_told_of_without_being_asked_for() {
+        let (zone, mut tasks) = (Zone::default(), JoinSet::new());
+        let server = serve(zone.clone(), &mut tasks).await;
+        let seeds = seeds(&[&format!("srv:{SERVICE}")], Some(server));
+        let (tell, mut told) = watch::channel(seeds.known());
+        tasks.spawn(seeds.run(tell, StdRng::seed_from_u64(1)));
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert!(!told.has_changed().unwrap(), "nothing is no news");
+        zone.lock().push(("a.mesh.test", 8445, Ipv4Addr::new(192, 0, 2, 1)));
+        let changed = tokio::time::timeout(Duration::from_secs(20), told.changed()).await;
+        changed.expect("it is never found").unwrap();
+        assert_eq!(told.borrow().addresses, ["192.0.2.1:8445"]);
     }
 
     #[tokio::test]

@@ -437,6 +437,48 @@ fn who_claims_absurd_capacity_is_cut_to_its_descriptor_and_quarantined() {
 }
 
 #[test]
+fn two_meshes_that_began_apart_become_one_through_a_seed_both_have() {
+    let mut world = mesh_of(2);
+    for name in ["eu/n2", "eu/n3"] {
+        world.add(name);
+    }
+    // Before anything is sent: neither knows of the first two, nor they of them.
+    world.cut.extend([0, 1].into_iter().flat_map(|a| [(a, 2), (2, a), (a, 3), (3, a)]));
+    let seed = |at| Seed { address: format!("n{at}:1"), peer: None, is_listed: false };
+    for (at, other) in [(2, 3), (3, 2)] {
+        world.input(at, Input::Seeds(vec![seed(0), seed(other)]));
+    }
+    world.run(60 * S);
+    assert!(world.converged(&[0, 1]) && world.converged(&[2, 3]));
+    assert!((2..4).all(|at| world.mesh(at).cards.get(world.id(0)).is_none()));
+    world.heal();
+    // Each asks one of its two seeds every half minute.
+    world.run(150 * S);
+    assert!(world.converged(&all(4)));
+}
+
+#[test]
+fn who_was_late_itself_thinks_badly_of_nobody_for_a_while() {
+    for (lag, is_late) in [(99 * MS, false), (101 * MS, true)] {
+        let mut world = mesh_of(2);
+        world.run(10 * S);
+        world.part(&[1], &[0]);
+        let since = world.now;
+        let mut called_down = None;
+        while called_down.is_none() && world.now < since + 30 * S {
+            if world.now < since + 5 * S {
+                world.input(0, Input::Lagged(lag));
+            }
+            world.run(100 * MS);
+            let is_down = matches!(world.sees(0, 1), Liveness::Down);
+            called_down = is_down.then(|| world.now - since);
+        }
+        let after = called_down.unwrap();
+        assert_eq!(after > 9 * S, is_late, "{lag:?}: {after:?}");
+    }
+}
+
+#[test]
 fn those_who_all_lost_each_other_find_each_other_again_without_a_seed() {
     for n in [3, 5] {
         let mut world = mesh_of(n);
