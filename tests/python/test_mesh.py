@@ -258,7 +258,7 @@ def test_a_node_that_is_killed_gets_no_call_any_more_and_is_soon_down_everywhere
     linked = {node.name for node in watchers if "b" in node.status().linked()}
     assert linked == set(), "somebody may still be sent there"
     # What is under way there is given up sooner or later; nothing else may come to that.
-    under_way = {name: town.nodes[name].metric('isobar_peer_calls_in_flight{peer="b"}') for name in ("a", "e")}
+    under_way = {name: town.nodes[name].metric('isobar_peer_calls_in_flight{peer="b",region="eu"}') for name in ("a", "e")}
     broken = {name: town.nodes[name].broken_attempts() + under_way[name] for name in ("a", "e")}
     watch, noticed = Watch(watchers, 0.25), {}
     while len(noticed) < len(watchers) and time.monotonic() < killed + DOWN_ELSEWHERE_S:

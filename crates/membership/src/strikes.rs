@@ -313,13 +313,26 @@ impl Outlet {
         }
     }
 
-    /// Whether a frame of `bytes` passes.
-    pub(crate) fn passes(&mut self, now: Instant, bytes: usize) -> bool {
-        let weight = f32::from(u16::try_from(bytes).unwrap_or(u16::MAX));
-        self.bytes.has(now, weight) && self.frames.take(now, 1.0) && {
-            self.bytes.left -= weight;
-            true
+    /// Whether so many frames of `bytes` each pass. `is_owed`: the last ones from there did not. When little is left, those come
+    /// first: where there is too much, a part of each region's digests passes, and not all of some.
+    pub(crate) fn passes(
+        &mut self,
+        now: Instant,
+        frames: u32,
+        bytes: usize,
+        is_owed: bool,
+    ) -> bool {
+        let weight = |number: usize| f32::from(u16::try_from(number).unwrap_or(u16::MAX));
+        let frames = weight(frames as usize);
+        let bytes = frames * weight(bytes);
+        let reserve = if is_owed { 0.0 } else { 0.5 };
+        let fits = self.frames.has(now, frames + reserve * self.frames.most)
+            && self.bytes.has(now, bytes + reserve * self.bytes.most);
+        if fits {
+            self.frames.left -= frames;
+            self.bytes.left -= bytes;
         }
+        fits
     }
 }
 
@@ -421,16 +434,35 @@ mod tests {
 
     #[test]
     fn whatever_a_relay_hands_on_is_less_than_it_may_send() {
-        let (now, mut outlet) = (base::clock::now(), None);
-        for bytes in [1_100, 60_000] {
-            let outlet = outlet.insert(Outlet::new(now));
-            let mut rate = Rate::new(now);
+        let now = base::clock::now();
+        for (frames, bytes) in [(1, 1_100), (64, 1_150), (64, 20)] {
+            let (mut outlet, mut rate) = (Outlet::new(now), Rate::new(now));
             for ms in 0..60_000 {
                 let now = now + Duration::from_millis(ms);
-                if outlet.passes(now, bytes) {
+                for _ in 0..if outlet.passes(now, frames, bytes, true) { frames } else { 0 } {
                     assert_eq!(rate.take(now, bytes, || true), Passage::Taken, "{bytes} {ms}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn where_there_is_too_much_to_hand_on_every_region_gets_its_part() {
+        let began = base::clock::now();
+        for (regions, parts) in [(9, 64), (24, 20), (40, 20)] {
+            let mut outlet = Outlet::new(began);
+            let mut passed = vec![(0, false); regions];
+            // The digests of each come every 400 ms, always in the same order.
+            for round in 0..100_u32 {
+                let now = began + round * Duration::from_millis(400);
+                for (n, (times, is_owed)) in passed.iter_mut().enumerate() {
+                    let at = now + Duration::from_millis(n as u64);
+                    let passes = outlet.passes(at, parts, 1_100, *is_owed);
+                    (*times, *is_owed) = (*times + u32::from(passes), !passes);
+                }
+            }
+            let least = passed.iter().map(|(times, _)| *times).min();
+            assert!(least >= Some(40), "{regions} {parts}: {passed:?}");
         }
     }
 

@@ -12,11 +12,11 @@ use crate::{
     Lease, Lessor, Limits, QuicKeys, TransportError, Worker, channel::Connection, h3, http2, quic,
 };
 
-/// A TCP connection on which nothing came for so long is probed this often; the kernel gives up after nine probes.
+/// A TCP connection on which nothing came for so long is probed this often.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
-/// What the other end has not acknowledged for so long never arrives. The kernel would wait for a quarter of an hour, and sends no
-/// keep-alive meanwhile.
+/// Where probes, or what is sent, are not acknowledged for so long, or the other end takes no more for as long, the connection is dead.
+/// The kernel would wait for a quarter of an hour, and sends no probes while anything else waits.
 #[cfg(target_os = "linux")]
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(20);
 

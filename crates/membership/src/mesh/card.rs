@@ -80,7 +80,7 @@ impl Renewal {
     }
 
     fn made(&mut self, now: Instant) {
-        let is_soon = self.last.is_some_and(|last| now < last + 2 * RENEWAL_GAP_MAX);
+        let is_soon = self.last.is_some_and(|last| now < last + 6 * RENEWAL_GAP_MAX);
         self.burst = if is_soon { self.burst.saturating_add(1) } else { 0 };
         self.last = Some(now);
     }

@@ -10,9 +10,9 @@ use base::{Load, RegionName};
 
 use super::{Event, Mesh, Peer, SUMMED_EVERY, Way, link::peer_of};
 use crate::{
-    Descriptor, Digest, Frame, Judge, LoadFrame, NodeId, Pool, WireError, descriptors::Arrived,
-    digest::Sample, encode, links::Link, pool::Members, strikes::Offence, subscribe::Known,
-    view::within,
+    DATAGRAM_BYTES_MAX, Descriptor, Digest, Frame, Judge, LoadFrame, NodeId, Pool, WireError,
+    descriptors::Arrived, digest::Sample, encode, links::Link, pool::Members, strikes::Offence,
+    subscribe::Known, view::within,
 };
 
 /// Nodes that may subscribe, the relays of this region aside. Further ones are told to wait for so long.
@@ -24,7 +24,7 @@ const ABSURD_MIN: u32 = 1024;
 pub(super) const ABSURD: &str = "an engine of more slots than any can have";
 /// A relay that does not know enough to sum its region up looks again after this.
 const SOON: Duration = Duration::from_millis(50);
-/// In a region of so many everybody listens to everybody, and needs no digest of it.
+/// Where a node has fewer others in its region, everybody listens to everybody, and needs no digest of it.
 const DIGEST_ABOVE: usize = 64;
 
 impl<J: Judge> Mesh<J> {
@@ -409,7 +409,7 @@ impl<J: Judge> Mesh<J> {
         self.links.up.keys().copied().filter(is_one).collect()
     }
 
-    pub(super) fn hear_digest(&mut self, now: Instant, from: NodeId, mut digest: Digest) {
+    pub(super) fn hear_digest(&mut self, now: Instant, from: NodeId, digest: Digest) {
         let Some(link) = self.links.get(from) else { return };
         let peer = link.peer.clone();
         let is_theirs = link.peer.region == digest.region;
@@ -439,16 +439,7 @@ impl<J: Judge> Mesh<J> {
                     self.regions.take(now, from, digest, one_way);
                 }
             }
-            None => {
-                let count = (digest.epoch, digest.sequence);
-                if self.is_fellow(from) && self.relaying.listens(now, &digest.region, from, count) {
-                    // As the others of the region hear it: by this relay's voice.
-                    digest.relay = Some(from);
-                    if self.regions.take(now, self.own.id, digest.clone(), one_way) {
-                        self.hand_on(now, digest, one_way);
-                    }
-                }
-            }
+            None => self.hear_relay(now, from, digest, one_way),
             Some(relay) => {
                 if !self.relaying.is_of_ours(from) {
                     return;
@@ -488,11 +479,25 @@ impl<J: Judge> Mesh<J> {
         its_own.any(|candidate| candidate.slots > absurd_above(most))
     }
 
-    /// The digest of a relay that is listened to goes to everybody of this region that is linked, once, and as it came.
-    fn hand_on(&mut self, now: Instant, mut digest: Digest, one_way: Duration) {
-        digest.age += one_way;
-        let bytes: bytes::Bytes = encode(&Frame::Digest(digest)).into();
-        if !self.outlet.passes(now, bytes.len()) {
+    /// The digest of a relay elsewhere that is listened to goes to everybody of this region that is linked, once, and as it came,
+    /// if that is news.
+    fn hear_relay(&mut self, now: Instant, from: NodeId, mut digest: Digest, one_way: Duration) {
+        if !self.is_fellow(from) {
+            return;
+        }
+        let (count, parts) = ((digest.epoch, digest.sequence), digest.part.1);
+        let Self { relaying, outlet, .. } = self;
+        let Some(ear) = relaying.listens(now, &digest.region, from, count) else { return };
+        // As the others of the region hear it: by this relay's voice.
+        digest.relay = Some(from);
+        let handed_on = Digest { age: digest.age + one_way, ..digest.clone() };
+        let bytes: bytes::Bytes = encode(&Frame::Digest(handed_on)).into();
+        // Relays make parts that fit.
+        if bytes.len() > DATAGRAM_BYTES_MAX {
+            return;
+        }
+        let passes = ear.passes(|is_owed| outlet.passes(now, parts, bytes.len(), is_owed));
+        if !self.regions.take(now, self.own.id, digest, one_way) || !passes {
             return;
         }
         let linked = self.links.up.keys().copied().filter(|id| self.region.is_active(*id));

@@ -55,12 +55,25 @@ pub(super) struct Relaying {
 
 /// The relay of another region that is listened to.
 #[derive(Debug)]
-struct Ear {
+pub(super) struct Ear {
     id: NodeId,
     heard: Instant,
     /// Its newest digest, and when the first part of that came.
     count: (u64, u64),
     began: Instant,
+    /// Whether that is handed on; `None`: nobody has asked. And whether the last one that was asked about was not.
+    passes: Option<bool>,
+    is_owed: bool,
+}
+
+impl Ear {
+    /// Whether the parts of the newest digest are handed on: all or none, as `decide` says for the first.
+    pub(super) fn passes(&mut self, decide: impl FnOnce(bool) -> bool) -> bool {
+        let is_owed = self.is_owed;
+        let passes = *self.passes.get_or_insert_with(|| decide(is_owed));
+        self.is_owed = !passes;
+        passes
+    }
 }
 
 impl Relaying {
@@ -78,35 +91,33 @@ impl Relaying {
         }
     }
 
-    /// A relay of another region says what that has, in a digest with this epoch and sequence. Returns whether it is the one that
-    /// is listened to: each relay of this region has another, so that one that lies is heard by one of them; and whether it is
-    /// time for another digest.
+    /// A relay of another region says what that has, in a digest with this epoch and sequence. Listened to is one: each relay of
+    /// this region has another, so that one that lies is heard by one of them. `None`: it is not this one, or it is too soon for
+    /// another digest.
     pub(super) fn listens(
         &mut self,
         now: Instant,
         region: &RegionName,
         id: NodeId,
         count: (u64, u64),
-    ) -> bool {
-        let Some(ear) = self.ears.get_mut(region) else {
-            let ear = Ear { id, heard: now, count, began: now };
+    ) -> Option<&mut Ear> {
+        let is_partner = self.partners.get(region) == Some(&id);
+        if !self.ears.contains_key(region) {
+            let ear = Ear { id, heard: now, count, began: now, passes: None, is_owed: false };
             self.ears.insert(region.clone(), ear);
-            return true;
-        };
-        let is_it =
-            ear.id == id || self.partners.get(region) == Some(&id) || now >= ear.heard + SILENT;
-        if !is_it {
-            return false;
+        }
+        let ear = self.ears.get_mut(region)?;
+        if ear.id != id && !is_partner && now < ear.heard + SILENT {
+            return None;
         }
         (ear.id, ear.heard) = (id, now);
-        if ear.count == count {
-            return true;
+        if ear.count != count {
+            if now < ear.began + APART {
+                return None;
+            }
+            (ear.count, ear.began, ear.passes) = (count, now, None);
         }
-        let is_time = now >= ear.began + APART;
-        if is_time {
-            (ear.count, ear.began) = (count, now);
-        }
-        is_time
+        Some(ear)
     }
 
     pub(super) fn is_relay(&self) -> bool {
@@ -355,7 +366,7 @@ mod tests {
         let began = base::clock::now();
         let mut relaying = Relaying::new();
         let hears = |relaying: &mut Relaying, ms: u64, id| {
-            relaying.listens(began + Duration::from_millis(ms), &us, id, (1, ms))
+            relaying.listens(began + Duration::from_millis(ms), &us, id, (1, ms)).is_some()
         };
         assert!(hears(&mut relaying, 0, other), "anybody, before there is a partner");
         relaying.partners.insert("us".parse().unwrap(), partner);
@@ -378,6 +389,10 @@ mod tests {
         );
         assert!(!hears(&mut relaying, silent + 999, partner), "another digest so soon");
         let part = began + Duration::from_millis(silent + 999);
-        assert!(relaying.listens(part, &us, partner, (1, silent + 800)), "a part of the last one");
+        let last = relaying.listens(part, &us, partner, (1, silent + 800));
+        let last = last.expect("a part of the last one");
+        assert!(!last.passes(|is_owed| is_owed) && !last.passes(|_| true), "all parts or none");
+        let next = relaying.listens(part + APART, &us, partner, (2, 0)).unwrap();
+        assert!(next.passes(|is_owed| is_owed), "what was left out comes first");
     }
 }

@@ -124,12 +124,22 @@ impl<J: Judge> Mesh<J> {
         }
     }
 
-    /// Where somebody was, to be asked until anybody is linked.
+    /// Where somebody was, to be asked until anybody is linked. The last ones stay, half of them of this region at least.
     pub(super) fn keep_place(&mut self, due: Instant, target: Target) {
-        let kept = self.seeds.places.iter().filter(|place| place.is_kept).count();
-        let is_own = target.peer().is_some_and(|peer| peer.id == self.own.id);
-        if kept < KEPT_MAX && !is_own {
-            self.seeds.places.push(Place::new(due, target, true));
-        }
+        let Some(peer) = target.peer().filter(|peer| peer.id != self.own.id) else { return };
+        let is_near = peer.region == self.own.region;
+        let is_far = |place: &Place| place.peer().is_none_or(|p| p.region != self.own.region);
+        let places = &mut self.seeds.places;
+        let kept = places.iter().filter(|place| place.is_kept);
+        let (count, far) = (kept.clone().count(), kept.filter(|place| is_far(place)).count());
+        let oldest = if !is_near && far >= KEPT_MAX / 2 {
+            places.iter().position(|place| place.is_kept && is_far(place))
+        } else if count >= KEPT_MAX {
+            places.iter().position(|place| place.is_kept)
+        } else {
+            None
+        };
+        oldest.into_iter().for_each(|place| drop(places.remove(place)));
+        places.push(Place::new(due, target, true));
     }
 }

@@ -36,8 +36,9 @@ use super::{
 const BATCH: usize = 64;
 /// How often what is not waited for is looked at: certificates, seeds, links whose task is gone.
 const LOOK: Duration = Duration::from_millis(200);
-/// A seed at whose address this node itself answered is no seed for so long: one address may stand for several nodes.
-const SELF_FOR: Duration = Duration::from_secs(10);
+/// A seed at whose address this node itself answered is no seed for so long, for one address may stand for several nodes: while there
+/// is no link, and while there is one.
+const SELF_FOR: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(300)];
 /// How often cards are written down.
 const KEEP: Duration = Duration::from_secs(30);
 /// Later than this by its own clock, the loop must not think badly of others.
@@ -255,7 +256,9 @@ impl Driver {
             self.handle(Input::Renewed);
         }
         let known = self.selves.len();
-        self.selves.retain(|_, since| now < *since + SELF_FOR);
+        let [alone, linked] = SELF_FOR;
+        let self_for = if self.table.len() == 0 { alone } else { linked };
+        self.selves.retain(|_, since| now < *since + self_for);
         // Nobody looks any more where there is nothing to look up.
         let is_news = self.parts.seeds.has_changed().unwrap_or(false);
         if is_news || self.selves.len() < known {

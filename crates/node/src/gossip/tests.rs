@@ -205,7 +205,8 @@ async fn an_address_that_led_back_to_the_node_itself_may_lead_to_another_later()
     let world = World::new();
     let (a, b) = (world.start("a", 1, &[address]), world.start("b", 1, &[]));
     let (leads_to, led_to) = watch::channel(a.address);
-    let relaying = tokio::spawn(async move {
+    let mut relaying = JoinSet::new();
+    relaying.spawn(async move {
         let (mut there, mut here, mut client) = ([0; 2048], [0; 2048], None);
         loop {
             tokio::select! {
@@ -223,7 +224,7 @@ async fn an_address_that_led_back_to_the_node_itself_may_lead_to_another_later()
     tokio::time::sleep(Duration::from_secs(3)).await;
     leads_to.send(b.address).unwrap();
     a.until("b", is_alive).await;
-    relaying.abort();
+    relaying.shutdown().await;
 }
 
 #[tokio::test]

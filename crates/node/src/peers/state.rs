@@ -20,8 +20,10 @@ use crate::offer::Offer;
 const HEARD_OF_MAX: usize = 256;
 /// Nodes on the board at all; membership keeps to fewer members.
 const ENTRIES_MAX: usize = 18_000;
-/// What relays say of nodes, model by model: what is more is left out. What is too old is cleared away this often.
+/// What relays say of nodes, model by model, in all and of one region: what is more is left out. What is too old is cleared away
+/// this often.
 const HEARSAY_MAX: usize = 32_768;
+const HEARSAY_OF_REGION_MAX: usize = HEARSAY_MAX / 4;
 const HEARSAY_SWEPT_EVERY: Duration = Duration::from_secs(1);
 /// A place stays empty for so long: nobody who was told of it before takes the next for the one before.
 const PLACE_RESTS: Duration = Duration::from_secs(30);
@@ -44,8 +46,8 @@ pub(super) struct State {
     /// What nodes serve, by where their descriptor is in memory: many have the same.
     served: BTreeMap<usize, Weak<Served>>,
     pub(super) regions: BTreeMap<RegionName, Region>,
-    /// What relays say of nodes, at most: some of it may be gone since it was last cleared away.
-    hearsay: usize,
+    /// How much relays say of nodes, by their region, at most: some of it may be gone since it was last cleared away.
+    hearsay: BTreeMap<RegionName, usize>,
     hearsay_swept: Option<Instant>,
 }
 
@@ -157,17 +159,27 @@ impl State {
         candidate: &Candidate,
         sampled: Instant,
     ) {
-        let may_grow = self.hearsay < HEARSAY_MAX;
-        let Some(entry) = self.get_mut(place) else { return };
-        let grew = entry.hear(offer, candidate, sampled, may_grow);
-        self.hearsay += usize::from(grew);
+        let all: usize = self.hearsay.values().sum();
+        let Some(entry) = self.entries.get_mut(place).and_then(Option::as_mut) else { return };
+        let of_region = match self.hearsay.get_mut(&entry.name.region) {
+            Some(of_region) => of_region,
+            None => self.hearsay.entry(entry.name.region.clone()).or_default(),
+        };
+        let may_grow = all < HEARSAY_MAX && *of_region < HEARSAY_OF_REGION_MAX;
+        *of_region += usize::from(entry.hear(offer, candidate, sampled, may_grow));
     }
 
     /// Clears away what relays said too long ago, now and then.
     pub(super) fn sweep(&mut self, now: Instant) {
         if self.hearsay_swept.is_none_or(|last| now >= last + HEARSAY_SWEPT_EVERY) {
             self.hearsay_swept = Some(now);
-            self.hearsay = self.entries.iter_mut().flatten().map(|entry| entry.sweep(now)).sum();
+            self.hearsay.clear();
+            for entry in self.entries.iter_mut().flatten() {
+                let left = entry.sweep(now);
+                if left > 0 {
+                    *self.hearsay.entry(entry.name.region.clone()).or_default() += left;
+                }
+            }
         }
     }
 
