@@ -5,10 +5,11 @@
 //!  closed ───────────────────────> open ──────────────────────> half-open: one trial
 //!     ^                             ^                               │   │
 //!     │                             └──── broken: the wait doubles ─┘   │
-//!     └───────────────────────────── any reply ─────────────────────────┘
+//!     └───────────────────────── an answer begins ──────────────────────┘
 //! ```
 //!
-//! Closed means that traffic flows. A busy reply is a reply. Source: M. Nygard, "Release It!", 2007.
+//! Closed means that traffic flows. That an answer begins lets traffic flow again, and proves nothing: what is broken is counted on,
+//! and how long the last wait was, until a reply is whole. A busy reply is one. Source: M. Nygard, "Release It!", 2007.
 
 use std::time::{Duration, Instant};
 
@@ -64,7 +65,16 @@ impl Breaker {
         }
     }
 
-    /// The server replied, whatever it said. Returns whether that closed the breaker.
+    /// An answer began, which may yet break off. Returns whether that closed the breaker.
+    pub fn answered(&mut self) -> bool {
+        let is_trial = matches!(self.state, State::HalfOpen { .. });
+        if is_trial {
+            self.state = State::Closed;
+        }
+        is_trial
+    }
+
+    /// The server replied, to the end, whatever it said. Returns whether that closed the breaker.
     pub fn replied(&mut self) -> bool {
         let was_open = !self.is_closed();
         *self = Self::default();
@@ -127,6 +137,29 @@ mod tests {
         assert!(!breaker.allows(due), "one trial at a time");
         assert!(breaker.replied());
         assert!(breaker.allows(due) && breaker.is_closed());
+    }
+
+    #[test]
+    fn who_begins_every_answer_and_ends_none_is_ejected_for_longer_and_longer() {
+        let mut at = now();
+        let mut breaker = Breaker::default();
+        breaker.answered();
+        assert!(!breaker.broken(at));
+        breaker.answered();
+        assert!(breaker.broken(at));
+        assert!(!breaker.answered() && !breaker.allows(at), "an older call goes on");
+        for wait in [5, 10, 20] {
+            assert!(!breaker.allows(at + wait * SECOND - SECOND / 10), "{wait}");
+            at += wait * SECOND;
+            breaker.begin(at);
+            assert!(breaker.answered() && breaker.is_closed());
+            assert!(breaker.broken(at), "one more is enough");
+        }
+        at += 40 * SECOND;
+        breaker.begin(at);
+        breaker.answered();
+        breaker.replied();
+        assert!(!breaker.broken(at), "a whole reply forgets it");
     }
 
     #[test]

@@ -101,7 +101,13 @@ impl Engine {
     }
 
     /// The engine began to answer, and not with a failure.
-    pub fn replied(&mut self, now: Instant) {
+    pub fn answered(&mut self, now: Instant) {
+        if self.breaker.answered() {
+            self.returned = Some(now);
+        }
+    }
+
+    fn replied(&mut self, now: Instant) {
         if self.breaker.replied() {
             self.returned = Some(now);
         }

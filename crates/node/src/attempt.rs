@@ -158,7 +158,7 @@ impl Route {
                     failed.outcome = Outcome::Caller;
                 }
                 match &attempt {
-                    Attempt::Answered(_) => slot.replied(),
+                    Attempt::Answered(_) => slot.answered(),
                     // It closes a connection that is old, or full: that is no failure.
                     Attempt::Failed(failed) if failed.is_rejected => {
                         slot.ended(Outcome::Caller, None);
@@ -186,7 +186,7 @@ impl Route {
                 let attempt = at_peer(sent, &name, held_back);
                 let mut attempt = opened(attempt, &name, true, idempotent, replay).await;
                 if has_answered {
-                    call.replied();
+                    call.answered();
                 }
                 if has_answered && !matches!(&attempt, Attempt::Failed(f) if !f.may_have_run) {
                     call.ran();
@@ -201,11 +201,14 @@ impl Route {
                     {
                         call.broken(matches!(error, TransportError::Silent(_)));
                     }
-                    // The peer itself refused: none of its engines that suit has room, not just one.
-                    Answer::Reply(reply) if hop::has_flag(reply.headers(), hop::FULL) => {
-                        call.busy();
+                    Answer::Reply(reply) => {
+                        call.replied();
+                        // The peer itself refused: none of its engines that suit has room, not just one.
+                        if hop::has_flag(reply.headers(), hop::FULL) {
+                            call.busy();
+                        }
                     }
-                    Answer::Reply(_) | Answer::Refusal(_) => {}
+                    Answer::Refusal(_) => {}
                 }
                 attempt
             }
@@ -222,6 +225,7 @@ impl Route {
             }
             // A peer whose engine dies ends the reply with a status; one that breaks it off is failing itself.
             Self::Peer(call) if end.broke_off && outcome == Outcome::Broken => call.broken(false),
+            Self::Peer(call) if !end.broke_off => call.replied(),
             Self::Peer(_) => {}
         }
     }

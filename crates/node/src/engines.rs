@@ -174,8 +174,8 @@ impl Slot {
     }
 
     /// The engine began to answer, and not with a failure.
-    pub(crate) fn replied(&self) {
-        self.engine.machine.lock().replied(clock::now());
+    pub(crate) fn answered(&self) {
+        self.engine.machine.lock().answered(clock::now());
     }
 
     /// The call is over; the slot is free. `asked`: how long a busy engine wants to be left alone.

@@ -83,7 +83,12 @@ impl PeerCall {
         self.channel.send(request).await
     }
 
-    /// The peer answered, whatever it said.
+    /// The peer began to answer.
+    pub(crate) fn answered(&self) {
+        self.board.answered(self.at);
+    }
+
+    /// The peer answered to the end, whatever it said.
     pub(crate) fn replied(&self) {
         self.board.replied(self.at);
     }

@@ -214,6 +214,12 @@ impl Board {
         entry.in_flight = entry.in_flight.saturating_sub(1);
     }
 
+    pub(super) fn answered(&self, at: At) {
+        if let Some(entry) = self.state.lock().at(at) {
+            entry.breaker.answered();
+        }
+    }
+
     pub(super) fn replied(&self, at: At) {
         if let Some(entry) = self.state.lock().at(at) {
             entry.breaker.replied();
