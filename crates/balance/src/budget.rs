@@ -44,17 +44,22 @@ impl RetryBudget {
     /// Takes a retry out of the budget; `false`: there is none left.
     #[must_use = "without a retry from the budget there is no retry"]
     pub fn take(&mut self, now: Instant) -> bool {
+        let has = self.has(now);
+        if has {
+            self.slice().retries += 1;
+        }
+        has
+    }
+
+    /// Whether there is a retry left.
+    #[must_use]
+    pub fn has(&mut self, now: Instant) -> bool {
         self.advance(now);
         let (requests, retries) = self
             .slices
             .iter()
             .fold((0, 0), |(req, ret), slice| (req + slice.requests, ret + slice.retries));
-        let allowed = SHARE * requests as f64 + BURST;
-        let within = (retries as f64) < allowed;
-        if within {
-            self.slice().retries += 1;
-        }
-        within
+        (retries as f64) < SHARE * requests as f64 + BURST
     }
 
     fn slice(&mut self) -> &mut Slice {

@@ -221,6 +221,7 @@ impl Egress {
             }
             let may_retry =
                 attempts < RETRIES_MAX && failed.allows_another(idempotent, &replay, deadline);
+            let may_retry = may_retry && parts.router.has_retry();
             let again = if may_retry { parts.router.route(&ask, &tried).ok() } else { None };
             match again.filter(|_| parts.router.take_retry()) {
                 Some(another) => {

@@ -271,7 +271,7 @@ impl Ingress {
             retries += 1 + failed.retries_below;
             let may_retry =
                 retries <= RETRIES_MAX && failed.allows_another(idempotent, &replay, deadline);
-            if !may_retry {
+            if !may_retry || !parts.router.has_retry() {
                 return Err(failed.answer);
             }
             let another = parts.router.route_in_time(&ask, &tried).await.or_else(|why| {

@@ -80,6 +80,11 @@ impl Router {
         self.budget.lock().request(clock::now());
     }
 
+    /// Whether the node's budget has a retry: asked before somebody is chosen for one.
+    pub(crate) fn has_retry(&self) -> bool {
+        self.budget.lock().has(clock::now())
+    }
+
     /// Takes a retry out of the node's budget.
     pub(crate) fn take_retry(&self) -> bool {
         self.budget.lock().take(clock::now())
