@@ -1,6 +1,6 @@
 //! Which model a call asks for: a bounded look at the front of its body, which is then relayed as it came.
 
-use std::pin::Pin;
+use std::{pin::Pin, time::Duration};
 
 use base::ModelName;
 use http::HeaderMap;
@@ -12,6 +12,11 @@ use crate::{
     buffers::{Buffers, Look, PER_CALL_BYTES, PIECE_BYTES},
     refusal::Refusal,
 };
+
+/// A model must be named within this from the first byte on: until then the call holds what all calls share. A stream may be open for
+/// as long as it likes before.
+const NAMED_WITHIN: Duration = Duration::from_secs(10);
+const TOO_SLOW: &str = "10 s after its first byte the request has not named its model: send it sooner, or less before it";
 
 /// What a call asks for, as far as it decides who may serve it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,9 +59,21 @@ pub(crate) async fn find(
     let mut reader = ModelReader::new(field, encoding, PER_CALL_BYTES);
     let mut look = Look::new(body);
     let mut held_bytes = 0;
+    let mut late = None;
     while *reader.progress() == Progress::NeedMore && held_bytes < PER_CALL_BYTES {
         let next = std::future::poll_fn(|cx| Pin::new(&mut look.rest).poll_frame(cx));
-        let Some(frame) = next.await else {
+        let next = if held_bytes == 0 {
+            next.await
+        } else {
+            let late = late.get_or_insert_with(|| Box::pin(tokio::time::sleep(NAMED_WITHIN)));
+            tokio::select! {
+                next = next => next,
+                () = late => {
+                    return Err(LookError::Broken(Status::deadline_exceeded(TOO_SLOW)));
+                }
+            }
+        };
+        let Some(frame) = next else {
             reader.end();
             break;
         };
@@ -84,9 +101,12 @@ pub(crate) async fn find(
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
-    use http_body_util::{BodyExt as _, Full};
+    use futures_util::StreamExt as _;
+    use http_body::Frame;
+    use http_body_util::{BodyExt as _, Full, StreamBody};
     use prost::Message as _;
     use proto::inference::ModelInferRequest;
+    use tonic::Code;
 
     use super::*;
 
@@ -138,6 +158,21 @@ mod tests {
     async fn other_methods_are_not_looked_into() {
         let (wanted, _) = find_in("/p.S/M", message("llama", 1), &buffers()).await;
         assert_eq!(wanted, Wanted::Nothing);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_names_no_model_in_time_holds_nothing_any_more() {
+        let whole = message("late", 5_000);
+        let without_name = whole.slice(..5).into_iter().chain([0x3a, 0x80, 0x40, 1, 2, 3]);
+        let begun = futures_util::stream::iter([Ok(Frame::data(without_name.collect::<Bytes>()))]);
+        let stalls = begun.chain(futures_util::stream::pending::<Result<_, Status>>());
+        let buffers = buffers();
+        let body = Body::new(StreamBody::new(stalls));
+        let error = find(INFER, &HeaderMap::new(), body, &buffers).await.unwrap_err();
+        assert!(
+            matches!(&error, LookError::Broken(status) if status.code() == Code::DeadlineExceeded)
+        );
+        assert_eq!(buffers.left(), 8 << 20);
     }
 
     #[tokio::test]
