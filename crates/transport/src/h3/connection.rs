@@ -1,6 +1,7 @@
 //! What both ends of an HTTP/3 connection share: control streams, SETTINGS, GOAWAY, pings, and the count of calls.
 
 use std::{
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -279,17 +280,22 @@ impl Connection {
         let mut pinged = base::clock::now();
         let mut received = 0;
         let mut silent_for = Duration::ZERO;
+        let mut ping = None;
         loop {
             while self.in_flight() == 0 && (silent_for.is_zero() || self.limits.silence.is_none()) {
                 silent_for = Duration::ZERO;
-                self.busy.notified().await;
+                beside(&mut ping, self.busy.notified()).await;
             }
-            tokio::time::sleep(tick).await;
+            // A ping that finds no room is no reason to count slower.
+            beside(&mut ping, tokio::time::sleep(tick)).await;
             let now = base::clock::now();
-            if now.saturating_duration_since(pinged) >= self.limits.ping_interval {
+            let is_due = now.saturating_duration_since(pinged) >= self.limits.ping_interval;
+            if is_due && ping.is_none() {
                 pinged = now;
                 // A peer that takes none owes us credit, and an ACK, anyway.
-                self.say(&frame::ping()).await;
+                ping = Some(Box::pin(async {
+                    self.say(&frame::ping()).await;
+                }));
             }
             let datagrams = self.quic.stats().udp_rx.datagrams;
             // Ticks are counted, not time: after a pause of this process what came meanwhile is still unread.
@@ -305,6 +311,21 @@ impl Connection {
             self.unread.sweep(now);
         }
     }
+}
+
+/// Waits for `until`, and goes on with what is under way meanwhile.
+async fn beside<F>(under_way: &mut Option<Pin<Box<F>>>, until: impl Future<Output = ()>)
+where
+    F: Future<Output = ()>,
+{
+    let mut until = std::pin::pin!(until);
+    while let Some(future) = under_way {
+        tokio::select! {
+            () = &mut until => return,
+            () = future => *under_way = None,
+        }
+    }
+    until.await;
 }
 
 fn claim(slot: &mut bool) -> Result<(), ConnectionFault> {
