@@ -347,7 +347,7 @@ impl Refusal {
         let headers = response.headers_mut();
         let flags = [
             (self.is_unseen(), hop::REFUSED),
-            (matches!(self, Self::Full { .. }), hop::FULL),
+            (matches!(self, Self::Full { .. } | Self::NoMemory), hop::FULL),
             (matches!(self, Self::Transport { .. }), hop::BROKEN),
         ];
         let flags: Vec<&str> = flags.iter().filter(|(is, _)| *is).map(|(_, flag)| *flag).collect();
