@@ -20,6 +20,10 @@ use crate::offer::{Ask, Offer};
 /// node saw of the node by itself.
 const SAID_LATE_BY: Duration = Duration::from_secs(5);
 
+/// Who was the only one to say that it serves a call, and is gone, is waited for so long: others that may serve it, and do not say, are
+/// asked only after that, for their own error would be taken for the answer.
+const WAITED_FOR: Duration = Duration::from_secs(60);
+
 /// What is known of one other node.
 #[derive(Debug)]
 pub(super) struct Entry {
@@ -37,6 +41,8 @@ pub(super) struct Entry {
     /// Its gossip speaks version 1.
     pub(super) is_legacy: bool,
     pub(super) life: Life,
+    /// Since when it is gone, by common judgement or its own word.
+    gone: Option<Instant>,
     /// Whether there is a link with it; `None`: nothing was said of that.
     pub(super) is_linked: Option<bool>,
     pub(super) quarantined: Option<Instant>,
@@ -125,6 +131,7 @@ impl Entry {
             card: None,
             is_legacy: false,
             life: Life::Alive,
+            gone: None,
             is_linked: None,
             quarantined: None,
             doubted: None,
@@ -141,6 +148,22 @@ impl Entry {
         let fresh = Self::new(self.id, self.name.clone(), generation);
         let (listed, address, way) = (self.listed, self.address.take(), self.way);
         *self = Self { listed, address, way, ..fresh };
+    }
+
+    /// It is there, by its own word.
+    pub(super) fn lives(&mut self) {
+        (self.life, self.gone) = (Life::Alive, None);
+    }
+
+    /// It left, or is down by common judgement.
+    pub(super) fn is_gone(&mut self, life: Life, now: Instant) {
+        self.life = life;
+        self.gone.get_or_insert(now);
+    }
+
+    /// It has been gone for so long that it is no longer waited for.
+    fn is_given_up(&self, now: Instant) -> bool {
+        self.life != Life::Alive && self.gone.is_some_and(|gone| now >= gone + WAITED_FOR)
     }
 
     /// Whether it is on the board for what relays say of it alone.
@@ -165,7 +188,8 @@ impl Entry {
 
     /// A link with it works.
     pub(super) fn linked(&mut self) {
-        (self.life, self.is_linked) = (Life::Alive, Some(true));
+        self.lives();
+        self.is_linked = Some(true);
         (self.quarantined, self.doubted) = (None, None);
     }
 
@@ -261,7 +285,7 @@ impl Entry {
             };
             each(server, seen.load);
         };
-        if self.address.is_none() {
+        if self.address.is_none() || self.is_given_up(now) {
             return;
         }
         if self.goes_by_hearsay(now) {

@@ -33,7 +33,8 @@ impl Board {
                 let name = PeerName { node: peer.node.clone(), region: peer.region.clone() };
                 self.change(|state| {
                     let Some((place, entry)) = state.entry(peer.id, &name, now) else { return };
-                    (entry.is_legacy, entry.life) = (true, Life::Alive);
+                    entry.is_legacy = true;
+                    entry.lives();
                     entry.view.greet(*epoch);
                     state.heard_of.remove(&place);
                 });
@@ -57,7 +58,7 @@ impl Board {
             }),
             Event::Parted(id) => self.change_of(*id, |entry| entry.is_linked = None),
             Event::Down { id, left } => self.change_of(*id, |entry| {
-                entry.life = if *left { Life::Left } else { Life::Down };
+                entry.is_gone(if *left { Life::Left } else { Life::Down }, now);
             }),
             Event::Forgotten(id) => self.forgotten(*id, now),
             Event::Quarantined { peer, until, .. } => {
@@ -95,7 +96,8 @@ impl Board {
             let Some((place, entry)) = state.entry(card.id, &name, now) else { return };
             let pair = Some((card.facts.epoch, card.facts.bump));
             if entry.card < pair {
-                (entry.card, entry.is_legacy, entry.life) = (pair, false, Life::Alive);
+                (entry.card, entry.is_legacy) = (pair, false);
+                entry.lives();
             }
             let is_listed = entry.listed.is_some();
             state.heard_of.remove(&place);

@@ -174,6 +174,26 @@ fn a_listed_peer_is_tried_until_it_is_heard_and_keeps_the_address_it_is_listed_w
 }
 
 #[test]
+fn who_alone_said_that_it_serves_a_call_is_waited_for_a_minute_when_it_is_gone() {
+    let board = Board::of_test(&[]);
+    board.apply(&card(&board, "b", "us", 1, "b.test:1"));
+    let b = id(&board, "b", "us");
+    board.apply(&described(b, descriptor(&["llama"], None)));
+    board.apply(&Event::Load { id: b, frame: Box::new(load(4, 1)), rtt: RTT });
+    for left in [false, true] {
+        board.apply(&Event::Down { id: b, left });
+        let known_after = |seconds| {
+            let (mut known, now) = (0, clock::now() + Duration::from_secs(seconds));
+            board.state.lock().get(0).unwrap().servers(0, &ask(), now, |_, _| known += 1);
+            known
+        };
+        assert_eq!([0, 58, 61].map(known_after), [1, 1, 0]);
+        board.apply(&card(&board, "b", "us", 2 + u64::from(left), "b.test:1"));
+        assert_eq!(known_after(61), 1, "it is back");
+    }
+}
+
+#[test]
 fn a_listed_peer_that_speaks_before_it_says_what_it_serves_is_still_tried() {
     let board = Board::of_test(&["a"]);
     let id = id(&board, "a", "us");
