@@ -30,7 +30,7 @@ def test_a_small_mesh_prints_its_figures_and_the_same_again():
 
 def test_a_region_may_be_larger_than_anybody_is_linked_with_but_its_relays():
     """What only large meshes have: subscriptions to a sample, a region's own digest, probes that are rare."""
-    options = ("--nodes", 450, "--seed", 1, "--seconds", 40, "--fault", "crash", "--json")
+    options = ("--nodes", 450, "--seed", 1, "--seconds", 50, "--fault", "crash", "--json")
     done = sim_mesh(*options, binary=DEMO_BINARY, timeout=10 * LONG)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)

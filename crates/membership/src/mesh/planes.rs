@@ -485,9 +485,10 @@ impl<J: Judge> Mesh<J> {
         if !self.is_fellow(from) {
             return;
         }
-        let (count, parts) = ((digest.epoch, digest.sequence), digest.part.1);
+        let parts = digest.part.1;
         let Self { relaying, outlet, .. } = self;
-        let Some(ear) = relaying.listens(now, &digest.region, from, count) else { return };
+        let most = relaying.most_missed(now);
+        let Some(ear) = relaying.listens(now, from, &digest) else { return };
         // As the others of the region hear it: by this relay's voice.
         digest.relay = Some(from);
         let handed_on = Digest { age: digest.age + one_way, ..digest.clone() };
@@ -496,7 +497,7 @@ impl<J: Judge> Mesh<J> {
         if bytes.len() > DATAGRAM_BYTES_MAX {
             return;
         }
-        let passes = ear.passes(|is_owed| outlet.passes(now, parts, bytes.len(), is_owed));
+        let passes = ear.passes(|missed| outlet.passes(now, parts, bytes.len(), (missed, most)));
         if !self.regions.take(now, self.own.id, digest, one_way) || !passes {
             return;
         }

@@ -10,7 +10,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng, seq::IndexedRandom as 
 
 use super::{Mesh, Way};
 use crate::{
-    Frame, Judge, NodeId, Pool,
+    Digest, Frame, Judge, NodeId, Pool,
     links::Link,
     pool::Members,
     relays::{RELAYS, elect, weight},
@@ -58,21 +58,24 @@ pub(super) struct Relaying {
 pub(super) struct Ear {
     id: NodeId,
     heard: Instant,
-    /// Its newest digest, and when the first part of that came.
+    /// Its newest digest, in so many parts, and when the first of them came.
     count: (u64, u64),
+    parts: u32,
     began: Instant,
-    /// Whether that is handed on; `None`: nobody has asked. And whether the last one that was asked about was not.
+    /// Whether that is handed on; `None`: nobody has asked. And how many in a row were not.
     passes: Option<bool>,
-    is_owed: bool,
+    missed: u32,
 }
 
 impl Ear {
-    /// Whether the parts of the newest digest are handed on: all or none, as `decide` says for the first.
-    pub(super) fn passes(&mut self, decide: impl FnOnce(bool) -> bool) -> bool {
-        let is_owed = self.is_owed;
-        let passes = *self.passes.get_or_insert_with(|| decide(is_owed));
-        self.is_owed = !passes;
-        passes
+    /// Whether the parts of the newest digest are handed on: all or none, as `decide` says for the first, told how many before it
+    /// were not.
+    pub(super) fn passes(&mut self, decide: impl FnOnce(u32) -> bool) -> bool {
+        *self.passes.get_or_insert_with(|| {
+            let passes = decide(self.missed);
+            self.missed = if passes { 0 } else { self.missed + 1 };
+            passes
+        })
     }
 }
 
@@ -91,33 +94,42 @@ impl Relaying {
         }
     }
 
-    /// A relay of another region says what that has, in a digest with this epoch and sequence. Listened to is one: each relay of
+    /// A relay of another region says what that has, in a part of this digest. Listened to is one: each relay of
     /// this region has another, so that one that lies is heard by one of them. `None`: it is not this one, or it is too soon for
     /// another digest.
     pub(super) fn listens(
         &mut self,
         now: Instant,
-        region: &RegionName,
         id: NodeId,
-        count: (u64, u64),
+        digest: &Digest,
     ) -> Option<&mut Ear> {
+        let region = &digest.region;
+        let (count, parts) = ((digest.epoch, digest.sequence), digest.part.1);
         let is_partner = self.partners.get(region) == Some(&id);
         if !self.ears.contains_key(region) {
-            let ear = Ear { id, heard: now, count, began: now, passes: None, is_owed: false };
+            let ear = Ear { id, heard: now, count, parts, began: now, passes: None, missed: 0 };
             self.ears.insert(region.clone(), ear);
         }
         let ear = self.ears.get_mut(region)?;
         if ear.id != id && !is_partner && now < ear.heard + SILENT {
             return None;
         }
+        let is_late = ear.id == id && count < ear.count;
         (ear.id, ear.heard) = (id, now);
-        if ear.count != count {
-            if now < ear.began + APART {
-                return None;
-            }
-            (ear.count, ear.began, ear.passes) = (count, now, None);
+        if ear.count == count {
+            return (ear.parts == parts).then_some(ear);
         }
+        if is_late || now < ear.began + APART {
+            return None;
+        }
+        (ear.count, ear.parts, ear.began, ear.passes) = (count, parts, now, None);
         Some(ear)
+    }
+
+    /// How many digests in a row of one region were not handed on, at most.
+    pub(super) fn most_missed(&self, now: Instant) -> u32 {
+        let heard = self.ears.values().filter(|ear| now < ear.heard + SILENT);
+        heard.map(|ear| ear.missed).max().unwrap_or(0)
     }
 
     pub(super) fn is_relay(&self) -> bool {
@@ -361,12 +373,20 @@ mod tests {
 
     #[test]
     fn a_relay_listens_to_its_partner_and_to_others_while_that_is_silent() {
-        let us: RegionName = "us".parse().unwrap();
+        let of = |sequence, parts| Digest {
+            relay: None,
+            region: "us".parse().unwrap(),
+            epoch: 1,
+            sequence,
+            age: Duration::ZERO,
+            part: (0, parts),
+            offers: Vec::new(),
+        };
         let [partner, other, liar] = [1, 2, 3].map(|id| NodeId([id; 16]));
         let began = base::clock::now();
         let mut relaying = Relaying::new();
         let hears = |relaying: &mut Relaying, ms: u64, id| {
-            relaying.listens(began + Duration::from_millis(ms), &us, id, (1, ms)).is_some()
+            relaying.listens(began + Duration::from_millis(ms), id, &of(ms, 3)).is_some()
         };
         assert!(hears(&mut relaying, 0, other), "anybody, before there is a partner");
         relaying.partners.insert("us".parse().unwrap(), partner);
@@ -389,10 +409,16 @@ mod tests {
         );
         assert!(!hears(&mut relaying, silent + 999, partner), "another digest so soon");
         let part = began + Duration::from_millis(silent + 999);
-        let last = relaying.listens(part, &us, partner, (1, silent + 800));
+        assert!(relaying.listens(part, partner, &of(silent + 800, 4)).is_none(), "of another size");
+        let last = relaying.listens(part, partner, &of(silent + 800, 3));
         let last = last.expect("a part of the last one");
-        assert!(!last.passes(|is_owed| is_owed) && !last.passes(|_| true), "all parts or none");
-        let next = relaying.listens(part + APART, &us, partner, (2, 0)).unwrap();
-        assert!(next.passes(|is_owed| is_owed), "what was left out comes first");
+        assert!(!last.passes(|missed| missed > 0) && !last.passes(|_| true), "all parts or none");
+        assert_eq!(relaying.most_missed(part), 1);
+        let next = relaying.listens(part + APART, partner, &of(silent + 1_200, 3)).unwrap();
+        assert!(next.passes(|missed| missed == 1), "what was left out is told");
+        assert!(
+            relaying.listens(part + 2 * APART, partner, &of(silent + 800, 3)).is_none(),
+            "late"
+        );
     }
 }
