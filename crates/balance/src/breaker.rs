@@ -18,6 +18,8 @@ const BROKEN_IN_A_ROW: u32 = 2;
 /// How long an opened breaker stays open, doubling with each failed trial up to the maximum.
 const WAIT_FIRST: Duration = Duration::from_secs(5);
 const WAIT_MAX: Duration = Duration::from_secs(40);
+/// What broke so long before counts no more.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(80);
 /// A trial of which nothing was heard for so long was ended by its caller: another may begin.
 const TRIAL_LOST: Duration = Duration::from_secs(5);
 
@@ -27,6 +29,7 @@ pub struct Breaker {
     state: State,
     broken_in_a_row: u32,
     openings: u32,
+    last_broken: Option<Instant>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -83,6 +86,11 @@ impl Breaker {
 
     /// An attempt was broken. Returns whether that opened the breaker.
     pub fn broken(&mut self, now: Instant) -> bool {
+        // Where no call ends by itself, as with streams that callers stop, time forgets.
+        if self.last_broken.is_some_and(|last| now >= last + FORGOTTEN_AFTER) {
+            (self.broken_in_a_row, self.openings) = (0, 0);
+        }
+        self.last_broken = Some(now);
         self.broken_in_a_row += 1;
         let opens = match self.state {
             State::Closed => self.broken_in_a_row >= BROKEN_IN_A_ROW,
@@ -160,6 +168,23 @@ mod tests {
         breaker.answered();
         breaker.replied();
         assert!(!breaker.broken(at), "a whole reply forgets it");
+    }
+
+    #[test]
+    fn what_broke_long_ago_is_forgotten_where_no_call_ends_by_itself() {
+        let mut at = now();
+        let mut breaker = opened(at);
+        at += 5 * SECOND;
+        breaker.begin(at);
+        assert!(breaker.answered());
+        for _ in 0..10 {
+            at += FORGOTTEN_AFTER;
+            assert!(!breaker.broken(at));
+        }
+        assert!(
+            breaker.broken(at + SECOND) && breaker.allows(at + 6 * SECOND),
+            "as the first time"
+        );
     }
 
     #[test]

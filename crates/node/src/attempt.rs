@@ -225,7 +225,8 @@ impl Route {
             }
             // A peer whose engine dies ends the reply with a status; one that breaks it off is failing itself.
             Self::Peer(call) if end.broke_off && outcome == Outcome::Broken => call.broken(false),
-            Self::Peer(call) if !end.broke_off => call.replied(),
+            // Not where this end or the caller stopped it.
+            Self::Peer(call) if end.trailers.is_some() || outcome == Outcome::Ok => call.replied(),
             Self::Peer(_) => {}
         }
     }
