@@ -168,7 +168,10 @@ mod tests {
         let stalls = begun.chain(futures_util::stream::pending::<Result<_, Status>>());
         let buffers = buffers();
         let body = Body::new(StreamBody::new(stalls));
-        let error = find(INFER, &HeaderMap::new(), body, &buffers).await.unwrap_err();
+        let headers = HeaderMap::new();
+        let found = find(INFER, &headers, body, &buffers);
+        let found = tokio::time::timeout(NAMED_WITHIN + Duration::from_secs(1), found).await;
+        let error = found.expect("it is held").unwrap_err();
         assert!(
             matches!(&error, LookError::Broken(status) if status.code() == Code::DeadlineExceeded)
         );
