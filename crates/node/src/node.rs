@@ -384,7 +384,7 @@ impl Control {
         let (readiness, board) = (plan.readiness.clone(), plan.board.clone());
         let may_hear = !config.mesh.seeds.is_empty()
             || listed(config).next().is_some()
-            || has_kept_cards(config);
+            || config.node.state_dir.join(gossip::KEPT).exists();
         if may_hear {
             self.tasks.spawn(async move { readiness.get_acquainted(&board).await });
         } else {
@@ -510,11 +510,6 @@ fn authorities(config: &Config) -> Vec<Authority> {
 /// The listed peers whose gossip ports are known.
 fn listed(config: &Config) -> impl Iterator<Item = (&PeerConfig, Authority)> {
     config.mesh.peers.iter().filter_map(|peer| Some((peer, peer.gossip.as_ref()?.authority())))
-}
-
-/// Whether this node has known others in an earlier life.
-fn has_kept_cards(config: &Config) -> bool {
-    config.node.state_dir.join(gossip::KEPT).exists()
 }
 
 /// The gossip port of a node. The number of this start is on disk when this returns.
@@ -688,8 +683,7 @@ impl Plan {
             catalog: Arc::new(Catalog::new(engines.clone(), board.clone())),
             engines,
             board,
-            may_have_others: !(config.mesh.seeds.is_empty() && config.mesh.peers.is_empty())
-                || has_kept_cards(config),
+            may_have_others: !(config.mesh.seeds.is_empty() && config.mesh.peers.is_empty()),
             access: Arc::new(Access::load(config, Some(identity.clone()))?),
             clients_tls,
             client_roots,
