@@ -58,8 +58,9 @@ pub(super) struct Relaying {
 pub(super) struct Ear {
     id: NodeId,
     heard: Instant,
-    /// Its newest digest, in so many parts, and when the first of them came.
-    count: (u64, u64),
+    /// Its newest digest, in so many parts, and when the first of them came; `None`: it took another's place, whose last digest
+    /// began then.
+    count: Option<(u64, u64)>,
     parts: u32,
     began: Instant,
     /// Whether that is handed on; `None`: nobody has asked. And how many in a row were not.
@@ -104,7 +105,7 @@ impl Relaying {
         digest: &Digest,
     ) -> Option<&mut Ear> {
         let region = &digest.region;
-        let (count, parts) = ((digest.epoch, digest.sequence), digest.part.1);
+        let (count, parts) = (Some((digest.epoch, digest.sequence)), digest.part.1);
         let is_partner = self.partners.get(region) == Some(&id);
         if !self.ears.contains_key(region) {
             let ear = Ear { id, heard: now, count, parts, began: now, passes: None, missed: 0 };
@@ -114,12 +115,15 @@ impl Relaying {
         if ear.id != id && !is_partner && now < ear.heard + SILENT {
             return None;
         }
-        let is_late = ear.id == id && count < ear.count;
-        (ear.id, ear.heard) = (id, now);
+        if ear.id != id {
+            (ear.id, ear.count) = (id, None);
+        }
+        ear.heard = now;
         if ear.count == count {
             return (ear.parts == parts).then_some(ear);
         }
-        if is_late || now < ear.began + APART {
+        // A late part of an earlier one, or another one too soon.
+        if count < ear.count || now < ear.began + APART {
             return None;
         }
         (ear.count, ear.parts, ear.began, ear.passes) = (count, parts, now, None);
@@ -420,5 +424,12 @@ mod tests {
             relaying.listens(part + 2 * APART, partner, &of(silent + 800, 3)).is_none(),
             "late"
         );
+        // Another one is listened to from now on, whose digests are numbered otherwise.
+        let at = part + 2 * APART + SILENT;
+        assert!(relaying.listens(at, other, &of(9_000, 3)).is_some());
+        relaying.partners.insert("us".parse().unwrap(), liar);
+        assert!(relaying.listens(at + APART / 2, liar, &of(5, 3)).is_none(), "so soon");
+        assert!(relaying.listens(at + 2 * APART, liar, &of(6, 3)).is_some());
+        assert!(relaying.listens(at + 4 * APART, liar, &of(7, 3)).is_some());
     }
 }
