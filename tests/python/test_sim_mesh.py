@@ -42,6 +42,15 @@ def test_a_region_may_be_larger_than_anybody_is_linked_with_but_its_relays():
     assert said["bytes_per_s_per_node"] <= 60_000
 
 
+def test_ten_regions_hear_of_each_other_all_along():
+    """Relays come and go at the start, and listen to others than at first."""
+    done = sim_mesh("--nodes", 120, "--regions", 10, "--seed", 1, "--seconds", 30, "--json", binary=DEMO_BINARY)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["digest_age_p99_ms"] <= 600 and said["digests_missing"] == 0
+    assert said["false_downs"] == said["false_quarantines"] == 0
+
+
 def test_what_makes_no_sense_is_a_mistake_of_the_caller():
     many = ["--nodes", 100_001]
     for wrong in (["--nodes", 1], many, ["--fault", "nonsense"], ["--nodes", 4, "--regions", 9]):
