@@ -298,7 +298,7 @@ impl Rate {
     }
 }
 
-/// What a relay hands on goes through here: as much as it may send whoever hears it, whatever it is sent itself.
+/// What a relay hands on goes through here, so that it is never more than those who hear it take, whatever the relay is sent.
 #[derive(Debug)]
 pub(crate) struct Outlet {
     frames: Bucket,
